@@ -1,0 +1,37 @@
+"""Every error that tspc raises on purpose. The message says what, where (the user's file:line) and what to do."""
+
+
+class TspcError(Exception):
+    """Base class."""
+
+
+class OptionError(TspcError, ValueError):
+    """An unknown option or a bad value."""
+
+
+class PlanError(TspcError):
+    """A plan, mesh or model that do not fit each other."""
+
+
+class RuleError(TspcError):
+    """A rule that cannot be parsed or applied."""
+
+
+class CaptureError(TspcError):
+    """A program that cannot be captured."""
+
+
+class UnsupportedError(TspcError):
+    """Something that tspc cannot shard, under `strict=True` or where running replicated would be wrong."""
+
+
+class ShardedParameterError(TspcError, RuntimeError):
+    """A stale reference to a whole parameter that has been sharded."""
+
+
+class RankMismatchError(TspcError, RuntimeError):
+    """Ranks of one axis that disagree."""
+
+
+class ParityError(TspcError, AssertionError):
+    """`tspc.verify` found a difference beyond the tolerance."""

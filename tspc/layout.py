@@ -1,0 +1,66 @@
+"""Sequence layout: which global positions each rank of the axis holds. Pure arithmetic, ints or SymInts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence of S rows over `ranks`, in equal chunks of c rows padded at the end (DESIGN section 8).
+
+    "contiguous": rank r holds chunk r of D. "zigzag": rank r holds chunks r and 2D-1-r of 2D, so causal work is even.
+    """
+
+    ranks: int
+    order: str = "contiguous"
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per rank."""
+        return 2 if self.order == "zigzag" else 1
+
+    def chunk_rows(self, length: Any) -> Any:
+        """c: rows per chunk for a sequence of `length`; at least 2, because 1 specialises graphs."""
+        n = self.ranks * self.chunks
+        return torch.sym_max(2, (length + n - 1) // n)
+
+    def chunk_ids(self, rank: int) -> list[int]:
+        return [rank] if self.chunks == 1 else [rank, 2 * self.ranks - 1 - rank]
+
+    def all_chunk_ids(self) -> list[int]:
+        """Chunk ids in the order in which an all-gather over ranks delivers them."""
+        return [g for r in range(self.ranks) for g in self.chunk_ids(r)]
+
+    def positions(self, rank: int, rows: int, length: int) -> torch.Tensor:
+        """Global position of each of the `chunks * rows` local rows, pads clamped to the last real row."""
+        pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
+        return pos.clamp(max=length - 1)
+
+    def valid(self, rank: int, rows: int, length: int) -> torch.Tensor:
+        """Bool per local row: not a pad."""
+        pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
+        return pos < length
+
+    def whole(self, blocks: torch.Tensor, dim: int, rows: int, length: int) -> torch.Tensor:
+        """[..., D * chunks * rows, ...] in rank order along `dim` -> the sequence in order, narrowed to `length`."""
+        if self.chunks > 1:
+            parts = blocks.split(rows, dim)
+            at = {g: i for i, g in enumerate(self.all_chunk_ids())}
+            blocks = torch.cat([parts[at[g]] for g in range(len(at))], dim)
+        return blocks.narrow(dim, 0, length)
+
+    def blocks(self, whole: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+        """The transpose of `whole`: the sequence -> rank order, zero rows in place of pads."""
+        n = self.ranks * self.chunks * rows
+        if whole.shape[dim] < n:
+            pad = list(whole.shape)
+            pad[dim] = n - whole.shape[dim]
+            whole = torch.cat([whole, whole.new_zeros(pad)], dim)
+        if self.chunks > 1:
+            parts = whole.split(rows, dim)
+            whole = torch.cat([parts[g] for g in self.all_chunk_ids()], dim)
+        return whole

@@ -1,0 +1,127 @@
+"""A captured forward program as plain data: nodes in order, sympy sizes, no torch tensors.
+
+Every pass takes a `Program` and returns one. A node's `op` is a torch `OpOverload`, or one of the kinds below for what
+is not a call. Multi-output nodes are read through `Ref(name, item)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+Size = int | sympy.Expr
+PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = "param", "buffer", "input", "constant", "output", "fold"
+PLACEHOLDERS = (PARAM, BUFFER, INPUT)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A use of a node's value; `item` picks one of several outputs."""
+
+    name: str
+    item: int | None = None
+
+    def __repr__(self) -> str:
+        return f"%{self.name}" + (f"[{self.item}]" if self.item is not None else "")
+
+
+@dataclass(frozen=True)
+class Type:
+    """Shape (ints or sympy expressions over the program's symbols), dtype and whether autograd follows the value."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `args` may nest tuples; tensors are `Ref`s, sizes are ints or sympy expressions.
+
+    param, buffer, input: no args. constant: kwargs["value"] is a nested list. output: args are the returned values.
+    """
+
+    name: str
+    op: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    types: tuple[Type | None, ...] = ()
+    source: str = ""  # "file:line" of the user's model
+
+    @property
+    def type(self) -> Type:
+        t = self.types[0]
+        assert t is not None
+        return t
+
+    @property
+    def is_call(self) -> bool:
+        return not isinstance(self.op, str)
+
+    def refs(self) -> list[Ref]:
+        return list(refs_in((self.args, self.kwargs)))
+
+    def map_refs(self, fn: Callable[[Ref], Any]) -> Node:
+        return replace(self, args=map_refs(self.args, fn), kwargs=map_refs(self.kwargs, fn))
+
+
+def refs_in(value: Any) -> Iterator[Ref]:
+    """Every `Ref` in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from refs_in(v)
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from refs_in(v)
+
+
+def map_refs(value: Any, fn: Callable[[Ref], Any]) -> Any:
+    """`value` with `fn` applied to every `Ref` inside."""
+    if isinstance(value, Ref):
+        return fn(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(map_refs(v, fn) for v in value)
+    if isinstance(value, dict):
+        return {k: map_refs(v, fn) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class Program:
+    """Nodes in execution order: placeholders first, one output node last. `hints` gives each symbol an example."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
+
+    def node(self, name: str) -> Node:
+        return next(n for n in self.nodes if n.name == name)
+
+    @property
+    def output(self) -> Node:
+        return self.nodes[-1]
+
+    def type_of(self, ref: Ref) -> Type:
+        t = self.node(ref.name).types[ref.item or 0]
+        assert t is not None
+        return t
+
+    def without_dead_nodes(self) -> Program:
+        """Calls whose results nothing reads are dropped; placeholders stay."""
+        used: set[str] = set()
+        keep: list[Node] = []
+        for n in reversed(self.nodes):
+            if n.op == OUTPUT or n.op in PLACEHOLDERS or n.name in used:
+                used |= {r.name for r in n.refs()}
+                keep.append(n)
+        return replace(self, nodes=tuple(reversed(keep)))
