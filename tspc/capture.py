@@ -1,0 +1,283 @@
+"""Capture: a Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept whole.
+
+In: the graph module and example inputs that Dynamo hands to a backend. Out: `Captured`, the program and where each of its
+values comes from at a call. Sharded parameters (`to_local` -> `tspc::whole_weight`) appear as whole "param" placeholders.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from tspc.errors import CaptureError
+from tspc.program import (
+    BUFFER,
+    CONSTANT,
+    INPUT,
+    OUTPUT,
+    PARAM,
+    Node,
+    Program,
+    Ref,
+    Type,
+    refs_in,
+)
+
+_SKIPPED = ("sym_size", "_assert", "_enter_autocast", "_exit_autocast")
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim | None if a SymInt)."""
+
+    program: Program
+    positions: dict[str, int]
+    symbols: dict[sympy.Symbol, tuple[int, int | None]]
+    outer_symbols: dict[sympy.Symbol, torch.SymInt]
+    whole_outputs: bool  # the graph ends in a graph break: every output comes back whole
+
+    def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """The value of each symbol at a call."""
+        return {
+            s: int(args[i] if d is None else args[i].shape[d]) for s, (i, d) in self.symbols.items()
+        }
+
+
+def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph") -> Captured:
+    """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's own fake mode."""
+    context = TracingContext.get()
+    assert context.fake_mode is not None
+    kinds = _kinds(gm, example_inputs)
+    fakes = [_fake(context, x) for x in example_inputs]
+    gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+
+    def run(*args: Any) -> Any:
+        return torch.fx.Interpreter(gm).run(*args)
+
+    with context.fake_mode, torch.enable_grad(), preserve_node_meta():
+        traced = make_fx(
+            dispatch_functionalize(run, functional),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+    env = context.fake_mode.shape_env
+    assert env is not None
+    hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}
+    grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
+    program, positions = convert(name, traced, kinds, grads, hints)
+    symbols, outer = _symbols(fakes)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return Captured(program, positions, symbols, outer, bool(reason and reason.graph_break))
+
+
+def _fake(context: TracingContext, x: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+        return x
+    symbolic = context.tensor_to_context[x]
+    source = getattr(symbolic, "tensor_source", None)
+    assert context.fake_mode is not None
+    return context.fake_mode.from_tensor(x, symbolic_context=symbolic, source=source)
+
+
+def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[str, str]]:
+    """(kind, name) of each graph input; parameters and buffers by their qualified name."""
+    out = []
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        source = getattr(node, "_dynamo_source", None)
+        text = source.name if source is not None else ""
+        text = text() if callable(text) else text
+        path = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+        of_module = source is not None and "_NN_MODULE" in source.guard_source.name
+        if isinstance(x, torch.nn.Parameter):
+            kind = PARAM
+        elif of_module and isinstance(x, torch.Tensor):
+            kind = BUFFER
+        else:
+            kind = INPUT
+        plain = re.sub(r"\W+", "_", text.replace("L['", "").replace("']", "")).strip("_")
+        out.append((kind, ".".join(path) if path and kind != INPUT else plain or node.name))
+    return out
+
+
+def _cut_whole_weights(
+    gm: torch.fx.GraphModule, fakes: list[Any], mode: Any
+) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole weight."""
+    target = getattr(getattr(torch.ops, "tspc"), "whole_weight", None)
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    out = list(fakes)
+    for i, node in enumerate(placeholders):
+        if not hasattr(fakes[i], "_spec"):
+            continue
+        for local in list(node.users):
+            for whole in list(local.users):
+                if target is None or whole.target not in (target, target.default):
+                    raise CaptureError(
+                        f"{node.name}: a sharded parameter is used other than through its module's attribute"
+                    )
+                whole.replace_all_uses_with(node)
+                graph.erase_node(whole)
+            graph.erase_node(local)
+        with mode:
+            whole_fake = torch.empty(fakes[i].shape, dtype=fakes[i].dtype, device=fakes[i].device)
+        out[i] = whole_fake.requires_grad_(fakes[i].requires_grad)
+    cut = torch.fx.GraphModule(gm, graph)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None:
+        object.__setattr__(cut, "compile_subgraph_reason", reason)
+    return cut, out
+
+
+def _symbols(
+    fakes: Sequence[Any],
+) -> tuple[dict[sympy.Symbol, tuple[int, int | None]], dict[sympy.Symbol, torch.SymInt]]:
+    where: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    outer: dict[sympy.Symbol, torch.SymInt] = {}
+
+    def add(size: Any, place: tuple[int, int | None]) -> None:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+            where.setdefault(size.node.expr, place)
+            outer.setdefault(size.node.expr, size)
+
+    for i, x in enumerate(fakes):
+        add(x, (i, None))
+    for i, x in enumerate(fakes):
+        for d, size in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
+            add(size, (i, d))
+    return where, outer
+
+
+def convert(
+    name: str,
+    traced: torch.fx.GraphModule,
+    kinds: Sequence[tuple[str, str]],
+    grads: Sequence[bool],
+    hints: dict[sympy.Symbol, int],
+) -> tuple[Program, dict[str, int]]:
+    """An fx graph -> `Program` and the graph input that each placeholder is.
+
+    Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad` sections.
+    """
+    enabled = True
+    env: dict[torch.fx.Node, Any] = {}
+    nodes: list[Node] = []
+    positions: dict[str, int] = {}
+    names: set[str] = set()
+    differentiable: set[Ref] = set()
+
+    def unique(wanted: str) -> str:
+        got, k = wanted, 1
+        while got in names:
+            got, k = f"{wanted}_{k}", k + 1
+        names.add(got)
+        return got
+
+    def argument(a: Any) -> Any:
+        if isinstance(a, torch.fx.Node):
+            value = a.meta.get("val")
+            return value.node.expr if isinstance(value, _SYMBOLIC) else env[a]
+        if isinstance(a, (list, tuple)):
+            return tuple(argument(x) for x in a)
+        if isinstance(a, dict):
+            return {k: argument(v) for k, v in a.items()}
+        return a.node.expr if isinstance(a, _SYMBOLIC) else a
+
+    index = 0
+    for n in traced.graph.nodes:
+        value = n.meta.get("val")
+        if n.op == "placeholder":
+            kind, wanted = kinds[index]
+            if isinstance(value, torch.Tensor):
+                node = Node(unique(wanted), kind, types=(type_of(value, grads[index]),))
+                nodes.append(node)
+                positions[node.name], env[n] = index, Ref(node.name)
+            index += 1
+        elif n.op == "get_attr":
+            tensor = getattr(traced, n.target, None)
+            if isinstance(tensor, torch.Tensor):
+                nodes.append(constant(unique(n.name), tensor))
+                env[n] = Ref(nodes[-1].name)
+        elif n.op == "output":
+            results = n.args[0] if isinstance(n.args[0], (tuple, list)) else (n.args[0],)
+            nodes.append(Node(OUTPUT, OUTPUT, argument(results)))
+        elif n.target is operator.getitem:
+            source = env[n.args[0]]
+            env[n] = Ref(source.name, n.args[1])
+        elif "_set_grad_enabled" in str(n.target):
+            enabled = bool(n.args[0])
+        elif isinstance(value, _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
+            continue
+        else:
+            args, kwargs = argument(n.args), argument(n.kwargs)
+            grad = enabled and "detach" not in str(n.target)
+            grad = grad and any(r in differentiable for r in refs_in((args, kwargs)))
+            values = value if isinstance(value, (tuple, list)) else [value]
+            types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
+            node = Node(unique(n.name), n.target, args, kwargs, types, source_line(n))
+            nodes.append(node)
+            env[n] = Ref(node.name)
+        if n in env and isinstance(env[n], Ref):
+            differentiable |= _differentiable(nodes[-1])
+    return Program(name, tuple(nodes), hints).without_dead_nodes(), positions
+
+
+def _differentiable(node: Node) -> set[Ref]:
+    """How the node's differentiable results are referred to."""
+    items = [k for k, t in enumerate(node.types) if t is not None and t.requires_grad]
+    return {Ref(node.name, k) for k in items} | ({Ref(node.name)} if items else set())
+
+
+def constant(name: str, tensor: torch.Tensor) -> Node:
+    """A lifted constant; its value must be real."""
+    if isinstance(tensor, FakeTensor):
+        raise CaptureError(f"{name}: a constant of the model was traced without its value")
+    t = Type(tuple(tensor.shape), tensor.dtype)
+    return Node(name, CONSTANT, kwargs={"value": tensor.tolist()}, types=(t,))
+
+
+def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
+    """Sizes as ints or sympy expressions."""
+    shape = tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
+    return Type(shape, value.dtype, requires_grad and value.is_floating_point())
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """"file:line" of the innermost frame of the model's own code."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(f, l) for f, l in found if "/torch/" not in f]
+    if not own:
+        return ""
+    file, line = own[-1]
+    if "site-packages/" in file:
+        file = file.split("site-packages/")[1]
+    else:
+        file = file.rsplit("/", 1)[-1]
+    return f"{file}:{line}"
+
+
+def capture_model(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], use: Callable[..., Any]
+) -> Any:
+    """Call `fn` through Dynamo; `use(captured, gm, example_inputs)` returns what runs in place of the graph."""
+    torch._dynamo.reset()
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return use(capture(gm, example_inputs), gm, example_inputs)
+
+    return torch.compile(fn, backend=backend, fullgraph=False)(*args, **kwargs)
