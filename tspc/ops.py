@@ -1,16 +1,60 @@
-"""Schemas, fakes and autograd formulas of tspc's ops. `runtime` registers what they do on ranks."""
+"""Schemas, fakes and autograd formulas of tspc's ops. `runtime.execute` registers what they do on ranks.
+
+A sequence dim is told by (dim, lead, trail): the dim is lead * S * trail, S the sequence. `rows` is c of the layout, `length`
+is S, `order` the layout's order, `axis` the name of the TSP axis. No op takes a rank.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
+_DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order, str axis"
+
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
+LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
+LIB.define(f"whole_backward(Tensor g, {_DIM}) -> Tensor")
+LIB.define(f"local(Tensor x, {_DIM}) -> Tensor")
+LIB.define(f"local_backward(Tensor g, {_DIM}) -> Tensor")
+LIB.define(f"clear_pads(Tensor x, {_DIM}) -> Tensor")
+LIB.define("all_reduce(Tensor x, str axis) -> Tensor")
+LIB.define("vary(Tensor[] xs, str axis) -> Tensor[]")
+LIB.define("vary_backward(Tensor[] gs, str axis) -> Tensor[]")
+LIB.define("gather_weight(Tensor shard, int dim, int size, bool partial, str axis) -> Tensor")
+LIB.define("gather_weight_backward(Tensor g, int dim, int units, bool partial, str axis) -> Tensor")
+LIB.define(
+    "embed(Tensor shard, Tensor ids, SymInt rows, SymInt length, str order, str axis) -> Tensor"
+)
+LIB.define(
+    "embed_backward(Tensor g, Tensor ids, int units, SymInt rows, SymInt length, str order, str axis) -> Tensor"
+)
+LIB.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, SymInt rows, SymInt length, "
+    "str order, str axis) -> (Tensor, Tensor)"
+)
+LIB.define(
+    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool causal, "
+    "float scale, SymInt rows, SymInt length, str order, str axis) -> (Tensor, Tensor, Tensor)"
+)
+# one region, D steps: see runtime.bodies for what `key` names; the results are [*sums, *stacks, *saved]
+LIB.define(
+    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, SymInt length, "
+    "str key, str axis) -> Tensor[]"
+)
+LIB.define(
+    "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, Tensor[] saved, "
+    "SymInt[] sizes, SymInt rows, SymInt length, str key, str axis) -> Tensor[]"
+)
 
 
-def pick(logits: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+def pick(
+    logits: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor | None = None
+) -> torch.Tensor:
     """The logit of each label: [..., v], [...] -> [...]; labels outside of this shard's range give zero."""
     index = labels if offset is None else labels - offset
     inside = (index >= 0) & (index < logits.shape[-1])
@@ -19,3 +63,155 @@ def pick(logits: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor | None
 
 
 LIB.impl("pick", pick, "CompositeImplicitAutograd")
+
+_CHUNKS = {"contiguous": 1, "zigzag": 2}
+
+
+def local_rows(rows: Any, order: str) -> Any:
+    """Rows per rank: chunks per rank times c."""
+    return _CHUNKS[order] * rows
+
+
+def _resized(x: torch.Tensor, dim: int, size: Any) -> torch.Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"tspc::{name}", lib=LIB)
+
+
+@_fake("whole")
+@_fake("local_backward")
+def _whole_fake(x, dim, lead, trail, rows, length, order, axis):
+    return _resized(x, dim, lead * length * trail)
+
+
+@_fake("local")
+@_fake("whole_backward")
+def _local_fake(x, dim, lead, trail, rows, length, order, axis):
+    return _resized(x, dim, lead * local_rows(rows, order) * trail)
+
+
+@_fake("clear_pads")
+def _clear_fake(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fake("all_reduce")
+def _all_reduce_fake(x, axis):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fake("vary")
+@_fake("vary_backward")
+def _vary_fake(xs, axis):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+
+
+@_fake("gather_weight")
+def _gather_weight_fake(shard, dim, size, partial, axis):
+    return _resized(shard, dim, size)
+
+
+@_fake("gather_weight_backward")
+def _gather_weight_backward_fake(g, dim, units, partial, axis):
+    return _resized(g, dim, units)
+
+
+@_fake("embed")
+def _embed_fake(shard, ids, rows, length, order, axis):
+    shape = [*ids.shape[:-1], local_rows(rows, order), shard.shape[1]]
+    return shard.new_empty(shape)
+
+
+@_fake("embed_backward")
+def _embed_backward_fake(g, ids, units, rows, length, order, axis):
+    return g.new_empty((units, g.shape[-1]))
+
+
+@_fake("attention")
+def _attention_fake(q, k, v, mask, causal, scale, rows, length, order, axis):
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
+
+
+@_fake("attention_backward")
+def _attention_backward_fake(g, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"tspc::{name}", backward, setup_context=setup, lib=LIB)
+
+
+def _keep_rest(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.rest = inputs[1:]
+
+
+def _sequence_backward(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return (getattr(torch.ops.tspc, op)(g, *ctx.rest), *(None for _ in ctx.rest))
+
+    return backward
+
+
+_register("whole", _keep_rest, _sequence_backward("whole_backward"))
+_register("local", _keep_rest, _sequence_backward("local_backward"))
+_register("clear_pads", _keep_rest, _sequence_backward("clear_pads"))
+_register("all_reduce", _keep_rest, lambda ctx, g: (g, None))
+
+
+def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
+    present = [i for i, g in enumerate(gs) if g is not None]
+    reduced = torch.ops.tspc.vary_backward([gs[i] for i in present], *ctx.rest) if present else []
+    out: list[torch.Tensor | None] = [None] * len(gs)
+    for i, g in zip(present, reduced):
+        out[i] = g
+    return out, None
+
+
+_register("vary", _keep_rest, _vary_backward)
+
+
+def _gather_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    shard, ctx.dim, _, ctx.partial, ctx.axis = inputs
+    ctx.units = shard.shape[ctx.dim]
+
+
+def _gather_weight_backward(ctx: Any, g: torch.Tensor) -> Any:
+    shard = torch.ops.tspc.gather_weight_backward(g, ctx.dim, ctx.units, ctx.partial, ctx.axis)
+    return (shard, None, None, None, None)
+
+
+_register("gather_weight", _gather_weight_setup, _gather_weight_backward)
+
+
+def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    shard, ids, *ctx.rest = inputs
+    ctx.units = shard.shape[0]
+    ctx.save_for_backward(ids)
+
+
+def _embed_grad(ctx: Any, g: torch.Tensor) -> Any:
+    (ids,) = ctx.saved_tensors
+    return (torch.ops.tspc.embed_backward(g, ids, ctx.units, *ctx.rest), *[None] * 5)
+
+
+_register("embed", _embed_setup, _embed_grad)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, mask, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    grads = torch.ops.tspc.attention_backward(g, q, k, v, mask, out, lse, *ctx.rest)
+    return (*grads, *[None] * 7)
+
+
+_register("attention", _attention_setup, _attention_grad)

@@ -1,0 +1,205 @@
+"""Outline every chosen region: its ops become the body of one `fold` node, y = sum_j body(tokens, W_j).
+
+In: the analysed program and the regions to fold. Out: a program in which a `fold` node stands for each region; its results
+are the region's exits. A bias that is added after the sum moves out of the body (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tspc.factor import Factor
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.regions import Region
+from tspc.program import FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+
+aten = torch.ops.aten
+SUM, LSE, STACK = "sum", "lse", "stack"
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A value that leaves a region: summed over j, merged by log-sum-exp, or stacked over j."""
+
+    ref: Ref
+    kind: str
+    dims: tuple[tuple[Factor, ...], ...]
+    type: Type
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a fold node runs. `units` pieces of the factor are in each of the D shards, pads included."""
+
+    name: str
+    factor: Factor
+    size: int
+    units: int
+    body: tuple[Node, ...]
+    records: dict[str, Record]
+    tokens: tuple[Ref, ...]  # carry the sequence
+    invariants: tuple[Ref, ...]  # carry neither the sequence nor the factor
+    sliced: tuple[Ref, ...]  # whole on every rank, read at the rows of shard j
+    weights: tuple[str, ...]
+    exits: tuple[Exit, ...]
+    schedule: str = "auto"
+
+
+def outline(
+    analysis: Analysis,
+    regions: Sequence[tuple[str, Region, str]],
+    leaves: frozenset[Factor],
+    ranks: int,
+) -> Program:
+    """regions: (name, region, schedule). leaves: the factors of the sequence."""
+    folds = [
+        _fold(analysis, name, region, schedule, leaves, ranks) for name, region, schedule in regions
+    ]
+    inside = {n.name for f in folds for n in f.body}
+    moved: dict[Ref, Ref] = {}
+    made: list[Node] = []
+    for k, fold in enumerate(folds):
+        node_name = f"fold_{k}"
+        params = tuple(Ref(w) for w in fold.weights)
+        types: list[Type | None] = []
+        extra: list[Node] = []
+        for i, e in enumerate(fold.exits):
+            types.append(e.type)
+            moved[e.ref] = Ref(node_name, i)
+            bias = _added_once(analysis.program.node(e.ref.name)) if e.kind == SUM else None
+            if bias is not None:
+                added = Node(
+                    f"{e.ref.name}_bias",
+                    aten.add.Tensor,
+                    (Ref(node_name, i), bias),
+                    types=(e.type,),
+                    source=analysis.program.node(e.ref.name).source,
+                )
+                extra.append(added)
+                moved[e.ref] = Ref(added.name)
+        operands = (fold.tokens, fold.invariants, fold.sliced, params)
+        source = fold.body[0].source
+        made.append(Node(node_name, FOLD, operands, {"fold": fold}, tuple(types), source))
+        made += extra
+    kept = [n for n in analysis.program.nodes if n.name not in inside]
+
+    def rename(r: Ref) -> Ref:
+        plain = Ref(r.name) if r.item == 0 else r
+        return moved.get(r, moved.get(plain, r))
+
+    nodes = [n.map_refs(rename) for n in kept + made]
+    return replace(analysis.program, nodes=_sorted(nodes)).without_dead_nodes()
+
+
+def _fold(
+    a: Analysis,
+    name: str,
+    region: Region,
+    schedule: str,
+    leaves: frozenset[Factor],
+    ranks: int,
+) -> Fold:
+    f = region.factor
+    records = {a.records[i].node.name: a.records[i] for i in sorted(region.ops)}
+    body = []
+    for r in records.values():
+        summed = any(role == "reduce" for role, *_ in r.roles.get(f, ()))
+        body.append(_summand(r.node) if summed else r.node)
+    inside = set(records)
+    kinds = {n.name: n.op for n in a.program.nodes}
+    tokens: dict[Ref, None] = {}
+    invariants: dict[Ref, None] = {}
+    sliced: dict[Ref, None] = {}
+    weights: dict[str, None] = {}
+    for node in body:
+        r = records[node.name]
+        used = set(node.refs())
+        for ref, carried in zip(r.refs, r.carried_in):
+            if ref is None or ref.name in inside or ref not in used:
+                continue
+            if f in carried:
+                big = kinds[ref.name] == PARAM and len(a.program.node(ref.name).type.shape) > 1
+                if big:
+                    weights[ref.name] = None
+                else:
+                    sliced[ref] = None
+            elif carried & leaves:
+                tokens[ref] = None
+            else:
+                invariants[ref] = None
+    exits = []
+    outputs = {r for r in a.program.output.refs()}
+    for r in records.values():
+        roles = {role for role, *_ in r.roles.get(f, ())}
+        for item, (dims, t) in enumerate(zip(r.outs, r.node.types)):
+            if t is None:
+                continue
+            ref = Ref(r.node.name, item if len(r.node.types) > 1 else None)
+            shape = tuple(tuple(d) for d in dims)
+            if roles & {"reduce"}:
+                exits.append(Exit(ref, SUM, shape, t))
+            elif "lse" in roles:
+                exits.append(Exit(ref, LSE, shape, t))
+            elif ref in outputs:
+                exits.append(Exit(ref, STACK, shape, t))
+    size = int(f.size)
+    return Fold(
+        name,
+        f,
+        size,
+        -(-size // ranks),
+        tuple(body),
+        records,
+        tuple(tokens),
+        tuple(invariants),
+        tuple(sliced),
+        tuple(weights),
+        tuple(exits),
+        schedule,
+    )
+
+
+def _added_once(node: Node) -> Ref | None:
+    """The operand that is added after the sum."""
+    if node.op == aten.linear.default and len(node.args) > 2:
+        return node.args[2]
+    if node.op in (aten.addmm.default, aten.baddbmm.default):
+        return node.args[0]
+    return None
+
+
+def _summand(node: Node) -> Node:
+    """The node without what is added after the sum."""
+    if _added_once(node) is None:
+        return node
+    if node.op == aten.linear.default:
+        return replace(node, args=node.args[:2])
+    plain = aten.mm.default if node.op == aten.addmm.default else aten.bmm.default
+    return replace(node, op=plain, args=node.args[1:3], kwargs={})
+
+
+def _sorted(nodes: list[Node]) -> tuple[Node, ...]:
+    """Topological order that keeps the given order where it can; placeholders first, the output last."""
+    by_name = {n.name: n for n in nodes}
+    done: set[str] = set()
+    out: list[Node] = []
+    for first in nodes:
+        stack = [first]
+        while stack:
+            n = stack[-1]
+            if n.name in done:
+                stack.pop()
+                continue
+            missing = [by_name[r.name] for r in n.refs() if r.name not in done]
+            if missing:
+                stack += missing[:1]
+                continue
+            done.add(n.name)
+            out.append(n)
+            stack.pop()
+    placeholders = [n for n in out if n.op in (PARAM, "buffer", "input")]
+    rest = [n for n in out if n.op not in (PARAM, "buffer", "input", OUTPUT)]
+    return (*placeholders, *rest, by_name[OUTPUT])

@@ -1,0 +1,268 @@
+"""Decide on which ranks each value lives and insert the conversions (DESIGN section 6).
+
+In: a program whose regions are folds, with its analysis. Out: `Typed`: the same program with conversion nodes, the dims of
+every value as factors, and its placement: "R" (equal on all ranks) or "S" (cut along the sequence). A partial sum is
+all-reduced where it arises; a replicated value that meets a sequence-sharded one is used through a "vary" or a "local".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tspc.factor import Factor, Factors
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.fold import LSE, SUM, Fold
+from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
+
+aten = torch.ops.aten
+Dims = tuple[tuple[Factor, ...], ...]
+
+# kinds of the nodes that this pass inserts
+LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR = "local", "whole", "all_reduce", "vary", "clear_pads"
+GATHER_WEIGHT, EMBED, ATTENTION = "gather_weight", "embed", "attention"
+CONVERSIONS = (LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR, GATHER_WEIGHT, EMBED, ATTENTION)
+SUMS = (aten.sum.dim_IntList, aten.sum.default)
+MEANS = (aten.mean.dim, aten.mean.default)
+CONTRACTIONS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten.einsum.default,
+)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An op that runs replicated: what it is, why, where."""
+
+    node: str
+    op: str
+    why: str
+    shape: tuple[Size, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A program with conversions; dims and places by (name, item)."""
+
+    program: Program
+    factors: Factors
+    dims: dict[tuple[str, int], Dims]
+    places: dict[tuple[str, int], str]
+    records: dict[str, Record]
+    leaf: Factor | None  # the factor of the sequence
+    fallbacks: tuple[Fallback, ...] = ()
+
+
+@dataclass
+class _State:
+    analysis: Analysis
+    leaf: Factor | None
+    cut_weights: frozenset[str]
+    lookups: frozenset[str]
+    nodes: list[Node] = field(default_factory=list)
+    dims: dict[tuple[str, int], Dims] = field(default_factory=dict)
+    places: dict[tuple[str, int], str] = field(default_factory=dict)
+    types: dict[tuple[str, int], Type] = field(default_factory=dict)
+    converted: dict[tuple[Ref, str], Ref] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
+        f = self.analysis.F
+        return self.leaf is not None and any(self.leaf in f.leaves(d) for d in dims or ())
+
+    def place(self, ref: Ref) -> str:
+        return self.places[ref.name, ref.item or 0]
+
+    def emit(self, node: Node, dims: Sequence[Dims], place: str) -> Ref:
+        self.nodes.append(node)
+        for item, (d, t) in enumerate(zip(dims, node.types)):
+            if t is not None:
+                self.dims[node.name, item] = d
+                self.places[node.name, item] = place
+                self.types[node.name, item] = t
+        return Ref(node.name)
+
+    def convert(self, ref: Ref, kind: str, place: str, source: str) -> Ref:
+        """One conversion per value and kind."""
+        key = (ref, kind)
+        if key not in self.converted:
+            t = self.types[ref.name, ref.item or 0]
+            dims = self.dims[ref.name, ref.item or 0]
+            base = f"{ref.name}_{ref.item}" if ref.item else ref.name
+            node = Node(f"{base}.{kind}", kind, (ref,), types=(t,), source=source)
+            self.converted[key] = self.emit(node, [dims], place)
+        return self.converted[key]
+
+    def sequence(self, ref: Ref, source: str) -> Ref:
+        """The value cut along the sequence."""
+        if self.place(ref) == "S":
+            return ref
+        return self.convert(ref, LOCAL, "S", source)
+
+    def replicated(self, ref: Ref, source: str) -> Ref:
+        """The value whole on every rank, its cotangent equal on all."""
+        if ref.name in self.cut_weights:
+            return self.convert(ref, GATHER_WEIGHT + "_r", "R", source)
+        return self.convert(ref, WHOLE, "R", source) if self.place(ref) == "S" else ref
+
+    def varying(self, ref: Ref, source: str) -> Ref:
+        """A whole value whose cotangents differ by rank and add up."""
+        if ref.name in self.cut_weights:
+            return self.convert(ref, GATHER_WEIGHT, "V", source)
+        t = self.types[ref.name, ref.item or 0]
+        return self.convert(ref, VARY, "V", source) if t.requires_grad else ref
+
+
+def propagate(
+    program: Program,
+    analysis: Analysis,
+    leaf: Factor | None,
+    cut_weights: frozenset[str],
+    lookups: frozenset[str],
+    whole_outputs: bool = True,
+) -> Typed:
+    """cut_weights: parameters whose storage is cut. lookups: nodes that look rows up in a cut table."""
+    s = _State(analysis, leaf, cut_weights, lookups)
+    records = {r.node.name: r for r in analysis.records}
+    for n in program.nodes:
+        if n.op in PLACEHOLDERS:
+            dims = tuple(map(tuple, analysis.env[n.name, 0])) if (n.name, 0) in analysis.env else ()
+            s.emit(n, [dims or _plain(analysis, n.type)], "R")
+        elif n.op == OUTPUT:
+            s.nodes.append(n)
+        elif n.op == FOLD:
+            _fold(s, n)
+        elif n.name in analysis.replicated:
+            every = [_dims_of(analysis, n.name, i, t) for i, t in enumerate(n.types)]
+            s.emit(n, every, "R")
+        else:
+            _call(s, n, records.get(n.name))
+    nodes = tuple(s.nodes)
+    return Typed(
+        replace(program, nodes=nodes),
+        analysis.F,
+        s.dims,
+        s.places,
+        records,
+        leaf,
+        tuple(s.fallbacks),
+    )
+
+
+def _plain(a: Analysis, t: Type) -> Dims:
+    return tuple(a.F.dim(size) for size in t.shape)
+
+
+def _dims_of(a: Analysis, name: str, item: int, t: Type | None) -> Dims:
+    if t is None:
+        return ()
+    if (name, item) in a.env:
+        return tuple(map(tuple, a.env[name, item]))
+    return _plain(a, t)
+
+
+def _fold(s: _State, n: Node) -> None:
+    fold: Fold = n.kwargs["fold"]
+    tokens = tuple(
+        r if _weak(s, r) else s.sequence(r, n.source) for r in n.args[0]
+    )
+    invariants = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[1])
+    sliced = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[2])
+    node = replace(n, args=(tokens, invariants, sliced, n.args[3]))
+    s.nodes.append(node)
+    for item, e in enumerate(fold.exits):
+        s.dims[n.name, item] = e.dims
+        s.places[n.name, item] = "S"
+        s.types[n.name, item] = e.type
+
+
+def _weak(s: _State, ref: Ref) -> bool:
+    return s.place(ref) == "R" and not s.types[ref.name, ref.item or 0].requires_grad
+
+
+def _call(s: _State, n: Node, record: Record | None) -> None:
+    a = s.analysis
+    if record is None:  # made by a pass: pointwise on its first operand
+        first = n.refs()[0]
+        dims = s.dims[first.name, first.item or 0]
+        operands = {r: s.dims[r.name, r.item or 0] for r in n.refs()}
+        outs, roles = [dims], {}
+    else:
+        outs = [tuple(map(tuple, o)) for o in record.outs]
+        operands = {r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r is not None}
+        roles = record.roles.get(s.leaf, ()) if s.leaf is not None else ()
+    kinds = {role for role, *_ in roles}
+    operands = {r: operands.get(r, ()) for r in n.refs()}
+    cut = [r for r, d in operands.items() if s.carries(d)]
+    touched = bool(cut) or any(map(s.carries, outs))
+    active = any(s.place(r) == "S" for r in operands)
+    weighted = any(_is_param(s, r) for r in operands)
+    if not touched or not (active or weighted):
+        _replicate(s, n, outs)
+        return
+    if n.name in s.lookups and kinds <= {"select"}:
+        pass
+    if n.op == aten.embedding.default and n.args[0].name in s.lookups:
+        _lookup(s, n, outs)
+    elif n.op == aten.scaled_dot_product_attention.default and kinds <= {"exchange", "at"}:
+        _attention(s, n, outs)
+    elif not kinds:
+        renamed = {r: s.sequence(r, n.source) if r in cut else s.varying(s.replicated(r, n.source), n.source) for r in operands}
+        s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
+    elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
+        _reduce(s, n, outs, operands, cut)
+    else:
+        why = ", ".join(sorted(kinds))
+        s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
+        _replicate(s, n, outs)
+    del a
+
+
+def _is_param(s: _State, ref: Ref) -> bool:
+    return any(m.name == ref.name and m.op == PARAM for m in s.nodes[: len(s.analysis.program.nodes)])
+
+
+def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
+    renamed = {r: s.replicated(r, n.source) for r in n.refs()}
+    s.emit(n.map_refs(lambda r: renamed[r]), outs, "R")
+
+
+def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
+    table, ids = n.args[0], s.replicated(n.args[1], n.source)
+    s.emit(Node(n.name, EMBED, (table, ids), types=n.types, source=n.source), outs, "S")
+
+
+def _attention(s: _State, n: Node, outs: Sequence[Dims]) -> None:
+    q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
+    mask = n.args[3] if len(n.args) > 3 else None
+    rest = (mask, *n.args[4:])
+    s.emit(replace(n, op=n.op, args=(q, k, v, *rest)), outs, "S")
+
+
+def _reduce(
+    s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any], cut: list[Ref]
+) -> None:
+    """A sum over the sequence: pads cleared on one operand, then the partial sums are all-reduced."""
+    renamed: dict[Ref, Ref] = {}
+    for r in operands:
+        if r in cut:
+            renamed[r] = s.sequence(r, n.source)
+        else:
+            renamed[r] = s.varying(s.replicated(r, n.source), n.source)
+    first = renamed[cut[0]]
+    renamed[cut[0]] = s.convert(first, CLEAR, "S", n.source)
+    partial = replace(n, name=f"{n.name}.partial", args=n.args).map_refs(lambda r: renamed[r])
+    s.emit(partial, outs, "P")
+    whole = Node(n.name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source)
+    s.emit(whole, outs, "R")
+
+
+__all__ = ["CONVERSIONS", "LSE", "SUM", "Fallback", "Typed", "propagate"]
