@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-
-from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import Region
+
+from tspc.factor import Factor
 from tspc.program import FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 
 aten = torch.ops.aten

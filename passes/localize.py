@@ -94,7 +94,13 @@ class Sizes:
         return local
 
 
-def call(node: Node, ins: Sequence[Dims | None], outs: Sequence[Dims], sizes: Sizes, get: Callable[[Ref], Any]) -> Any:
+def call(
+    node: Node,
+    ins: Sequence[Dims | None],
+    outs: Sequence[Dims],
+    sizes: Sizes,
+    get: Callable[[Ref], Any],
+) -> Any:
     """One ordinary op on local tensors."""
 
     def argument(a: Any) -> Any:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-
-from tspc.factor import Factor, Factors
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.fold import LSE, SUM, Fold
+
+from tspc.factor import Factor, Factors
 from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten
@@ -171,9 +171,7 @@ def _dims_of(a: Analysis, name: str, item: int, t: Type | None) -> Dims:
 
 def _fold(s: _State, n: Node) -> None:
     fold: Fold = n.kwargs["fold"]
-    tokens = tuple(
-        r if _weak(s, r) else s.sequence(r, n.source) for r in n.args[0]
-    )
+    tokens = tuple(r if _weak(s, r) else s.sequence(r, n.source) for r in n.args[0])
     invariants = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[1])
     sliced = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[2])
     node = replace(n, args=(tokens, invariants, sliced, n.args[3]))
@@ -197,7 +195,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         outs, roles = [dims], {}
     else:
         outs = [tuple(map(tuple, o)) for o in record.outs]
-        operands = {r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r is not None}
+        operands = {
+            r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r is not None
+        }
         roles = record.roles.get(s.leaf, ()) if s.leaf is not None else ()
     kinds = {role for role, *_ in roles}
     operands = {r: operands.get(r, ()) for r in n.refs()}
@@ -215,7 +215,12 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     elif n.op == aten.scaled_dot_product_attention.default and kinds <= {"exchange", "at"}:
         _attention(s, n, outs)
     elif not kinds:
-        renamed = {r: s.sequence(r, n.source) if r in cut else s.varying(s.replicated(r, n.source), n.source) for r in operands}
+        renamed = {
+            r: s.sequence(r, n.source)
+            if r in cut
+            else s.varying(s.replicated(r, n.source), n.source)
+            for r in operands
+        }
         s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
     elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
         _reduce(s, n, outs, operands, cut)
@@ -227,7 +232,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
 
 
 def _is_param(s: _State, ref: Ref) -> bool:
-    return any(m.name == ref.name and m.op == PARAM for m in s.nodes[: len(s.analysis.program.nodes)])
+    return any(
+        m.name == ref.name and m.op == PARAM for m in s.nodes[: len(s.analysis.program.nodes)]
+    )
 
 
 def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:

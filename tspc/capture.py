@@ -55,7 +55,9 @@ class Captured:
         }
 
 
-def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph") -> Captured:
+def capture(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph"
+) -> Captured:
     """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's own fake mode."""
     context = TracingContext.get()
     assert context.fake_mode is not None
@@ -117,7 +119,7 @@ def _cut_whole_weights(
     gm: torch.fx.GraphModule, fakes: list[Any], mode: Any
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
     """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole weight."""
-    target = getattr(getattr(torch.ops, "tspc"), "whole_weight", None)
+    target = getattr(torch.ops.tspc, "whole_weight", None)
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     placeholders = list(graph.find_nodes(op="placeholder"))
@@ -258,7 +260,7 @@ def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
 
 
 def source_line(node: torch.fx.Node) -> str:
-    """"file:line" of the innermost frame of the model's own code."""
+    """ "file:line" of the innermost frame of the model's own code."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [(f, l) for f, l in found if "/torch/" not in f]
     if not own:

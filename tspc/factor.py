@@ -4,6 +4,7 @@ A dim is a tuple of factors, major first; () is size 1. A factor is a leaf, or a
 into, or refined once and for all: `seq` (an ordered product of factors) or `cat` (dims laid end to end).
 A dim therefore reads as a sum of products of leaves: `H·d`, `q·d + k·d + k·d`, `H·(d + d + d)`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,14 @@ MAX_SEGMENTS = 16
 @lru_cache(None)
 def divide(a: Size, b: Size) -> Size | None:
     """a / b if exact for every value of the symbols, else None."""
-    if a == b: return 1
-    if isinstance(a, int) and isinstance(b, int): return a // b if b and a % b == 0 else None
+    if a == b:
+        return 1
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
     q = sympy.cancel(sympy.sympify(a) / b)
     num, den = sympy.fraction(q)
-    if den != 1: return None
+    if den != 1:
+        return None
     return int(q) if q.is_Integer else q
 
 
@@ -33,15 +37,16 @@ def norm(n: Size) -> Size:
     """Plain ints in place of sympy integers."""
     return int(n) if isinstance(n, sympy.Integer) else n
 
+
 def const(n: Size) -> bool:
     return isinstance(n, int)
-
 
 
 class Factor:
     """A named size: a leaf, a link to the factor that it merged into, or refined into `seq` or `cat`."""
 
     __slots__ = ("id", "size", "origin", "link", "seq", "cat", "image", "image_of", "part_of")
+
     def __init__(self, id: int, size: Size, origin: str):
         self.id, self.size, self.origin = id, size, origin
         self.link: Factor | None = None
@@ -50,6 +55,7 @@ class Factor:
         self.image: Factor | None = None
         self.image_of: Factor | None = None
         self.part_of: Factor | None = None
+
     def __repr__(self) -> str:
         return f"f{self.id}:{self.size}"
 
@@ -66,7 +72,9 @@ class Factors:
 
     # construction
     def new(self, size: Size, origin: str = "") -> Factor:
-        f = Factor(len(self.all), norm(size), origin); self.all.append(f); return f
+        f = Factor(len(self.all), norm(size), origin)
+        self.all.append(f)
+        return f
 
     def dim(self, size: Size, origin: str = "") -> Dim:
         return () if size == 1 else (self.new(size, origin),)
@@ -74,21 +82,27 @@ class Factors:
     def concat(self, dims: Sequence[Dim], origin: str = "") -> Dim:
         """A dim that is `dims` end to end; segments of segments are flattened."""
         flat = self.flat(dims)
-        if len(flat) == 1: return flat[0]
-        f = self.new(sum(self.size(d) for d in flat), origin); f.cat = tuple(flat)
+        if len(flat) == 1:
+            return flat[0]
+        f = self.new(sum(self.size(d) for d in flat), origin)
+        f.cat = tuple(flat)
         return (f,)
 
     def image(self, f: Factor) -> Factor:
         """The gathered twin of a leaf: same size, never merged with it."""
         f = self.find(f)
-        if f.image_of: return f
-        if not f.image: f.image = self.new(f.size, f.origin + "'"); f.image.image_of = f
+        if f.image_of:
+            return f
+        if not f.image:
+            f.image = self.new(f.size, f.origin + "'")
+            f.image.image_of = f
         return self.find(f.image)
 
     # reading
     def find(self, f: Factor) -> Factor:
         while f.link:
-            if f.link.link: f.link = f.link.link
+            if f.link.link:
+                f.link = f.link.link
             f = f.link
         return f
 
@@ -97,61 +111,80 @@ class Factors:
         out = []
         for f in dim:
             f = self.find(f)
-            if f.seq: out += self.expand(f.seq)
-            else: out.append(f)
+            if f.seq:
+                out += self.expand(f.seq)
+            else:
+                out.append(f)
         return tuple(out)
 
     def flat(self, dims: Sequence[Dim]) -> list[Dim]:
         """Segments, those that were themselves cut later spelled out."""
         out = []
-        for d in map(self.expand, dims): out += self.flat(d[0].cat) if len(d) == 1 and d[0].cat else [d]
+        for d in map(self.expand, dims):
+            out += self.flat(d[0].cat) if len(d) == 1 and d[0].cat else [d]
         return out
 
     def size(self, dim: Sequence[Factor]) -> Size:
         n = 1
-        for f in dim: n = n * self.find(f).size
+        for f in dim:
+            n = n * self.find(f).size
         return norm(n)
 
     def leaves(self, dim: Sequence[Factor]) -> Iterator[Factor]:
         for f in self.expand(dim):
             if f.cat:
-                for d in f.cat: yield from self.leaves(d)
-            else: yield f
+                for d in f.cat:
+                    yield from self.leaves(d)
+            else:
+                yield f
 
     def show(self, dim: Sequence[Factor], names: dict[int, str] | None = None) -> str:
         def one(f):
-            if f.cat: return "(" + " + ".join(self.show(d, names) for d in f.cat) + ")"
+            if f.cat:
+                return "(" + " + ".join(self.show(d, names) for d in f.cat) + ")"
             return (names or {}).get(f.id) or f"{f.size}#{f.id}"
+
         return "·".join(map(one, self.expand(dim))) or "1"
 
     # refinement
     def split(self, f: Factor, major: Size) -> Dim | None:
         """Refine f into (major, rest); None if it cannot be done exactly."""
         rest = divide(f.size, major)
-        if rest is None: return None
+        if rest is None:
+            return None
         if f.cat:  # n equal segments are a product n · segment
-            if len(f.cat) != major or any(self.size(d) != rest or not self.unify(d, f.cat[0]) for d in f.cat[1:]): return None
+            if len(f.cat) != major or any(
+                self.size(d) != rest or not self.unify(d, f.cat[0]) for d in f.cat[1:]
+            ):
+                return None
             f.seq, f.cat = (self.new(major, f.origin), *f.cat[0]), None
         else:
             f.seq = (self.new(major, f.origin), self.new(rest, f.origin))
-            if f.image: f.image.seq, f.image = tuple(self.image(g) for g in f.seq), None
+            if f.image:
+                f.image.seq, f.image = tuple(self.image(g) for g in f.seq), None
         return f.seq
 
     def cut(self, dim: Dim, sizes: Sequence[Size]) -> list[Dim] | None:
         """Refine a dim into segments of these sizes and return them; None if the bounds fall inside of a factor."""
         fs = self.expand(dim)
-        if not fs: return None
+        if not fs:
+            return None
         f, minor = fs[0], self.size(fs[1:])
         inner = [divide(n, minor) for n in sizes]
-        if None in inner: return None
-        if not f.cat: f.cat = tuple((self.new(n, f.origin),) for n in inner)
+        if None in inner:
+            return None
+        if not f.cat:
+            f.cat = tuple((self.new(n, f.origin),) for n in inner)
         segs, it = [], self.flat(f.cat)
         for n in inner:
             got, total = [], 0
             while total != n and it:
-                got.append(it.pop(0)); total = norm(total + self.size(got[-1]))
-                if const(total) and const(n) and total > n: return None
-            if total != n: return None
+                got.append(it.pop(0))
+                total = norm(total + self.size(got[-1]))
+                if const(total) and const(n) and total > n:
+                    return None
+            if total != n:
+                return None
             segs.append(self.concat(got, f.origin) + fs[1:])
         return segs
 
@@ -161,24 +194,34 @@ class Factors:
         for n in sizes:
             got = []
             while n != 1:
-                if not todo: return None
+                if not todo:
+                    return None
                 f = self.find(todo.pop(0))
-                if f.seq: todo[:0] = self.expand((f,)); continue
+                if f.seq:
+                    todo[:0] = self.expand((f,))
+                    continue
                 q = divide(n, f.size)
                 if q is None:
-                    if divide(f.size, n) is None or self.split(f, n) is None: return None
-                    todo[:0] = self.expand((f,)); continue
-                got.append(f); n = q
+                    if divide(f.size, n) is None or self.split(f, n) is None:
+                        return None
+                    todo[:0] = self.expand((f,))
+                    continue
+                got.append(f)
+                n = q
             out.append(tuple(got))
         return None if todo else out
 
     # union
     def same(self, a: Size, b: Size) -> bool:
         """Sizes are equal, or both are symbolic and equal by their hints: then a guard is assumed."""
-        if a == b: return True
-        if const(a) or const(b): return False
+        if a == b:
+            return True
+        if const(a) or const(b):
+            return False
         v = lambda e: e.subs({s: self.hints.get(s) for s in e.free_symbols})
-        if v(a) == v(b): self.assumed.append((a, b)); return True
+        if v(a) == v(b):
+            self.assumed.append((a, b))
+            return True
         return False
 
     def unify(self, a: Sequence[Factor], b: Sequence[Factor]) -> bool:
@@ -186,42 +229,58 @@ class Factors:
         a, b = list(self.expand(a)), list(self.expand(b))
         while a and b:
             x, y = self.find(a[0]), self.find(b[0])
-            if x.seq or y.seq: a[:1], b[:1] = self.expand((x,)), self.expand((y,)); continue
+            if x.seq or y.seq:
+                a[:1], b[:1] = self.expand((x,)), self.expand((y,))
+                continue
             if x is y or divide(x.size, y.size) == 1:
-                if not self.merge(x, y): return False
+                if not self.merge(x, y):
+                    return False
                 del a[0], b[0]
-            elif divide(x.size, y.size) is not None and self.split(x, y.size): continue
-            elif divide(y.size, x.size) is not None and self.split(y, x.size): continue
+            elif divide(x.size, y.size) is not None and self.split(x, y.size) or divide(y.size, x.size) is not None and self.split(y, x.size):
+                continue
             elif self.same(x.size, y.size):
-                if not self.merge(x, y): return False
+                if not self.merge(x, y):
+                    return False
                 del a[0], b[0]
-            else: return False
+            else:
+                return False
         return not a and not b
 
     def merge(self, x: Factor, y: Factor) -> bool:
-        if x is y: return True
-        if x.image is y or y.image is x:
-            if self.on_image: self.on_image(x if x.image is y else y)
+        if x is y:
             return True
-        if x.cat and y.cat: return self.merge_segments(x, y)
-        if x.cat or (y.image_of is None and x.image_of is not None): x, y = y, x  # x becomes a link to y
-        if x.image and y.image: self.unify((x.image,), (y.image,))
-        elif x.image: y.image, x.image.image_of = x.image, y
+        if x.image is y or y.image is x:
+            if self.on_image:
+                self.on_image(x if x.image is y else y)
+            return True
+        if x.cat and y.cat:
+            return self.merge_segments(x, y)
+        if x.cat or (y.image_of is None and x.image_of is not None):
+            x, y = y, x  # x becomes a link to y
+        if x.image and y.image:
+            self.unify((x.image,), (y.image,))
+        elif x.image:
+            y.image, x.image.image_of = x.image, y
         x.link = y
         return True
 
     def merge_segments(self, x: Factor, y: Factor) -> bool:
         a, b, n = self.flat(x.cat), self.flat(y.cat), 0
         while a and b:
-            n += 1; p, q = self.size(a[0]), self.size(b[0])
-            if n > MAX_SEGMENTS: return False
+            n += 1
+            p, q = self.size(a[0]), self.size(b[0])
+            if n > MAX_SEGMENTS:
+                return False
             if p == q:
-                if not self.unify(a.pop(0), b.pop(0)): return False
+                if not self.unify(a.pop(0), b.pop(0)):
+                    return False
             elif const(p) and const(q):
                 big, small = (a, q) if p > q else (b, p)
                 segs = self.cut(big[0], [small, abs(p - q)])
-                if segs is None: return False
+                if segs is None:
+                    return False
                 big[:1] = segs
-            else: return False
+            else:
+                return False
         x.link = y
         return not a and not b

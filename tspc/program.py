@@ -14,7 +14,14 @@ import sympy
 import torch
 
 Size = int | sympy.Expr
-PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = "param", "buffer", "input", "constant", "output", "fold"
+PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = (
+    "param",
+    "buffer",
+    "input",
+    "constant",
+    "output",
+    "fold",
+)
 PLACEHOLDERS = (PARAM, BUFFER, INPUT)
 
 

@@ -8,16 +8,17 @@ broadcast). A size-1 dim matches any letter. A letter only on the right is new. 
   select  indexed by an integer operand                    exchange  met across ranks inside of the op
   lse     reduced by a log-sum-exp merge                   once=i  operand i is added after the sum, so only once
 A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its offset
-A summed letter may have:      offset  the op reads its position: a shard is told where it starts
 """
+
 from __future__ import annotations
+
 import re
 from dataclasses import dataclass, field
-import torch
+
 from tspc.errors import RuleError
 from tspc.factor import divide
 
-ROLES = ("reduce", "whole", "select", "exchange", "lse", "at", "offset")
+ROLES = ("reduce", "whole", "select", "exchange", "lse", "at")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,18 @@ class Rule:
         def tensor(t):
             toks = re.findall(r"\([^)]*\)|\.\.\.|\S+", t.strip())
             return tuple(x if x in ("...", "1") else tuple(x.strip("()").split()) for x in toks)
+
         left, right = text.split("->")
-        r = Rule(tuple(map(tensor, left.split(","))), tuple(map(tensor, right.split(","))),
-                 tuple((l, k) for k in ROLES for l in roles.pop(k, "").split()), (once,) if isinstance(once, int) else tuple(once))
+        r = Rule(
+            tuple(map(tensor, left.split(","))),
+            tuple(map(tensor, right.split(","))),
+            tuple((l, k) for k in ROLES for l in roles.pop(k, "").split()),
+            (once,) if isinstance(once, int) else tuple(once),
+        )
         if roles:
-            raise RuleError(f"{text!r}: unknown role {sorted(roles)}; valid: {', '.join(ROLES)}, once")
+            raise RuleError(
+                f"{text!r}: unknown role {sorted(roles)}; valid: {', '.join(ROLES)}, once"
+            )
         vanish = r.letters(r.ins) - r.letters(r.outs) - {l for l, _ in r.roles}
         if vanish:
             at = text.index(min(vanish))
@@ -46,10 +54,16 @@ class Rule:
         return r
 
     @staticmethod
-    def letters(tensors): return {l for t in tensors for tok in t if tok not in ("...", "1") for l in tok}
+    def letters(tensors):
+        return {l for t in tensors for tok in t if tok not in ("...", "1") for l in tok}
 
     def __str__(self):
-        t = lambda ts: ", ".join(" ".join(x if isinstance(x, str) else x[0] if len(x) == 1 else f"({' '.join(x)})" for x in t) for t in ts)
+        t = lambda ts: ", ".join(
+            " ".join(
+                x if isinstance(x, str) else x[0] if len(x) == 1 else f"({' '.join(x)})" for x in t
+            )
+            for t in ts
+        )
         return f"{t(self.ins)} -> {t(self.outs)}" + "".join(f", {k}={l}" for l, k in self.roles)
 
 
@@ -72,6 +86,7 @@ def computed(*ops):
             _unique(op)
             COMPUTED[op] = fn
         return fn
+
     return register
 
 
@@ -87,6 +102,7 @@ class Event:
 @dataclass
 class Op:
     """What a rule sees of one node: arguments by schema name, operand dims, the factor table."""
+
     node: object
     args: dict  # schema name -> value
     refs: list  # tensor operands in schema order (None where absent)
@@ -95,31 +111,44 @@ class Op:
     events: list
     env: object  # value -> (dims, type), program-wide
     siblings: list = field(default_factory=list)  # slices of the same operand
-    exchanged: int | None = None  # of two output dims with one class, the one that a later op needs whole
-    weak: list = field(default_factory=list)  # per operand: replicated by nature, follows the others and refines nothing
+    exchanged: int | None = (
+        None  # of two output dims with one class, the one that a later op needs whole
+    )
+    weak: list = field(
+        default_factory=list
+    )  # per operand: replicated by nature, follows the others and refines nothing
 
     def event(self, role, dim, operand=None, why=""):
-        if dim: self.events.append(Event(self.node.name, operand, tuple(dim), role, why))
+        if dim:
+            self.events.append(Event(self.node.name, operand, tuple(dim), role, why))
 
-    def fresh(self, item=0): return [self.F.dim(n, self.node.name) for n in self.node.types[item].shape]
+    def fresh(self, item=0):
+        return [self.F.dim(n, self.node.name) for n in self.node.types[item].shape]
 
     def join(self, a, b, i=None, j=None):
         """Unify operand i's dim with b (met in operand j); the dim to go on with. Image against original gathers."""
-        if not a: return b
-        if not b: return a
+        if not a:
+            return b
+        if not b:
+            return a
         weak = lambda k: k is not None and k < len(self.weak) and self.weak[k]
-        if weak(i): return b
-        if weak(j): return a
+        if weak(i):
+            return b
+        if weak(j):
+            return a
         hit = []
         self.F.on_image = lambda f: hit.append(f)
-        ok = self.F.unify(a, b); self.F.on_image = None
+        ok = self.F.unify(a, b)
+        self.F.on_image = None
         if not ok:
             self.F.mismatch.append((self.node.name, self.F.show(a), self.F.show(b)))
-            self.event("whole", a, i, "mismatch"); self.event("whole", b, j, "mismatch")
+            self.event("whole", a, i, "mismatch")
+            self.event("whole", b, j, "mismatch")
         for f in hit:
             left = f in list(self.F.leaves(a))
             self.event("exchange", (f,), i if left else j)
-            if left: return b
+            if left:
+                return b
         return a
 
 
@@ -128,53 +157,77 @@ def apply(r, op):
     F, env, first, roles, lead, seen_as, uses, late = op.F, {}, {}, dict(r.roles), 0, {}, [], []
 
     def bind(key, dim, i):
-        if not dim: return
-        if roles.get(key) == "exchange": op.event("exchange", dim, i); return
+        if not dim:
+            return
+        if roles.get(key) == "exchange":
+            op.event("exchange", dim, i)
+            return
         before = len(op.events)
         env[key] = op.join(env[key], dim, first[key], i) if key in env else dim
         first.setdefault(key, i)
         gathered = {e.operand for e in op.events[before:] if e.role == "exchange"}
-        if key in roles: uses.append((key, i, dim if i not in gathered else None))
+        if key in roles:
+            uses.append((key, i, dim if i not in gathered else None))
 
-    strong_first = sorted(range(min(len(r.ins), len(op.ins))), key=lambda i: op.weak[i] if op.weak else 0)
+    strong_first = sorted(
+        range(min(len(r.ins), len(op.ins))), key=lambda i: op.weak[i] if op.weak else 0
+    )
     for i in strong_first:
         pattern, dims = r.ins[i], op.ins[i]
-        if dims is None: continue
+        if dims is None:
+            continue
         toks = list(pattern)
         if "..." in toks:
             at, n = toks.index("..."), len(dims) - len(toks) + 1
-            lead = max(lead, n); toks[at:at + 1] = [(("...", n - k),) for k in range(n)]
+            lead = max(lead, n)
+            toks[at : at + 1] = [(("...", n - k),) for k in range(n)]
         assert len(toks) == len(dims), f"{op.node.op}: {r}: operand {i} has {len(dims)} dims"
         seen_as[i] = toks
         for tok, dim in zip(toks, dims):
-            if len(tok) == 1: bind(tok[0], dim, i)
-            else: late.append((tok, dim, i))
+            if len(tok) == 1:
+                bind(tok[0], dim, i)
+            else:
+                late.append((tok, dim, i))
     for tok, dim, i in late:  # composite: sizes known from the other operands, at most one open
-        if not dim: continue
+        if not dim:
+            continue
         known = {l: F.size(env[l]) for l in tok if l in env}
         rest = F.size(dim)
-        for n in known.values(): rest = divide(rest, n)
+        for n in known.values():
+            rest = divide(rest, n)
         parts = rest and F.regroup([dim], [known.get(l, rest) for l in tok])
-        if not parts: op.event("whole", dim, i, "composite does not divide"); continue
-        for l, d in zip(tok, parts): bind(l, d, i)
-    for key, i, dim in uses: op.event(roles[key], dim or env[key], i)
+        if not parts:
+            op.event("whole", dim, i, "composite does not divide")
+            continue
+        for l, d in zip(tok, parts):
+            bind(l, d, i)
+    for key, i, dim in uses:
+        op.event(roles[key], dim or env[key], i)
     for i, toks in seen_as.items():  # a weak operand is read with the factors of the letters
-        if op.weak and op.weak[i]: op.ins[i] = [() if not d else sum((env.get(l, d) for l in tok), ()) for tok, d in zip(toks, op.ins[i])]
+        if op.weak and op.weak[i]:
+            op.ins[i] = [
+                () if not d else sum((env.get(l, d) for l in tok), ())
+                for tok, d in zip(toks, op.ins[i])
+            ]
     outs = []
-    for item, pattern in enumerate(r.outs[:len(op.node.types)]):
+    for item, pattern in enumerate(r.outs[: len(op.node.types)]):
         shape, toks = op.node.types[item].shape, list(pattern)
         if "..." in toks:
-            at = toks.index("..."); toks[at:at + 1] = [(("...", lead - k),) for k in range(lead)]
+            at = toks.index("...")
+            toks[at : at + 1] = [(("...", lead - k),) for k in range(lead)]
         dims, seen = [()] * len(toks), set()
         for at in sorted(range(len(toks)), key=lambda k: k == op.exchanged):
             tok, n = toks[at], shape[at]
-            if n == 1 or tok == "1": continue
+            if n == 1 or tok == "1":
+                continue
             for l in tok:
-                if l not in env: env[l] = F.dim(n, op.node.name) if len(tok) == 1 else ()
+                if l not in env:
+                    env[l] = F.dim(n, op.node.name) if len(tok) == 1 else ()
                 twice = {f for f in F.leaves(env[l]) if f in seen}
                 if twice:  # S x S: the later one is exchanged
                     for i, it in seen_as.items():
-                        if any(l in t for t in it): op.event("exchange", twice, i)
+                        if any(l in t for t in it):
+                            op.event("exchange", twice, i)
                     env[l] = replace(F, env[l], twice)
                 seen |= set(F.leaves(env[l]))
             dims[at] = tuple(f for l in tok for f in env[l])
@@ -186,9 +239,12 @@ def replace(F, dim, leaves):
     """dim with these leaves replaced by their images."""
     out = []
     for f in F.expand(dim):
-        if f in leaves: out.append(F.image(f))
-        elif f.cat: out += F.concat([replace(F, d, leaves) for d in f.cat])
-        else: out.append(f)
+        if f in leaves:
+            out.append(F.image(f))
+        elif f.cat:
+            out += F.concat([replace(F, d, leaves) for d in f.cat])
+        else:
+            out.append(f)
     return tuple(out)
 
 
@@ -196,5 +252,13 @@ def pointwise(op):
     """Broadcast from the right; operands' dims unify."""
     n = len(op.node.types[0].shape)
     letters = [f"d{k}" for k in range(n)]
-    ins = [tuple((l,) for l in letters[n - len(d):]) if d is not None else () for d in op.ins]
+    ins = [tuple((l,) for l in letters[n - len(d) :]) if d is not None else () for d in op.ins]
     return apply(Rule(tuple(ins), (tuple((l,) for l in letters),)), op)
+
+
+def fallback(op):
+    """An op without a rule: every dim whole, outputs new."""
+    for i, dims in enumerate(op.ins):
+        for d in dims or ():
+            op.event("whole", d, i, "no rule")
+    return [[op.F.dim(n, op.node.name) for n in t.shape] if t else [] for t in op.node.types]

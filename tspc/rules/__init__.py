@@ -1,0 +1,5 @@
+"""All rules; importing this fills the registries of `tspc.rule`."""
+
+from tspc.rules import contract, loss, norm, pointwise, view
+
+__all__ = ["contract", "loss", "norm", "pointwise", "view"]

@@ -1,0 +1,177 @@
+"""Bring a program to a normal form: constant indices are slices, identities go, the cross-entropy is spelled out.
+
+In: a captured program. Out: an equal one for which every later pass has a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from tspc import ops  # noqa: F401  defines tspc::pick
+from tspc.program import CONSTANT, Node, Program, Ref, Type
+
+aten = torch.ops.aten
+PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
+BIG = 2**40
+
+
+@dataclass
+class _Builder:
+    nodes: list[Node] = field(default_factory=list)
+    renamed: dict[Ref, Ref] = field(default_factory=dict)
+    types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
+
+    def ref(self, r: Ref) -> Ref:
+        return self.renamed.get(r, r)
+
+    def type(self, r: Ref) -> Type:
+        t = self.types[r.name][r.item or 0]
+        assert t is not None
+        return t
+
+    def add(self, node: Node) -> Ref:
+        self.nodes.append(node)
+        self.types[node.name] = node.types
+        return Ref(node.name)
+
+
+def normalize(program: Program) -> Program:
+    """Every rewrite keeps the values bit for bit, but for the order of the cross-entropy's sums."""
+    b = _Builder()
+    for n in program.nodes:
+        n = n.map_refs(b.ref)
+        if n.op == aten.cross_entropy_loss.default:
+            b.renamed[Ref(n.name)] = _cross_entropy(b, n)
+            continue
+        if n.op == aten.index.Tensor:
+            n = _constant_index(b, n)
+        same = _identity(b, n)
+        if same is not None:
+            b.renamed[Ref(n.name)] = same
+        else:
+            b.add(n)
+    return replace(program, nodes=tuple(b.nodes)).without_dead_nodes()
+
+
+def _identity(b: _Builder, n: Node) -> Ref | None:
+    """The operand that the node equals."""
+    if not n.is_call or not n.args or not isinstance(n.args[0], Ref):
+        if n.op == aten.cat.default:
+            return _one_part(b, n)
+        return None
+    source = b.type(n.args[0])
+    if len(n.types) != 1 or n.types[0] is None or n.type.dtype != source.dtype:
+        return None
+    if n.op == aten.slice.Tensor:
+        return n.args[0] if n.type.shape == source.shape and _step(n) == 1 else None
+    if n.op in (aten.view.default, aten.reshape.default, aten.expand.default):
+        return n.args[0] if n.type.shape == source.shape else None
+    if n.op == aten.clone.default or n.op == aten.contiguous.default:
+        return n.args[0]
+    return None
+
+
+def _step(n: Node) -> Any:
+    return n.args[4] if len(n.args) > 4 else n.kwargs.get("step", 1)
+
+
+def _one_part(b: _Builder, n: Node) -> Ref | None:
+    """A concatenation of which all but one operand are empty (a cache at its first call)."""
+    parts = [r for r in n.args[0] if 0 not in b.type(r).shape]
+    return parts[0] if len(parts) == 1 and b.type(parts[0]).dtype == n.type.dtype else None
+
+
+def _constant_index(b: _Builder, n: Node) -> Node:
+    """x[..., [i], ...] with one constant index of one element is a slice."""
+    indices = n.args[1]
+    at = [k for k, r in enumerate(indices) if r is not None]
+    if len(at) != 1:
+        return n
+    node = next(m for m in b.nodes if m.name == indices[at[0]].name)
+    while node.op in PASSED:
+        first = node.args[0].name
+        node = next(m for m in b.nodes if m.name == first)
+    if node.op != CONSTANT or node.type.shape != (1,):
+        return n
+    start = node.kwargs["value"][0]
+    end = start + 1 if start != -1 else 2**63 - 1
+    return replace(n, op=aten.slice.Tensor, args=(n.args[0], at[0], start, end), kwargs={})
+
+
+def _cross_entropy(b: _Builder, n: Node) -> Ref:
+    """-log softmax(logits)[label] = logsumexp(logits) - logits[label], then torch's reductions."""
+    names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+    defaults = (None, None, None, 1, -100, 0.0)
+    bound = {k: n.args[i] if i < len(n.args) else n.kwargs.get(k, d) for i, (k, d) in enumerate(zip(names, defaults))}
+    logits, labels, weight = bound["self"], bound["target"], bound["weight"]
+    t, count = b.type(logits), 0
+
+    def emit(op: Any, args: tuple[Any, ...], shape: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> Ref:
+        nonlocal count
+        count += 1
+        grad = dtype.is_floating_point and any(
+            b.type(r).requires_grad for r in Node("", op, args).refs()
+        )
+        kind = Type(shape, dtype, grad)
+        return b.add(Node(f"{n.name}.{count}", op, args, kw, (kind,), n.source))
+
+    if b.type(labels).dtype.is_floating_point:
+        return b.add(n)  # class probabilities: no rule, runs replicated
+    if len(t.shape) > 2:  # [N, V, ...]: classes last
+        order = (0, *range(2, len(t.shape)), 1)
+        logits = emit(aten.permute.default, (logits, order), tuple(t.shape[k] for k in order), t.dtype)
+        t = b.type(logits)
+    rows, classes, dtype = t.shape[:-1], t.shape[-1], t.dtype
+    boolean, index = torch.bool, b.type(labels).dtype
+    kept = emit(aten.ne.Scalar, (labels, bound["ignore_index"]), rows, boolean)
+    ignored = emit(aten.logical_not.default, (kept,), rows, boolean)
+    safe = emit(aten.masked_fill.Scalar, (labels, ignored, 0), rows, index)
+    lse = emit(aten.logsumexp.default, (logits, (len(rows),)), rows, dtype)
+    picked = emit(torch.ops.tspc.pick.default, (logits, safe), rows, dtype)
+    nll = emit(aten.sub.Tensor, (lse, picked), rows, dtype)
+    factor = None
+    if weight is not None:
+        factor = emit(aten.index.Tensor, (weight, (safe,)), rows, dtype)
+        nll = emit(aten.mul.Tensor, (nll, factor), rows, dtype)
+    nll = emit(aten.masked_fill.Scalar, (nll, ignored, 0), rows, dtype)
+    smoothing = bound["label_smoothing"]
+    smooth = None
+    if smoothing:
+        if weight is not None:
+            raise_unsupported = Node(n.name, n.op, n.args, n.kwargs, n.types, n.source)
+            return b.add(raise_unsupported)
+        summed = emit(aten.sum.dim_IntList, (logits, (len(rows),)), rows, dtype)
+        scaled = emit(aten.mul.Scalar, (lse, classes), rows, dtype)
+        smooth = emit(aten.sub.Tensor, (scaled, summed), rows, dtype)
+        smooth = emit(aten.masked_fill.Scalar, (smooth, ignored, 0), rows, dtype)
+    if bound["reduction"] == 0:
+        total, extra = nll, smooth
+        shape = rows
+    else:
+        shape = ()
+        total = emit(aten.sum.default, (nll,), (), dtype)
+        extra = emit(aten.sum.default, (smooth,), (), dtype) if smooth else None
+    if bound["reduction"] == 1:
+        if factor is not None:
+            factor = emit(aten.masked_fill.Scalar, (factor, ignored, 0), rows, dtype)
+            denominator = emit(aten.sum.default, (factor,), (), dtype)
+        else:
+            denominator = emit(aten.sum.default, (kept,), (), torch.int64)
+        total = emit(aten.div.Tensor, (total, denominator), (), dtype)
+        extra = emit(aten.div.Tensor, (extra, denominator), (), dtype) if extra else None
+    if extra is not None:
+        total = emit(aten.mul.Scalar, (total, 1 - smoothing), shape, dtype)
+        extra = emit(aten.mul.Scalar, (extra, _ratio(smoothing, classes)), shape, dtype)
+        total = emit(aten.add.Tensor, (total, extra), shape, dtype)
+    return total
+
+
+def _ratio(smoothing: float, classes: Any) -> Any:
+    return smoothing / classes if isinstance(classes, int) else sympy.Float(smoothing) / classes
+
+

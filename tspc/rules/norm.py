@@ -1,0 +1,80 @@
+"""Rules of reductions, norms and what needs a dim whole."""
+
+from __future__ import annotations
+
+import torch
+
+from tspc.rule import Op, Rule, apply, computed
+
+aten = torch.ops.aten
+
+
+def letters(n, but=()):
+    return [f"a{k}" for k in range(n)]
+
+
+def at(op, dim, i=0):
+    return dim % len(op.ins[i])
+
+
+@computed(aten.rms_norm.default, aten.layer_norm.default)
+def norm(op: Op) -> list:
+    d = " ".join(letters(len(op.args["normalized_shape"])))
+    return apply(Rule.parse(f"... {d}, {d}, {d} -> ... {d}", whole=d), op)
+
+
+def along(op, role, keep):
+    """Ops along args['dim']: the dim gets the role and stays, or goes."""
+    n = len(op.ins[0])
+    dims = op.args.get("dim")
+    dims = (
+        range(n)
+        if dims in (None, ())
+        else [at(op, d) for d in (dims if isinstance(dims, tuple) else (dims,))]
+    )
+    ls = letters(n)
+    out = [
+        ls[k] if k not in dims else "1"
+        for k in range(n)
+        if keep or k not in dims or op.args.get("keepdim")
+    ]
+    if keep:
+        out = ls
+    return apply(
+        Rule.parse(f"{' '.join(ls)} -> {' '.join(out)}", **{role: " ".join(ls[d] for d in dims)}),
+        op,
+    )
+
+
+@computed(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
+def reduction(op: Op) -> list:
+    return along(op, "reduce", False)
+
+
+@computed(
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten.cumsum.default,
+    aten.flip.default,
+)
+def whole_dim(op: Op) -> list:
+    return along(op, "whole", True)
+
+
+@computed(
+    aten.amax.default,
+    aten.max.dim,
+    aten.argmax.default,
+    aten.var.dim,
+    aten.std.dim,
+    aten.any.dim,
+    aten.all.dim,
+)
+def whole_reduction(op: Op) -> list:
+    return along(op, "whole", False)
+
+
+@computed(aten.logsumexp.default)
+def logsumexp(op: Op) -> list:
+    return along(op, "lse", False)

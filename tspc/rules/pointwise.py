@@ -1,0 +1,52 @@
+"""Rules of ops that work element by element, where torch does not tag them so."""
+
+from __future__ import annotations
+
+import torch
+
+from tspc.rule import Op, computed, pointwise
+
+aten = torch.ops.aten
+
+computed(
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.type_as.default,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten._to_copy.default,
+    aten.copy.default,
+)(pointwise)
+
+
+@computed(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+)
+def same(op: Op) -> list:
+    return [list(op.ins[0])]
+
+
+@computed(
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.scalar_tensor.default,
+    aten.rand.default,
+)
+def make(op: Op) -> list:
+    return [op.fresh()]
