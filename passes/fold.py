@@ -53,10 +53,15 @@ def outline(
     regions: Sequence[tuple[str, Region, str]],
     leaves: frozenset[Factor],
     ranks: int,
+    differentiable_outputs: bool = True,
 ) -> Program:
-    """regions: (name, region, schedule). leaves: the factors of the sequence."""
+    """regions: (name, region, schedule). leaves: the factors of the sequence.
+
+    differentiable_outputs: gradients flow back from the program's outputs that a region makes.
+    """
     folds = [
-        _fold(analysis, name, region, schedule, leaves, ranks) for name, region, schedule in regions
+        _fold(analysis, name, region, schedule, leaves, ranks, differentiable_outputs)
+        for name, region, schedule in regions
     ]
     inside = {n.name for f in folds for n in f.body}
     moved: dict[Ref, Ref] = {}
@@ -101,6 +106,7 @@ def _fold(
     schedule: str,
     leaves: frozenset[Factor],
     ranks: int,
+    differentiable_outputs: bool,
 ) -> Fold:
     f = region.factor
     records = {a.records[i].node.name: a.records[i] for i in sorted(region.ops)}
@@ -144,7 +150,8 @@ def _fold(
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
             elif ref in outputs:
-                exits.append(Exit(ref, STACK, shape, t))
+                grad = t.requires_grad and differentiable_outputs
+                exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
     size = int(f.size)
     return Fold(
         name,

@@ -17,10 +17,22 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.factor import Factor, Factors
-from tspc.program import CONSTANT, Node, Ref, Size, Type
+from tspc.ops import local_rows
+from tspc.passes.propagate import (
+    ALL_REDUCE,
+    CLEAR,
+    EMBED,
+    GATHER_WEIGHT,
+    LOCAL,
+    VARY,
+    WHOLE,
+    Typed,
+)
+from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 
 aten = torch.ops.aten
 Dims = Sequence[Sequence[Factor]]
+SDPA = aten.scaled_dot_product_attention.default
 
 SHAPED = {  # op -> index of its shape argument
     aten.view.default: 1,
@@ -168,9 +180,193 @@ def constant(node: Node, device: torch.device) -> torch.Tensor:
     )
 
 
-def shape_of(dims: Dims, sizes: Sizes) -> list[Any]:
-    return [sizes.dim(d) for d in dims]
+@dataclass(frozen=True)
+class Result:
+    """How an output of the program leaves the ranks: "whole" (equal on all), or "deferred": local, gathered at first use."""
+
+    kind: str
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    dim: int = 0
+    lead: Any = 1
 
 
-def global_shape(shape: Sequence[Size], sizes: Sizes) -> list[Any]:
-    return [sizes.value(s) for s in shape]
+class LocalProgram(torch.nn.Module):
+    """One rank's program: (symbols in order, rows c, placeholders in order) -> outputs; traceable with local fakes."""
+
+    def __init__(
+        self,
+        typed: Typed,
+        symbols: Sequence[sympy.Symbol],
+        order: str,
+        axis: str,
+        deferred: frozenset[int],
+    ):
+        super().__init__()
+        self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
+        self.deferred = deferred
+        self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
+
+    def forward(self, *args: Any) -> list[Any]:
+        """Runs the nodes in order."""
+        count = len(self.symbols)
+        symbols = dict(zip(self.symbols, args[:count]))
+        rows = args[count]
+        run = _Run(self, symbols, rows)
+        for name, value in zip(self.placeholders, args[count + 1 :]):
+            run.env[name, 0] = value
+        for node in self.typed.program.nodes:
+            if node.op == OUTPUT:
+                return [run.result(i, a) for i, a in enumerate(node.args)]
+            if node.op not in PLACEHOLDERS:
+                run.node(node)
+        raise AssertionError("a program without output")
+
+    def results(self, sizes: Sizes) -> list[Result | None]:
+        """How each output leaves; shapes are the whole ones."""
+        typed = self.typed
+        types = {n.name: n.types for n in typed.program.nodes}
+        out: list[Result | None] = []
+        for i, a in enumerate(typed.program.output.args):
+            if not isinstance(a, Ref):
+                out.append(None)
+                continue
+            t = types[a.name][a.item or 0]
+            shape = tuple(t.shape)
+            if i in self.deferred and typed.places[a.name, a.item or 0] == "S":
+                dims = typed.dims[a.name, a.item or 0]
+                dim, lead, _ = where(sizes, dims, typed.leaf)
+                out.append(Result("deferred", shape, t.dtype, dim, lead))
+            else:
+                out.append(Result("whole", shape, t.dtype))
+        return out
+
+
+def where(sizes: Sizes, dims: Dims, leaf: Factor | None) -> tuple[int, Any, Any]:
+    """(dim, lead, trail) of the sequence."""
+    assert leaf is not None
+    for k, d in enumerate(dims):
+        if leaf in sizes.factors.leaves(tuple(d)):
+            return (k, *sizes.around(d, leaf))
+    raise AssertionError("no sequence in these dims")
+
+
+class _Run:
+    """One execution of a local program."""
+
+    def __init__(self, program: LocalProgram, symbols: dict[sympy.Symbol, Any], rows: Any):
+        typed = program.typed
+        self.program, self.typed, self.rows = program, typed, rows
+        cut = {typed.leaf: local_rows(rows, program.order)} if typed.leaf is not None else {}
+        self.sizes = Sizes(typed.factors, symbols, cut)
+        self.whole = Sizes(typed.factors, symbols, {})
+        self.length = self.sizes.value(typed.leaf.size) if typed.leaf is not None else 1
+        self.env: dict[tuple[str, int], Any] = {}
+
+    def get(self, ref: Ref) -> Any:
+        return self.env[ref.name, ref.item or 0]
+
+    def dims(self, ref: Ref) -> Dims:
+        return self.typed.dims[ref.name, ref.item or 0]
+
+    def sequence(self, dims: Dims) -> tuple[Any, ...]:
+        """(dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
+        dim, lead, trail = where(self.sizes, dims, self.typed.leaf)
+        return dim, lead, trail, self.rows, self.length, self.program.order, self.program.axis
+
+    def node(self, n: Node) -> None:
+        value = self.value(n)
+        for item, v in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            t = n.types[item] if item < len(n.types) else None
+            if (
+                isinstance(v, torch.Tensor)
+                and t is not None
+                and v.requires_grad
+                and not t.requires_grad
+            ):
+                v = v.detach()
+            self.env[n.name, item] = v
+
+    def value(self, n: Node) -> Any:
+        tspc, axis = torch.ops.tspc, self.program.axis
+        if n.op == CONSTANT:
+            device = next(v.device for v in self.env.values() if isinstance(v, torch.Tensor))
+            return constant(n, device)
+        if n.op == FOLD:
+            return self.fold(n)
+        if n.op in (LOCAL, WHOLE, CLEAR):
+            (ref,) = n.args
+            return getattr(tspc, n.op)(self.get(ref), *self.sequence(self.dims(ref)))
+        if n.op == ALL_REDUCE:
+            return tspc.all_reduce(self.get(n.args[0]), axis)
+        if n.op == VARY:
+            return tspc.vary([self.get(n.args[0])], axis)[0]
+        if n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
+            dim, size = n.kwargs["dim"], int(n.type.shape[n.kwargs["dim"]])
+            return tspc.gather_weight(self.get(n.args[0]), dim, size, n.op == GATHER_WEIGHT, axis)
+        if n.op == EMBED:
+            table, ids = map(self.get, n.args)
+            return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
+        if n.op == SDPA and self.typed.places[n.name, 0] == "S":
+            return self.attention(n)
+        record = self.typed.records.get(n.name)
+        base = record or self.typed.records.get(n.name.removesuffix(".partial"))
+        sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
+        if base is None:
+            dims = [self.dims(Ref(n.name, i)) for i in range(len(n.types))]
+            ins: list[Any] = [self.dims(r) for r in n.refs()]
+            return call(n, ins, dims, sizes, self.get)
+        return call(n, base.ins, base.outs, sizes, self.get)
+
+    def attention(self, n: Node) -> Any:
+        names = [a.name for a in n.op._schema.arguments]
+        bound = {**dict(zip(names, n.args)), **n.kwargs}
+        q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
+        mask = bound.get("attn_mask")
+        mask = None if mask is None else self.get(mask)
+        scale = bound.get("scale")
+        scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+        rest = (self.rows, self.length, self.program.order, self.program.axis)
+        out, _ = torch.ops.tspc.attention(
+            q, k, v, mask, bool(bound.get("is_causal", False)), scale, *rest
+        )
+        return out
+
+    def fold(self, n: Node) -> list[Any]:
+        body = n.kwargs["body"]
+        tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
+        values = [self.sizes.symbols[s] for s in body.symbols]
+        rest = (values, self.rows, self.length, body.key, self.program.axis)
+        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *rest)
+        fold = n.kwargs["fold"]
+        out = []
+        for e, x in zip(fold.exits, got):
+            if e.kind == "lse":
+                x = torch.logsumexp(x, 0)
+            elif e.kind == "stack":
+                x = self.unstack(x, e.dims, fold)
+            out.append(x)
+        return out
+
+    def unstack(self, x: torch.Tensor, dims: Dims, fold: Any) -> torch.Tensor:
+        """[D, local with units of one shard] -> local with all units, pads dropped."""
+        f = fold.factor
+        for k, d in enumerate(dims):
+            if f in self.sizes.factors.leaves(tuple(d)):
+                lead, trail = self.sizes.around(d, f)
+                ranks, shape = x.shape[0], list(x.shape[1:])
+                parts = x.reshape(ranks, *shape[:k], lead, fold.units, trail, *shape[k + 1 :])
+                parts = parts.movedim(0, k + 1).flatten(k + 1, k + 2).narrow(k + 1, 0, fold.size)
+                return parts.reshape(*shape[:k], lead * fold.size * trail, *shape[k + 1 :])
+        raise AssertionError("a stacked exit without its factor")
+
+    def result(self, index: int, a: Any) -> Any:
+        """Deferred outputs leave local, all others whole."""
+        if not isinstance(a, Ref):
+            return self.sizes.value(a)
+        x = self.get(a)
+        if self.typed.places[a.name, a.item or 0] != "S":
+            return x
+        if index in self.program.deferred:
+            return x.detach()
+        return torch.ops.tspc.whole(x, *self.sequence(self.dims(a)))

@@ -5,7 +5,6 @@ In: a captured program. Out: an equal one for which every later pass has a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,11 +106,16 @@ def _cross_entropy(b: _Builder, n: Node) -> Ref:
     """-log softmax(logits)[label] = logsumexp(logits) - logits[label], then torch's reductions."""
     names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     defaults = (None, None, None, 1, -100, 0.0)
-    bound = {k: n.args[i] if i < len(n.args) else n.kwargs.get(k, d) for i, (k, d) in enumerate(zip(names, defaults))}
+    bound = {
+        k: n.args[i] if i < len(n.args) else n.kwargs.get(k, d)
+        for i, (k, d) in enumerate(zip(names, defaults))
+    }
     logits, labels, weight = bound["self"], bound["target"], bound["weight"]
     t, count = b.type(logits), 0
 
-    def emit(op: Any, args: tuple[Any, ...], shape: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> Ref:
+    def emit(
+        op: Any, args: tuple[Any, ...], shape: tuple[Any, ...], dtype: torch.dtype, **kw: Any
+    ) -> Ref:
         nonlocal count
         count += 1
         grad = dtype.is_floating_point and any(
@@ -124,7 +128,9 @@ def _cross_entropy(b: _Builder, n: Node) -> Ref:
         return b.add(n)  # class probabilities: no rule, runs replicated
     if len(t.shape) > 2:  # [N, V, ...]: classes last
         order = (0, *range(2, len(t.shape)), 1)
-        logits = emit(aten.permute.default, (logits, order), tuple(t.shape[k] for k in order), t.dtype)
+        logits = emit(
+            aten.permute.default, (logits, order), tuple(t.shape[k] for k in order), t.dtype
+        )
         t = b.type(logits)
     rows, classes, dtype = t.shape[:-1], t.shape[-1], t.dtype
     boolean, index = torch.bool, b.type(labels).dtype
@@ -173,5 +179,3 @@ def _cross_entropy(b: _Builder, n: Node) -> Ref:
 
 def _ratio(smoothing: float, classes: Any) -> Any:
     return smoothing / classes if isinstance(classes, int) else sympy.Float(smoothing) / classes
-
-

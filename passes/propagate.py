@@ -7,13 +7,13 @@ all-reduced where it arises; a replicated value that meets a sequence-sharded on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from tspc.passes.factorize import Analysis, Record
-from tspc.passes.fold import LSE, SUM, Fold
+from tspc.passes.fold import Fold
 
 from tspc.factor import Factor, Factors
 from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
@@ -65,13 +65,14 @@ class Typed:
 class _State:
     analysis: Analysis
     leaf: Factor | None
-    cut_weights: frozenset[str]
+    cut_weights: Mapping[str, int]
     lookups: frozenset[str]
     nodes: list[Node] = field(default_factory=list)
     dims: dict[tuple[str, int], Dims] = field(default_factory=dict)
     places: dict[tuple[str, int], str] = field(default_factory=dict)
     types: dict[tuple[str, int], Type] = field(default_factory=dict)
     converted: dict[tuple[Ref, str], Ref] = field(default_factory=dict)
+    params: set[str] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
 
     def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
@@ -97,7 +98,8 @@ class _State:
             t = self.types[ref.name, ref.item or 0]
             dims = self.dims[ref.name, ref.item or 0]
             base = f"{ref.name}_{ref.item}" if ref.item else ref.name
-            node = Node(f"{base}.{kind}", kind, (ref,), types=(t,), source=source)
+            cut = {"dim": self.cut_weights[ref.name]} if ref.name in self.cut_weights else {}
+            node = Node(f"{base}.{kind}", kind, (ref,), cut, (t,), source)
             self.converted[key] = self.emit(node, [dims], place)
         return self.converted[key]
 
@@ -125,17 +127,18 @@ def propagate(
     program: Program,
     analysis: Analysis,
     leaf: Factor | None,
-    cut_weights: frozenset[str],
+    cut_weights: Mapping[str, int],
     lookups: frozenset[str],
-    whole_outputs: bool = True,
 ) -> Typed:
-    """cut_weights: parameters whose storage is cut. lookups: nodes that look rows up in a cut table."""
+    """cut_weights: parameters to gather at use, with the dim of their storage. lookups: nodes that look rows up in a cut table."""
     s = _State(analysis, leaf, cut_weights, lookups)
     records = {r.node.name: r for r in analysis.records}
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
             dims = tuple(map(tuple, analysis.env[n.name, 0])) if (n.name, 0) in analysis.env else ()
             s.emit(n, [dims or _plain(analysis, n.type)], "R")
+            if n.op == PARAM:
+                s.params.add(n.name)
         elif n.op == OUTPUT:
             s.nodes.append(n)
         elif n.op == FOLD:
@@ -187,7 +190,6 @@ def _weak(s: _State, ref: Ref) -> bool:
 
 
 def _call(s: _State, n: Node, record: Record | None) -> None:
-    a = s.analysis
     if record is None:  # made by a pass: pointwise on its first operand
         first = n.refs()[0]
         dims = s.dims[first.name, first.item or 0]
@@ -208,9 +210,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if not touched or not (active or weighted):
         _replicate(s, n, outs)
         return
-    if n.name in s.lookups and kinds <= {"select"}:
-        pass
-    if n.op == aten.embedding.default and n.args[0].name in s.lookups:
+    if n.name in s.lookups:
         _lookup(s, n, outs)
     elif n.op == aten.scaled_dot_product_attention.default and kinds <= {"exchange", "at"}:
         _attention(s, n, outs)
@@ -228,7 +228,6 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         why = ", ".join(sorted(kinds))
         s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
         _replicate(s, n, outs)
-    del a
 
 
 def _is_param(s: _State, ref: Ref) -> bool:
@@ -270,6 +269,3 @@ def _reduce(
     s.emit(partial, outs, "P")
     whole = Node(n.name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source)
     s.emit(whole, outs, "R")
-
-
-__all__ = ["CONVERSIONS", "LSE", "SUM", "Fallback", "Typed", "propagate"]

@@ -236,7 +236,12 @@ class Factors:
                 if not self.merge(x, y):
                     return False
                 del a[0], b[0]
-            elif divide(x.size, y.size) is not None and self.split(x, y.size) or divide(y.size, x.size) is not None and self.split(y, x.size):
+            elif (
+                divide(x.size, y.size) is not None
+                and self.split(x, y.size)
+                or divide(y.size, x.size) is not None
+                and self.split(y, x.size)
+            ):
                 continue
             elif self.same(x.size, y.size):
                 if not self.merge(x, y):

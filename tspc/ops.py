@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tspc.body import BODIES, Body, evaluate, symbol_values
+
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
 _DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order, str axis"
@@ -41,7 +43,7 @@ LIB.define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool causal, "
     "float scale, SymInt rows, SymInt length, str order, str axis) -> (Tensor, Tensor, Tensor)"
 )
-# one region, D steps: see runtime.bodies for what `key` names; the results are [*sums, *stacks, *saved]
+# one region, D steps: `key` names its `Body`; results: body.outs, then each attention's out and log-sum-exp
 LIB.define(
     "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, SymInt length, "
     "str key, str axis) -> Tensor[]"
@@ -215,3 +217,68 @@ def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
 
 
 _register("attention", _attention_setup, _attention_grad)
+
+
+def _results(body: Body) -> list[tuple[str, bool]]:
+    """(value, one block per j) of every result of a fold."""
+    outs = [(o.name, o.kind != "sum") for o in body.outs]
+    return outs + [(n, True) for a in body.attentions for n in (a.out, a.lse)]
+
+
+@_fake("fold")
+def _fold_fake(tokens, invariants, shards, sizes, rows, length, key, axis):
+    body = BODIES[key]
+    symbols = symbol_values(body, sizes, local_rows(rows, body.order))
+    out = []
+    for name, stacked in _results(body):
+        value = body.values[name]
+        shape = [evaluate(s, symbols) for s in value.shape]
+        out.append(
+            shards[0].new_empty([body.ranks, *shape] if stacked else shape, dtype=value.dtype)
+        )
+    return out
+
+
+def _operands(body: Body) -> list[str]:
+    return [*(t.name for t in body.tokens), *body.invariants, *body.shards]
+
+
+@_fake("fold_backward")
+def _fold_backward_fake(gs, tokens, invariants, shards, saved, sizes, rows, length, key, axis):
+    body = BODIES[key]
+    operands = zip(_operands(body), [*tokens, *invariants, *shards])
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for n, x in operands
+        if body.values[n].requires_grad
+    ]
+
+
+def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tokens, invariants, shards, ctx.sizes, ctx.rows, ctx.length, ctx.key, ctx.axis = inputs
+    body = BODIES[ctx.key]
+    ctx.counts = (len(tokens), len(invariants), len(shards))
+    ctx.outs = len(body.outs)
+    plain = [x for o, x in zip(body.outs, output) if not o.differentiable]
+    ctx.mark_non_differentiable(*plain, *output[ctx.outs :])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tokens, *invariants, *shards, *output[ctx.outs :])
+
+
+def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
+    body, given = BODIES[ctx.key], list(ctx.saved_tensors)
+    operands: list[list[torch.Tensor]] = []
+    for n in ctx.counts:
+        operands.append(given[:n])
+        given = given[n:]
+    rest = (ctx.sizes, ctx.rows, ctx.length, ctx.key, ctx.axis)
+    got = iter(torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), *operands, given, *rest))
+    flat = [next(got) if body.values[n].requires_grad else None for n in _operands(body)]
+    grads = []
+    for n in ctx.counts:
+        grads.append(flat[:n])
+        flat = flat[n:]
+    return (*grads, None, None, None, None, None)
+
+
+_register("fold", _fold_setup, _fold_grad)

@@ -1,0 +1,244 @@
+"""Choose what is folded, how every parameter is stored, and the layout of the sequence.
+
+In: the analysis and its candidate regions. Out: `Choice`. A region is refused, with its reason, where a fold cannot run it; its
+weights are then gathered at use.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tspc.errors import OptionError, UnsupportedError
+from tspc.factor import Factor
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.regions import Region, Regions, find_regions, is_view, sequence
+from tspc.placement import indices
+from tspc.program import OUTPUT, PARAM, Node
+from tspc.shard import ShardMap, chunked
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SMALL = 64 * 1024  # bytes: parameters of one dim below this are replicated
+SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
+FOLD, GATHER, REPLICATE = "fold", "gather", "replicate"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a parameter is stored: its shard in a fold, gathered at use, or replicated."""
+
+    kind: str
+    map: ShardMap | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """regions: (name, region, schedule). refused: (region, reason)."""
+
+    leaf: Factor | None
+    order: str
+    regions: tuple[tuple[str, Region, str], ...]
+    refused: tuple[tuple[Region, str], ...]
+    storages: Mapping[str, Storage]
+    lookups: frozenset[str]
+
+
+def choose(
+    a: Analysis, ranks: int, schedule: str | Mapping[str, str] = "auto", layout: str = "auto"
+) -> Choice:
+    """schedule: one name for all regions, or a dict from region name or glob."""
+    regions, leaf = find_regions(a), sequence(a)
+    users = _users(a)
+    lookups = _lookups(a, regions, leaf)
+    chosen: list[Region] = []
+    refused: list[tuple[Region, str]] = []
+    for g in regions.chosen:
+        why = _why_not(a, g, leaf, users, lookups, regions)
+        if why:
+            refused.append((g, why))
+        else:
+            chosen.append(g)
+    names = _names(chosen)
+    storages = _storages(a, chosen, lookups, ranks)
+    schedules = _schedules(names, schedule)
+    causal = any(n.op == SDPA and _is_causal(n) for n in a.program.nodes)
+    order = layout if layout != "auto" else "zigzag" if causal else "contiguous"
+    picked = tuple(zip(names, chosen, schedules))
+    return Choice(leaf, order, picked, tuple(refused), storages, frozenset(lookups))
+
+
+def _is_causal(n: Node) -> bool:
+    return bool(n.args[5] if len(n.args) > 5 else n.kwargs.get("is_causal", False))
+
+
+def _users(a: Analysis) -> dict[str, list[Record]]:
+    out: dict[str, list[Record]] = {}
+    for r in a.records:
+        for ref in {x.name for x in r.refs if x is not None}:
+            out.setdefault(ref, []).append(r)
+    return out
+
+
+def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, str]:
+    """Embedding node -> its table, where the table is a parameter and the ids end in the sequence."""
+    out = {}
+    params = {n.name for n in a.program.nodes if n.op == PARAM}
+    for _, r in regions.lookups:
+        table, ids = r.refs[0], r.refs[1]
+        if r.node.op != aten.embedding.default or table is None or table.name not in params:
+            continue
+        token = r.outs[0][-2] if len(r.outs[0]) > 1 else ()
+        if leaf is not None and ids is not None and tuple(a.F.expand(token)) == (leaf,):
+            out[r.node.name] = table.name
+    return out
+
+
+def _why_not(
+    a: Analysis,
+    g: Region,
+    leaf: Factor | None,
+    users: Mapping[str, list[Record]],
+    lookups: Mapping[str, str],
+    regions: Regions,
+) -> str:
+    """Why a fold cannot run the region, empty if it can."""
+    if leaf is None:
+        return "the program has no sequence"
+    same = {i for other in regions.chosen if other.factor is g.factor for i in other.ops}
+    params = {n.name: n for n in a.program.nodes if n.op == PARAM}
+    for w in g.weights:
+        for r in users.get(w, []):
+            if r.index not in same and r.node.name not in lookups:
+                return f"{w} is also used by {r.node.name}"
+    for i in g.ops:
+        r = a.records[i]
+        if _is_random(r.node):
+            raise UnsupportedError(
+                f"{r.node.source}: {r.node.op} draws random numbers inside of a region; set dropout to 0"
+            )
+        for k, dims in enumerate(r.outs):
+            carried = a.F.leaves(())
+            for d in dims:
+                carried = [*carried, *a.F.leaves(tuple(d))]
+            view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, users, a)
+            if leaf not in carried and not view and r.node.types[k] is not None:
+                return f"{r.node.name} has no sequence"
+        if r.node.op == SDPA:
+            mask = r.refs[3] if len(r.refs) > 3 else None
+            if mask is not None and (mask.name not in a.replicated or g.factor in r.carried_in[3]):
+                return f"the mask of {r.node.name} is computed from weights or differs by head"
+    return ""
+
+
+def _of_weight(r: Record, params: Mapping[str, Node], users: object, a: Analysis) -> bool:
+    """The op is a view or cast of a weight."""
+    ref = r.refs[0]
+    producers = {x.node.name: x for x in a.records}
+    while ref is not None and ref.name in producers:
+        if not is_view(producers[ref.name].node.op):
+            return False
+        ref = producers[ref.name].refs[0]
+    return ref is not None and ref.name in params
+
+
+def _is_random(n: Node) -> bool:
+    if n.op == SDPA:
+        return bool(n.args[4] if len(n.args) > 4 else n.kwargs.get("dropout_p", 0.0))
+    if n.op == aten.dropout.default:
+        return bool(n.args[2]) and n.args[1] > 0
+    return n.is_call and torch.Tag.nondeterministic_seeded in n.op.tags
+
+
+def _names(regions: list[Region]) -> list[str]:
+    """The longest common module path of the weights; `#2` where two regions share it."""
+    out: list[str] = []
+    for g in regions:
+        paths = [w.split(".")[:-1] for w in g.weights]
+        common = paths[0]
+        for p in paths[1:]:
+            n = 0
+            while n < min(len(p), len(common)) and p[n] == common[n]:
+                n += 1
+            common = common[:n]
+        base = name = ".".join(common) or "model"
+        k = 2
+        while name in out:
+            name, k = f"{base}#{k}", k + 1
+        out.append(name)
+    return out
+
+
+def _schedules(names: list[str], schedule: str | Mapping[str, str]) -> list[str]:
+    if isinstance(schedule, str):
+        return [schedule] * len(names)
+    out = ["auto"] * len(names)
+    for pattern, value in schedule.items():
+        hit = [i for i, n in enumerate(names) if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+        if not hit:
+            raise OptionError(
+                f"schedule: {pattern!r} matches no region; the regions are {', '.join(names)}"
+            )
+        for i in hit:
+            out[i] = value
+    return out
+
+
+def _storages(
+    a: Analysis, regions: list[Region], lookups: Mapping[str, str], ranks: int
+) -> dict[str, Storage]:
+    out: dict[str, Storage] = {}
+    for g in regions:
+        for w, (dim, _, role) in g.weights.items():
+            if len(a.program.node(w).type.shape) > 1:
+                out[w] = Storage(FOLD, fold_map(a, w, dim, g.factor, ranks, role == "column"))
+    for table in lookups.values():
+        if table not in out:
+            out[table] = Storage(FOLD, chunked(0, int(a.program.node(table).type.shape[0]), ranks))
+    for n in a.program.nodes:
+        if n.op != PARAM or n.name in out:
+            continue
+        shape = [int(s) for s in n.type.shape]
+        size = n.type.dtype.itemsize
+        for s in shape:
+            size *= s
+        if not shape or (len(shape) == 1 and size < SMALL):
+            out[n.name] = Storage(REPLICATE)
+        else:
+            dim = max(range(len(shape)), key=lambda k: shape[k])
+            out[n.name] = Storage(GATHER, chunked(dim, shape[dim], ranks))
+    return out
+
+
+def fold_map(
+    a: Analysis, weight: str, dim: int, factor: Factor, ranks: int, column: bool
+) -> ShardMap:
+    """Units of the factor in order, in equal pieces; a pad repeats the last unit (column) or is zero (row)."""
+    size = int(factor.size)
+    units = -(-size // ranks)
+    dims = a.env[weight, 0]
+    rows, real = [], []
+    for j in range(ranks):
+        source = [min(j * units + i, size - 1) for i in range(units)]
+        at = indices(a.F, dims[dim], factor, source)
+        marks = _marks(a, dims[dim], factor, [j * units + i < size for i in range(units)])
+        rows.append(tuple(r if m or column else -1 for r, m in zip(at, marks)))
+        real.append(tuple(marks))
+    return ShardMap(dim, tuple(rows), tuple(real))
+
+
+def _marks(a: Analysis, dim: tuple[Factor, ...], f: Factor, real: list[bool]) -> list[bool]:
+    """Per place of a shard, in the order of `indices`: is its unit real."""
+    out = [True]
+    for g in a.F.expand(tuple(dim)):
+        if g is f:
+            own = real
+        elif g.cat:
+            own = [m for d in a.F.flat(g.cat) for m in _marks(a, d, f, real)]
+        else:
+            own = [True] * int(g.size)
+        out = [x and y for x in out for y in own]
+    return out

@@ -1,0 +1,227 @@
+"""Attention of local queries against keys and values of the whole sequence: block kernels with their log-sum-exp.
+
+q [b, hq, n, d]; k, v [b, hk, n, d], hq a multiple of hk. A rank's rows are chunks of the layout; a pad key is invalid for every
+query, a pad query takes the mask of the last real row (DESIGN section 8). Gathered K and V are never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tspc.layout import Layout
+from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one attention is: the scale, causal or not, and the layout's sizes."""
+
+    causal: bool
+    scale: float
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries [q0, q1) of the local rows against keys [0 or k0, k1) of the sequence."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+    mask: Tensor | None = None
+
+
+def _blocks(
+    spec: Spec, chunks: Sequence[int], mask: Tensor | None, device: torch.device
+) -> list[list[_Block]]:
+    """The blocks of each run of queries; those of one run are merged."""
+    c, s = spec.rows, spec.length
+    if mask is not None:
+        at = torch.cat([torch.arange(g * c, (g + 1) * c) for g in chunks]).clamp(max=s - 1)
+        n = len(chunks) * c
+        return [[_Block(0, n, 0, s, False, _rows_of(mask, at.to(device), spec.causal))]]
+    if not spec.causal:
+        return [[_Block(0, len(chunks) * c, 0, s, False)]]
+    if list(chunks) == list(range(len(chunks))):  # the whole sequence in order
+        return [[_Block(0, len(chunks) * c, 0, s, True)]]
+    out = []
+    for i, g in enumerate(chunks):
+        run = []
+        if g:
+            run.append(_Block(i * c, (i + 1) * c, 0, min(g * c, s), False))
+        if g * c < s:
+            run.append(_Block(i * c, (i + 1) * c, g * c, min((g + 1) * c, s), True))
+        out.append(run)
+    return out
+
+
+def _rows_of(mask: Tensor, at: Tensor, causal: bool) -> Tensor:
+    """The mask of the queries at these positions, causal included; additive or bool as given."""
+    if mask.shape[-2] != 1:
+        mask = mask.index_select(-2, at)
+    if causal:
+        keep = torch.arange(mask.shape[-1], device=mask.device)[None] <= at[:, None]
+        mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
+    return mask
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
+        )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = _scores(q, k, b, scale).to(wide)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.nan_to_num(torch.exp(scores - lse.unsqueeze(-1)), 0.0)
+    return (weights.to(q.dtype) @ v), lse
+
+
+def _kernel_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: _Block, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
+        )
+    weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
+    dv = weights.to(g.dtype).transpose(-1, -2) @ g
+    delta = (g * out).sum(-1, keepdim=True)
+    ds = (weights * ((g @ v.transpose(-1, -2)) - delta) * scale).to(q.dtype)
+    return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
+def _scores(q: Tensor, k: Tensor, b: _Block, scale: float) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if b.causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~keep, -torch.inf)
+    mask = _additive(b.mask, q)
+    return scores if mask is None else scores + mask
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(q.dtype)
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _summed(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int], spec: Spec, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q: the rows of `chunks`; k, v: the whole sequence in order. -> out like q, lse [b, hq, n] in fp32 or wider."""
+    groups = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for run in _blocks(spec, chunks, mask, q.device):
+        parts = []
+        for b in run:
+            keys = (_repeated(x[:, :, b.k0 : b.k1], groups) for x in (k, v))
+            parts.append(_kernel(q[:, :, b.q0 : b.q1], *keys, b, spec.scale))
+        out, lse = parts[0]
+        for more, other in parts[1:]:
+            both = torch.logaddexp(lse, other)
+            wide = out.to(both.dtype) * (lse - both).exp().unsqueeze(-1)
+            wide = wide + more.to(both.dtype) * (other - both).exp().unsqueeze(-1)
+            out, lse = wide.to(q.dtype), both
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2).contiguous(), torch.cat(lses, 2).contiguous()
+
+
+def attend_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chunks: Sequence[int],
+    spec: Spec,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, and of k and v over the whole sequence, from the global out and lse."""
+    groups = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.zeros_like(q, dtype=wide)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for run in _blocks(spec, chunks, mask, q.device):
+        for b in run:
+            at, keys = slice(b.q0, b.q1), slice(b.k0, b.k1)
+            grads = _kernel_backward(
+                g[:, :, at].contiguous(),
+                q[:, :, at].contiguous(),
+                _repeated(k[:, :, keys], groups),
+                _repeated(v[:, :, keys], groups),
+                out[:, :, at].contiguous(),
+                lse[:, :, at].contiguous(),
+                b,
+                spec.scale,
+            )
+            dq[:, :, at] += grads[0]
+            dk[:, :, keys] += _summed(grads[1], groups)
+            dv[:, :, keys] += _summed(grads[2], groups)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
+    """K and V of the whole sequence, pads dropped: one communication."""
+    packed = torch.cat([k.reshape(-1), v.reshape(-1)])
+    handle = yield AllGather(packed)
+    got = handle.wait()
+    split = got.split([k.numel(), v.numel()], 1)
+    return tuple(
+        layout.whole(
+            p.reshape(axis.size, *x.shape).movedim(0, 2).flatten(2, 3), 2, spec.rows, spec.length
+        )
+        for p, x in zip(split, (k, v))
+    )
+
+
+def attention(
+    axis: Axis, layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: Spec
+) -> Steps:
+    """Local q, k, v -> (out, lse) of the local queries. mask: [b, h, S or 1, S], whole on every rank."""
+    keys, values = yield from _gather(axis, layout, k, v, spec)
+    return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask)
+
+
+def attention_backward(
+    axis: Axis,
+    layout: Layout,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+) -> Steps:
+    """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered again."""
+    keys, values = yield from _gather(axis, layout, k, v, spec)
+    chunks = layout.chunk_ids(axis.rank)
+    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask)
+    blocks = []
+    for d in (dk, dv):
+        b = layout.blocks(d, 2, spec.rows).unflatten(2, (axis.size, -1)).movedim(2, 0)
+        blocks.append(b.reshape(axis.size, -1))
+    handle = yield ReduceScatter(torch.cat(blocks, 1))
+    dk, dv = handle.wait().split([k.numel(), v.numel()])
+    return dq, dk.view(k.shape), dv.view(v.shape)

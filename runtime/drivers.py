@@ -1,0 +1,211 @@
+"""Two drivers for the runtime's generators: real process groups, and D simulated ranks in lockstep.
+
+A generator yields a `Request` and is sent a handle; `handle.wait()` gives the answer. `record` lists what was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tspc.errors import RankMismatchError
+from tspc.runtime.requests import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Axis,
+    Broadcast,
+    Reduce,
+    ReduceScatter,
+    Request,
+    Shift,
+    Steps,
+)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One communication as its rank issued it. elements: payload that leaves the rank, on average over ranks."""
+
+    kind: str
+    link: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    elements: float
+
+
+_RECORDS: list[list[Sent]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Sent]]:
+    """Collect every communication that this process issues (lockstep: of the first rank)."""
+    sent: list[Sent] = []
+    _RECORDS.append(sent)
+    try:
+        yield sent
+    finally:
+        _RECORDS.remove(sent)
+
+
+def _note(request: Request, ranks: int) -> None:
+    if not _RECORDS:
+        return
+    n, t = request.tensor.numel(), request.tensor
+    others = (ranks - 1) / ranks
+    if isinstance(request, AllGather):
+        elements = others * n * ranks
+    elif isinstance(request, (ReduceScatter, AllToAll, Broadcast, Reduce)):
+        elements = others * n
+    elif isinstance(request, AllReduce):
+        elements = 2 * others * n
+    else:
+        elements = n
+    sent = Sent(type(request).__name__, request.link, tuple(t.shape), t.dtype, elements)
+    for r in _RECORDS:
+        r.append(sent)
+
+
+@dataclass
+class _Done:
+    """A handle whose answer is there already."""
+
+    result: Any
+
+    def wait(self) -> Any:
+        return self.result
+
+
+@dataclass
+class _Pending:
+    """A handle over asynchronous works; keeps what is sent alive until they are done."""
+
+    works: list[Any]
+    result: Any
+    sent: Any = None
+
+    def wait(self) -> Any:
+        for work in self.works:
+            work.wait()
+        self.works, self.sent = [], None
+        return self.result
+
+
+def distributed(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
+    """Run one rank's generator over process groups, one per link."""
+    handle: Any = None
+    with torch.no_grad():
+        while True:
+            try:
+                request = steps.send(handle)
+            except StopIteration as stop:
+                return stop.value
+            if axis.size == 1:
+                handle = _Done(_answers([request])[0])
+                continue
+            _note(request, axis.size)
+            handle = _issue(request, axis, groups[request.link])
+
+
+def _issue(request: Request, axis: Axis, group: Any) -> Any:
+    x, ranks, rank = request.tensor.contiguous(), axis.size, axis.rank
+    if isinstance(request, Shift):
+        out = torch.empty_like(x)
+        following = dist.get_global_rank(group, (rank + 1) % ranks)
+        previous = dist.get_global_rank(group, (rank - 1) % ranks)
+        transfers = [
+            dist.P2POp(dist.isend, x, following, group),
+            dist.P2POp(dist.irecv, out, previous, group),
+        ]
+        return _Pending(dist.batch_isend_irecv(transfers), out, x)
+    if isinstance(request, Broadcast):
+        out = x.clone() if rank == request.source else x
+        source = dist.get_global_rank(group, request.source)
+        return _Pending([dist.broadcast(out, source, group, async_op=True)], out)
+    if isinstance(request, Reduce):
+        out = x.clone()
+        target = dist.get_global_rank(group, request.target)
+        work = dist.reduce(out, target, group=group, async_op=True)
+        return _Pending([work], out if rank == request.target else None, out)
+    if isinstance(request, AllReduce):
+        out = x.clone()
+        return _Pending([dist.all_reduce(out, group=group, async_op=True)], out)
+    if isinstance(request, AllGather):
+        out = x.new_empty((ranks, *x.shape))
+        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group, async_op=True)
+        return _Pending([work], out, x)
+    if isinstance(request, ReduceScatter):
+        out = x.new_empty(x.shape[1:])
+        work = dist.reduce_scatter_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+        return _Pending([work], out, x)
+    assert isinstance(request, AllToAll)
+    out = torch.empty_like(x)
+    work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
+    return _Pending([work], out, x)
+
+
+def lockstep(generators: Sequence[Steps]) -> list[Any]:
+    """Run all ranks' generators together; they must yield the same kinds and shapes in the same order."""
+    ranks = len(generators)
+    results: list[Any] = [None] * ranks
+    handles: list[Any] = [None] * ranks
+    with torch.no_grad():
+        while True:
+            requests: list[Request] = []
+            ended: list[int] = []
+            for r, g in enumerate(generators):
+                try:
+                    requests.append(g.send(handles[r]))
+                except StopIteration as stop:
+                    results[r] = stop.value
+                    ended.append(r)
+            if ended:
+                if requests:
+                    raise RankMismatchError(f"ranks {ended} ended while others still communicate")
+                return results
+            _compare(requests)
+            if ranks > 1:
+                _note(requests[0], ranks)
+            handles = [_Done(a) for a in _answers(requests)]
+
+
+def _compare(requests: Sequence[Request]) -> None:
+    def told(q: Request) -> tuple[Any, ...]:
+        peer = getattr(q, "source", getattr(q, "target", None))
+        return type(q).__name__, q.link, tuple(q.tensor.shape), q.tensor.dtype, peer
+
+    first = told(requests[0])
+    for r, q in enumerate(requests):
+        if told(q) != first:
+            raise RankMismatchError(f"rank 0 issues {first}, rank {r} issues {told(q)}")
+
+
+def _answers(requests: Sequence[Request]) -> list[Any]:
+    tensors = [q.tensor for q in requests]
+    first, ranks = requests[0], len(requests)
+    if isinstance(first, Shift):
+        return [tensors[(r - 1) % ranks].clone() for r in range(ranks)]
+    if isinstance(first, Broadcast):
+        return [tensors[first.source].clone() for _ in range(ranks)]
+    if isinstance(first, Reduce):
+        return [_total(tensors) if r == first.target else None for r in range(ranks)]
+    if isinstance(first, AllReduce):
+        return [_total(tensors) for _ in range(ranks)]
+    if isinstance(first, AllGather):
+        return [torch.stack(tensors) for _ in range(ranks)]
+    if isinstance(first, ReduceScatter):
+        return [_total([t[r] for t in tensors]) for r in range(ranks)]
+    assert isinstance(first, AllToAll)
+    return [torch.stack([t[r] for t in tensors]) for r in range(ranks)]
+
+
+def _total(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    out = tensors[0].clone()
+    for t in tensors[1:]:
+        out += t
+    return out

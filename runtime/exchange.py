@@ -1,0 +1,180 @@
+"""Conversions between placements, embedding and weight gathers, as generators (DESIGN sections 6 to 8).
+
+A sequence dim is (dim, lead): the dim is lead * S * trail; rows (c) and length (S) tell the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tspc.layout import Layout
+from tspc.runtime.requests import (
+    AllGather,
+    AllReduce,
+    Axis,
+    Broadcast,
+    Reduce,
+    ReduceScatter,
+    Steps,
+)
+
+
+def _split(x: torch.Tensor, dim: int, lead: int, count: int) -> torch.Tensor:
+    """[..., lead * count * trail, ...] -> [pre * lead, count, rest]: the sequence as dim 1."""
+    pre = 1
+    for n in x.shape[:dim]:
+        pre *= n
+    return x.reshape(pre * lead, count, -1)
+
+
+def _shape(x: torch.Tensor, dim: int, before: int, after: int) -> list[int]:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] // before * after
+    return shape
+
+
+def take(
+    layout: Layout, rank: int, x: torch.Tensor, dim: int, lead: int, rows: int, length: int
+) -> torch.Tensor:
+    """The rows of `rank`; pads repeat the last real row."""
+    at = layout.positions(rank, rows, length).to(x.device)
+    local = _split(x, dim, lead, length).index_select(1, at)
+    return local.reshape(_shape(x, dim, length, layout.chunks * rows))
+
+
+def clear(
+    layout: Layout, rank: int, x: torch.Tensor, dim: int, lead: int, rows: int, length: int
+) -> torch.Tensor:
+    """Zero in the pads."""
+    valid = layout.valid(rank, rows, length).to(x.device)
+    parts = _split(x, dim, lead, layout.chunks * rows)
+    return torch.where(valid[None, :, None], parts, 0).reshape(x.shape)
+
+
+def join(blocks: torch.Tensor, dim: int, lead: int) -> torch.Tensor:
+    """[D, *local] -> the ranks' rows end to end along the sequence."""
+    ranks, local = blocks.shape[0], blocks[0]
+    parts = blocks.reshape(ranks, *local.shape[:dim], lead, -1, *local.shape[dim + 1 :])
+    shape = list(local.shape)
+    shape[dim] *= ranks
+    return parts.movedim(0, dim + 1).reshape(shape)
+
+
+def part(x: torch.Tensor, ranks: int, dim: int, lead: int) -> torch.Tensor:
+    """The inverse of `join`: -> [D, *local]."""
+    shape = list(x.shape)
+    parts = x.reshape(*shape[:dim], lead, ranks, -1, *shape[dim + 1 :])
+    shape[dim] //= ranks
+    return parts.movedim(dim + 1, 0).reshape(ranks, *shape)
+
+
+def whole(
+    axis: Axis,
+    layout: Layout,
+    x: torch.Tensor,
+    dim: int,
+    lead: int,
+    rows: int,
+    length: int,
+) -> Steps:
+    """S -> R: gather, undo the order, drop the pads."""
+    handle = yield AllGather(x)
+    joined = join(handle.wait(), dim, lead)
+    count = axis.size * layout.chunks * rows
+    parts = layout.whole(_split(joined, dim, lead, count), 1, rows, length)
+    return parts.reshape(_shape(joined, dim, count, length))
+
+
+def all_reduce(axis: Axis, x: torch.Tensor) -> Steps:
+    """P -> R."""
+    handle = yield AllReduce(x)
+    return handle.wait()
+
+
+def bucket_all_reduce(axis: Axis, xs: Sequence[torch.Tensor]) -> Steps:
+    """The sum of each tensor over the ranks, one communication per dtype."""
+    out: list[torch.Tensor | None] = [None] * len(xs)
+    for dtype in dict.fromkeys(x.dtype for x in xs):
+        members = [i for i, x in enumerate(xs) if x.dtype == dtype]
+        handle = yield AllReduce(torch.cat([xs[i].reshape(-1) for i in members]))
+        parts = handle.wait().split([xs[i].numel() for i in members])
+        for i, p in zip(members, parts):
+            out[i] = p.clone().view(xs[i].shape)
+    return out
+
+
+def gather_weight(axis: Axis, shard: torch.Tensor, dim: int, size: int) -> Steps:
+    """Equal shards along `dim`, padded at the end -> the whole weight."""
+    handle = yield AllGather(shard.movedim(dim, 0).contiguous(), "weights")
+    blocks = handle.wait()
+    return blocks.flatten(0, 1)[:size].movedim(0, dim).contiguous()
+
+
+def gather_weight_backward(
+    axis: Axis, g: torch.Tensor, dim: int, units: int, partial: bool
+) -> Steps:
+    """The gradient of this rank's shard; partial: the ranks' gradients add up."""
+    g = g.movedim(dim, 0)
+    missing = axis.size * units - g.shape[0]
+    if missing:
+        g = torch.cat([g, g.new_zeros((missing, *g.shape[1:]))])
+    blocks = g.reshape(axis.size, units, *g.shape[1:]).contiguous()
+    if partial:
+        handle = yield ReduceScatter(blocks, "weights")
+        mine = handle.wait()
+    else:
+        mine = blocks[axis.rank].clone()
+    return mine.movedim(0, dim).contiguous()
+
+
+def embed(
+    axis: Axis, layout: Layout, shard: torch.Tensor, ids: torch.Tensor, rows: int, length: int
+) -> Steps:
+    """Rows of a table cut along its first dim: each rank looks up what it owns of every rank's tokens in turn."""
+    units, pending, mine = shard.shape[0], [], None
+    for target in range(axis.size):
+        local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
+        index, inside = _owned(local, axis.rank, units)
+        found = torch.where(inside.unsqueeze(-1), shard[index], 0)
+        handle = yield Reduce(found, target=target)
+        pending.append(handle)
+        if len(pending) == 2:
+            mine = _received(mine, pending.pop(0))
+    for handle in pending:
+        mine = _received(mine, handle)
+    return mine
+
+
+def _received(mine: torch.Tensor | None, handle: object) -> torch.Tensor | None:
+    got = handle.wait()  # type: ignore[attr-defined]
+    return mine if got is None else got
+
+
+def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    index = ids - rank * units
+    inside = (index >= 0) & (index < units)
+    return torch.where(inside, index, 0), inside
+
+
+def embed_backward(
+    axis: Axis,
+    layout: Layout,
+    g: torch.Tensor,
+    ids: torch.Tensor,
+    units: int,
+    rows: int,
+    length: int,
+) -> Steps:
+    """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32 or wider."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    total = g.new_zeros((units, g.shape[-1]), dtype=wide)
+    for source in range(axis.size):
+        handle = yield Broadcast(g if source == axis.rank else torch.empty_like(g), source=source)
+        got = handle.wait()
+        local = take(layout, source, ids, ids.dim() - 1, 1, rows, length)
+        index, inside = _owned(local, axis.rank, units)
+        rows_of = torch.where(inside.unsqueeze(-1), got, 0).to(wide)
+        total.index_add_(0, index.reshape(-1), rows_of.reshape(-1, g.shape[-1]))
+    return total.to(g.dtype)

@@ -1,0 +1,158 @@
+"""What tspc's ops do on ranks: each is a generator of communications, run by the distributed or the lockstep driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tspc.body import BODIES, Body
+from tspc.layout import Layout
+from tspc.ops import LIB
+from tspc.runtime import attention as attn
+from tspc.runtime import exchange, schedules
+from tspc.runtime.drivers import distributed
+from tspc.runtime.pieces import EagerPieces
+from tspc.runtime.requests import Axis, Steps
+
+GENERATORS: dict[str, Callable[..., Steps]] = {}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place on an axis and the process groups of its links."""
+
+    axis: Axis
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLACES: dict[str, Place] = {}
+
+
+def _steps(name: str) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
+    """Register a generator function (axis, *arguments of the op) and the op's implementation."""
+
+    def register(fn: Callable[..., Steps]) -> Callable[..., Steps]:
+        GENERATORS[name] = fn
+
+        def run(*args: Any) -> Any:
+            place = PLACES[args[-1]]
+            return distributed(fn(place.axis, *args), place.axis, place.groups)
+
+        LIB.impl(name, run, "CompositeExplicitAutograd")
+        return fn
+
+    return register
+
+
+def _nothing(result: Any) -> Steps:
+    """A generator without communication."""
+    return result
+    yield
+
+
+@_steps("whole")
+@_steps("local_backward")
+def _whole(axis, x, dim, lead, trail, rows, length, order, name):
+    return exchange.whole(axis, Layout(axis.size, order), x, dim, lead, rows, length)
+
+
+@_steps("local")
+def _local(axis, x, dim, lead, trail, rows, length, order, name):
+    layout = Layout(axis.size, order)
+    return _nothing(exchange.take(layout, axis.rank, x, dim, lead, rows, length))
+
+
+@_steps("whole_backward")
+def _whole_backward(axis, g, dim, lead, trail, rows, length, order, name):
+    layout = Layout(axis.size, order)
+    local = exchange.take(layout, axis.rank, g, dim, lead, rows, length)
+    return _nothing(exchange.clear(layout, axis.rank, local, dim, lead, rows, length))
+
+
+@_steps("clear_pads")
+def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
+    layout = Layout(axis.size, order)
+    return _nothing(exchange.clear(layout, axis.rank, x, dim, lead, rows, length))
+
+
+@_steps("all_reduce")
+def _all_reduce(axis, x, name):
+    return exchange.all_reduce(axis, x)
+
+
+@_steps("vary")
+def _vary(axis, xs, name):
+    return _nothing([x.clone() for x in xs])
+
+
+@_steps("vary_backward")
+def _vary_backward(axis, gs, name):
+    return exchange.bucket_all_reduce(axis, gs)
+
+
+@_steps("gather_weight")
+def _gather_weight(axis, shard, dim, size, partial, name):
+    return exchange.gather_weight(axis, shard, dim, size)
+
+
+@_steps("gather_weight_backward")
+def _gather_weight_backward(axis, g, dim, units, partial, name):
+    return exchange.gather_weight_backward(axis, g, dim, units, partial)
+
+
+@_steps("embed")
+def _embed(axis, shard, ids, rows, length, order, name):
+    return exchange.embed(axis, Layout(axis.size, order), shard, ids, rows, length)
+
+
+@_steps("embed_backward")
+def _embed_backward(axis, g, ids, units, rows, length, order, name):
+    layout = Layout(axis.size, order)
+    return exchange.embed_backward(axis, layout, g, ids, units, rows, length)
+
+
+@_steps("attention")
+def _attention(axis, q, k, v, mask, causal, scale, rows, length, order, name):
+    spec = attn.Spec(causal, scale, rows, length)
+    return attn.attention(axis, Layout(axis.size, order), q, k, v, mask, spec)
+
+
+@_steps("attention_backward")
+def _attention_backward(axis, g, q, k, v, mask, out, lse, causal, scale, rows, length, order, name):
+    spec = attn.Spec(causal, scale, rows, length)
+    return attn.attention_backward(axis, Layout(axis.size, order), g, q, k, v, mask, out, lse, spec)
+
+
+@_steps("fold")
+def _fold(axis, tokens, invariants, shards, sizes, rows, length, key, name):
+    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
+    outs, saved = yield from schedules.forward(call)
+    return [*outs, *saved]
+
+
+@_steps("fold_backward")
+def _fold_backward(axis, gs, tokens, invariants, shards, saved, sizes, rows, length, key, name):
+    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
+    grads = yield from schedules.backward(call, saved, gs)
+    return [g for part in grads for g in part if g is not None]
+
+
+def _call(
+    axis: Axis,
+    body: Body,
+    tokens: Sequence[torch.Tensor],
+    invariants: Sequence[torch.Tensor],
+    shards: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    rows: int,
+    length: int,
+) -> schedules.Call:
+    pieces = body.compiled.get("pieces") or EagerPieces(body)
+    schedule = schedules.choose(body, axis.size, sizes, rows)
+    tokens = [t.contiguous() for t in tokens]
+    return schedules.Call(
+        axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, length
+    )

@@ -1,0 +1,134 @@
+"""The body of a fold as data: pieces between exchanges, the values that they pass on, and a registry by structural key.
+
+Sizes are sympy expressions over the program's symbols and `ROWS`, the number of token rows that a step computes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+Size = Any  # int or sympy.Expr
+ROWS = sympy.Symbol("rows", positive=True, integer=True)
+
+# run(symbol -> value, step index as a 0-d tensor, read values by name) -> written values by name
+Run = Callable[[Mapping[sympy.Symbol, Any], torch.Tensor, dict[str, torch.Tensor]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Value:
+    """Local shape, dtype, and whether gradients flow through it."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Token:
+    """An operand with the sequence: its dim is lead * S * trail. whole: given whole, each rank takes its rows."""
+
+    name: str
+    dim: int
+    lead: Size
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What runs between two exchanges."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Run
+
+
+@dataclass(frozen=True)
+class Attention:
+    """K and V meet the queries of all ranks. Names of values; mask is an operand, whole on every rank."""
+
+    q: str
+    k: str
+    v: str
+    mask: str | None
+    out: str
+    lse: str
+    causal: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class Out:
+    """A result: "sum" over j, or "lse"/"stack": one block per j. dim, lead: where the sequence is."""
+
+    name: str
+    kind: str
+    dim: int
+    lead: Size
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class Body:
+    """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are skipped."""
+
+    key: str
+    name: str
+    symbols: tuple[sympy.Symbol, ...]
+    length: Size  # S over the symbols
+    ranks: int
+    order: str
+    units: int
+    size: int
+    steps: tuple[Piece | Attention, ...]
+    values: Mapping[str, Value]
+    tokens: tuple[Token, ...]
+    invariants: tuple[str, ...]
+    shards: tuple[str, ...]
+    outs: tuple[Out, ...]
+    schedule: str = "auto"
+    compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Attention))
+
+    @property
+    def weight_elements(self) -> int:
+        """Of one shard, pads and duplicates included."""
+        return sum(numel(self.values[s].shape, {}) for s in self.shards)
+
+    def real_steps(self) -> int:
+        """Steps with at least one real unit."""
+        return min(self.ranks, -(-self.size // self.units))
+
+
+BODIES: dict[str, Body] = {}
+
+
+def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Any]) -> Any:
+    """An int, or a SymInt where `sizes` holds SymInts."""
+    if not isinstance(size, sympy.Expr):
+        return size
+    if not size.free_symbols:
+        return int(size)
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, dict(sizes), size)
+
+
+def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:
+    n = 1
+    for s in shape:
+        n = n * evaluate(s, sizes)
+    return n
+
+
+def symbol_values(body: Body, sizes: Sequence[Any], rows: Any) -> dict[sympy.Symbol, Any]:
+    """rows: token rows of a step."""
+    return {**dict(zip(body.symbols, sizes)), ROWS: rows}
