@@ -40,6 +40,7 @@ class Fold:
     units: int
     body: tuple[Node, ...]
     records: dict[str, Record]
+    dims: dict[Ref, tuple[tuple[Factor, ...], ...]]  # of each operand, as the body reads it
     tokens: tuple[Ref, ...]  # carry the sequence
     invariants: tuple[Ref, ...]  # carry neither the sequence nor the factor
     sliced: tuple[Ref, ...]  # whole on every rank, read at the rows of shard j
@@ -120,12 +121,14 @@ def _fold(
     invariants: dict[Ref, None] = {}
     sliced: dict[Ref, None] = {}
     weights: dict[str, None] = {}
+    seen: dict[Ref, tuple[tuple[Factor, ...], ...]] = {}
     for node in body:
         r = records[node.name]
         used = set(node.refs())
-        for ref, carried in zip(r.refs, r.carried_in):
+        for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
             if ref is None or ref.name in inside or ref not in used:
                 continue
+            seen.setdefault(ref, tuple(map(tuple, dims)))
             if f in carried:
                 big = kinds[ref.name] == PARAM and len(a.program.node(ref.name).type.shape) > 1
                 if big:
@@ -160,6 +163,7 @@ def _fold(
         -(-size // ranks),
         tuple(body),
         records,
+        seen,
         tuple(tokens),
         tuple(invariants),
         tuple(sliced),

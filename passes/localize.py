@@ -148,8 +148,9 @@ def call(
                 return args[0].narrow(k, sizes.before(dims_in[k], start), sizes.dim(outs[0][k]))
         if node.op in MEANS and _mean_cut(node, dims_in, sizes):
             return _mean(node, args, kwargs, dims_in, sizes)
-    result = node.op(*args, **kwargs)
-    return result
+    if node.op == aten.view.default:  # the clone that made it viewable may be gone
+        return args[0].reshape(args[1])
+    return node.op(*args, **kwargs)
 
 
 def _reduced(node: Node, rank: int) -> list[int]:
@@ -295,8 +296,8 @@ class _Run:
         if n.op == FOLD:
             return self.fold(n)
         if n.op in (LOCAL, WHOLE, CLEAR):
-            (ref,) = n.args
-            return getattr(tspc, n.op)(self.get(ref), *self.sequence(self.dims(ref)))
+            here = self.dims(Ref(n.name))
+            return getattr(tspc, n.op)(self.get(n.args[0]), *self.sequence(here))
         if n.op == ALL_REDUCE:
             return tspc.all_reduce(self.get(n.args[0]), axis)
         if n.op == VARY:

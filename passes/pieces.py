@@ -69,9 +69,8 @@ def make_body(
     maker = _Maker(fold, typed.factors, typed.leaf, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
-    def known(ref: Ref, kind: str, local: bool) -> str:
+    def known(ref: Ref, dims: Any, kind: str, local: bool) -> str:
         name = f"{kind}{sum(v.startswith(kind) for v in values)}"
-        dims = typed.dims[ref.name, ref.item or 0]
         t = types[ref.name][ref.item or 0]
         assert t is not None
         shape = maker.shape(dims, symbols) if local else t.shape
@@ -81,20 +80,20 @@ def make_body(
     tokens, invariants, shards = [], [], []
     for old, new in zip(fold.tokens, operands[0]):
         whole = typed.places[new.name, new.item or 0] == "R"
-        names[old] = known(new, "token", local=True)
-        dims = typed.dims[new.name, new.item or 0]
+        dims = fold.dims[old]
+        names[old] = known(new, dims, "token", local=True)
         k, lead = _where(maker, dims, symbols)
         tokens.append(Token(names[old], k, lead, whole))
     for old, new in zip(fold.invariants, operands[1]):
-        names[old] = known(new, "invariant", local=False)
+        names[old] = known(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
     tables: dict[Ref, tuple[int, torch.Tensor]] = {}
     for old, new in zip(fold.sliced, operands[2]):
-        names[old] = known(new, "invariant", local=False)
+        names[old] = known(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
-        tables[old] = _table(maker, typed.dims[new.name, new.item or 0])
+        tables[old] = _table(maker, fold.dims[old])
     for w in fold.weights:
-        names[Ref(w)] = known(Ref(w), "shard", local=True)
+        names[Ref(w)] = known(Ref(w), fold.dims[Ref(w)], "shard", local=True)
         shards.append(names[Ref(w)])
     steps = _cut(maker, typed, names, values, symbols, tables)
     outs = []

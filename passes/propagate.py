@@ -91,23 +91,25 @@ class _State:
                 self.types[node.name, item] = t
         return Ref(node.name)
 
-    def convert(self, ref: Ref, kind: str, place: str, source: str) -> Ref:
-        """One conversion per value and kind."""
+    def convert(
+        self, ref: Ref, kind: str, place: str, source: str, dims: Dims | None = None
+    ) -> Ref:
+        """One conversion per value and kind. dims: as the user of the value reads them."""
         key = (ref, kind)
         if key not in self.converted:
             t = self.types[ref.name, ref.item or 0]
-            dims = self.dims[ref.name, ref.item or 0]
+            dims = self.dims[ref.name, ref.item or 0] if dims is None else dims
             base = f"{ref.name}_{ref.item}" if ref.item else ref.name
             cut = {"dim": self.cut_weights[ref.name]} if ref.name in self.cut_weights else {}
             node = Node(f"{base}.{kind}", kind, (ref,), cut, (t,), source)
             self.converted[key] = self.emit(node, [dims], place)
         return self.converted[key]
 
-    def sequence(self, ref: Ref, source: str) -> Ref:
+    def sequence(self, ref: Ref, source: str, dims: Dims | None = None) -> Ref:
         """The value cut along the sequence."""
         if self.place(ref) == "S":
             return ref
-        return self.convert(ref, LOCAL, "S", source)
+        return self.convert(ref, LOCAL, "S", source, dims)
 
     def replicated(self, ref: Ref, source: str) -> Ref:
         """The value whole on every rank, its cotangent equal on all."""
@@ -197,12 +199,10 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         outs, roles = [dims], {}
     else:
         outs = [tuple(map(tuple, o)) for o in record.outs]
-        operands = {
-            r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r is not None
-        }
+        read = {r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r}
+        operands = {new: read.get(old, ()) for old, new in zip(record.node.refs(), n.refs())}
         roles = record.roles.get(s.leaf, ()) if s.leaf is not None else ()
     kinds = {role for role, *_ in roles}
-    operands = {r: operands.get(r, ()) for r in n.refs()}
     cut = [r for r, d in operands.items() if s.carries(d)]
     touched = bool(cut) or any(map(s.carries, outs))
     active = any(s.place(r) == "S" for r in operands)
@@ -216,7 +216,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _attention(s, n, outs)
     elif not kinds:
         renamed = {
-            r: s.sequence(r, n.source)
+            r: s.sequence(r, n.source, operands[r])
             if r in cut
             else s.varying(s.replicated(r, n.source), n.source)
             for r in operands
@@ -260,7 +260,7 @@ def _reduce(
     renamed: dict[Ref, Ref] = {}
     for r in operands:
         if r in cut:
-            renamed[r] = s.sequence(r, n.source)
+            renamed[r] = s.sequence(r, n.source, operands[r])
         else:
             renamed[r] = s.varying(s.replicated(r, n.source), n.source)
     first = renamed[cut[0]]

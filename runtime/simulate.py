@@ -1,0 +1,59 @@
+"""D ranks in one process: the partitioned graphs of one rank interpreted for all ranks in lockstep.
+
+Every aten op runs once per rank; every op of tspc runs as D generators that must issue the same communications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tspc.runtime.drivers import lockstep
+from tspc.runtime.execute import GENERATORS
+from tspc.runtime.requests import Axis
+
+
+def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """inputs: per rank, in placeholder order -> outputs per rank."""
+    ranks = len(inputs)
+    env: list[dict[torch.fx.Node, Any]] = [{} for _ in range(ranks)]
+    uses = {n: len(n.users) for n in graph.graph.nodes}
+    given = [iter(x) for x in inputs]
+    for n in graph.graph.nodes:
+        if n.op == "placeholder":
+            values = [next(g) for g in given]
+        elif n.op == "get_attr":
+            values = [getattr(graph, n.target)] * ranks
+        elif n.op == "output":
+            return [list(_load(n.args[0], e)) for e in env]
+        else:
+            args = [_load(n.args, e) for e in env]
+            kwargs = [_load(n.kwargs, e) for e in env]
+            if getattr(n.target, "namespace", "") == "tspc":
+                values = _together(n.target, axis, args, kwargs)
+            else:
+                values = [n.target(*a, **k) for a, k in zip(args, kwargs)]
+        for e, v in zip(env, values):
+            e[n] = v
+        for used in n.all_input_nodes:
+            uses[used] -= 1
+            if not uses[used]:
+                for e in env:
+                    del e[used]
+    raise AssertionError("a graph without output")
+
+
+def _load(a: Any, env: dict[torch.fx.Node, Any]) -> Any:
+    return torch.fx.map_arg(a, lambda n: env[n])
+
+
+def _together(op: Any, axis: str, args: list[Any], kwargs: list[Any]) -> list[Any]:
+    names = [a.name for a in op._schema.arguments]
+    fn = GENERATORS[op._schema.name.split("::")[1]]
+    steps = []
+    for r, (a, k) in enumerate(zip(args, kwargs)):
+        full = [*a, *(k[n] for n in names[len(a) :])]
+        steps.append(fn(Axis(axis, len(args), r), *full))
+    return lockstep(steps)

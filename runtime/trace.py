@@ -1,0 +1,94 @@
+"""Trace one rank's program on local fakes: own symbols for sizes and rows, equal on every rank.
+
+Out: fake inputs for AOTAutograd, or the joint graph partitioned in forward and backward for the lockstep driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from tspc.body import evaluate
+from tspc.program import Type
+
+
+@dataclass(frozen=True)
+class Fakes:
+    """Local fakes in the order of a local program: symbols, rows, placeholders."""
+
+    mode: FakeTensorMode
+    env: ShapeEnv
+    symbols: Mapping[sympy.Symbol, Any]
+    rows: Any
+    tensors: list[torch.Tensor]
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.symbols.values(), self.rows, *self.tensors]
+
+
+def local_fakes(
+    symbols: Sequence[sympy.Symbol],
+    hints: Mapping[sympy.Symbol, int],
+    rows: int,
+    dynamic_rows: bool,
+    types: Sequence[tuple[Type, torch.device]],
+) -> Fakes:
+    """types: of each placeholder as this program is given it (parameters: their local shape)."""
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+
+    def size(name: str, hint: int) -> Any:
+        source = ConstantSource(name)
+        symbol = env.create_symbol(
+            hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        return env.create_symintnode(symbol, hint=hint, source=source)
+
+    values = {s: size(f"tspc_{i}", hints[s]) for i, s in enumerate(symbols)}
+    local_rows = size("tspc_rows", rows) if dynamic_rows else rows
+    tensors = []
+    with mode:
+        for t, device in types:
+            shape = [evaluate(s, values) for s in t.shape]
+            x = torch.empty(shape, dtype=t.dtype, device=device)
+            tensors.append(x.requires_grad_(t.requires_grad))
+    return Fakes(mode, env, values, local_rows, tensors)
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """forward: inputs -> outputs, saved. backward: saved, tangents -> gradients of the inputs."""
+
+    forward: torch.fx.GraphModule
+    backward: torch.fx.GraphModule | None
+    outputs: int
+    tangents: tuple[int, ...]  # outputs that take a cotangent
+
+
+def partition(fn: Any, fakes: Fakes) -> Partitioned:
+    """The joint graph of a local program, cut in two."""
+    with tracing(TracingContext(fakes.mode)), fakes.mode:
+        outs = fn(*fakes.inputs)
+        tangents = tuple(
+            i for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and o.requires_grad
+        )
+
+        def flat(*args: Any) -> tuple[Any, ...]:
+            return tuple(fn(*args))
+
+        joint = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=bool(tangents))
+        if not tangents:
+            return Partitioned(joint, None, len(outs), ())
+        forward, backward = default_partition(joint, fakes.inputs, num_fwd_outputs=len(outs))
+    return Partitioned(forward, backward, len(outs), tangents)
