@@ -216,6 +216,7 @@ class LocalProgram(torch.nn.Module):
         run = _Run(self, symbols, rows)
         for name, value in zip(self.placeholders, args[count + 1 :]):
             run.env[name, 0] = value
+        run.vary_parameters()
         for node in self.typed.program.nodes:
             if node.op == OUTPUT:
                 return [run.result(i, a) for i, a in enumerate(node.args)]
@@ -223,9 +224,10 @@ class LocalProgram(torch.nn.Module):
                 run.node(node)
         raise AssertionError("a program without output")
 
-    def results(self, sizes: Sizes) -> list[Result | None]:
-        """How each output leaves; shapes are the whole ones."""
+    def results(self) -> list[Result | None]:
+        """How each output leaves; shapes are the whole ones, over the symbols."""
         typed = self.typed
+        sizes = Sizes(typed.factors, {s: s for s in self.symbols}, {})
         types = {n.name: n.types for n in typed.program.nodes}
         out: list[Result | None] = []
         for i, a in enumerate(typed.program.output.args):
@@ -275,7 +277,20 @@ class _Run:
         dim, lead, trail = where(self.sizes, dims, self.typed.leaf)
         return dim, lead, trail, self.rows, self.length, self.program.order, self.program.axis
 
+    def vary_parameters(self) -> None:
+        """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
+        nodes = [n for n in self.typed.program.nodes if n.op == VARY and self.is_given(n.args[0])]
+        if nodes:
+            got = torch.ops.tspc.vary([self.get(n.args[0]) for n in nodes], self.program.axis)
+            for n, x in zip(nodes, got):
+                self.env[n.name, 0] = x
+
+    def is_given(self, ref: Ref) -> bool:
+        return (ref.name, 0) in self.env and ref.name in self.program.placeholders
+
     def node(self, n: Node) -> None:
+        if (n.name, 0) in self.env:
+            return
         value = self.value(n)
         for item, v in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             t = n.types[item] if item < len(n.types) else None

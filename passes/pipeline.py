@@ -11,7 +11,7 @@ from tspc.body import Body
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.fold import outline
-from tspc.passes.localize import LocalProgram
+from tspc.passes.localize import LocalProgram, Result
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
@@ -28,6 +28,7 @@ class Rewritten:
     local: LocalProgram
     bodies: tuple[Body, ...]
     symbols: tuple[sympy.Symbol, ...]
+    results: tuple[Result | None, ...]
 
 
 def rewrite(
@@ -59,7 +60,8 @@ def rewrite(
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
     local = LocalProgram(typed, symbols, choice.order, axis, deferred)
-    return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols))
+    results = tuple(local.results())
+    return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
 
 def _deferred(program: Program) -> frozenset[int]:

@@ -53,6 +53,31 @@ def _nothing(result: Any) -> Steps:
     yield
 
 
+def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.Tensor:
+    """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are stored."""
+    place = PLACES[name]
+    missing = -(-size // place.axis.size) - local.shape[dim]
+    if missing:
+        shape = list(local.shape)
+        shape[dim] = missing
+        local = torch.cat([local, local.new_zeros(shape)], dim)
+    steps = exchange.gather_weight(place.axis, local, dim, size)
+    return distributed(steps, place.axis, place.groups)
+
+
+def _whole_weight_backward(
+    g: torch.Tensor, dim: int, size: int, name: str, rows: int
+) -> torch.Tensor:
+    """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole one."""
+    axis = PLACES[name].axis
+    start = min(axis.rank * -(-size // axis.size), size)
+    return g.narrow(dim, start, rows).clone()
+
+
+LIB.impl("whole_weight", _whole_weight, "CompositeExplicitAutograd")
+LIB.impl("whole_weight_backward", _whole_weight_backward, "CompositeExplicitAutograd")
+
+
 @_steps("whole")
 @_steps("local_backward")
 def _whole(axis, x, dim, lead, trail, rows, length, order, name):

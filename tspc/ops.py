@@ -19,6 +19,9 @@ _DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str orde
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
+# a stored shard (torch's chunk of `dim`) -> the whole weight; stands in a traced model where it reads a parameter
+LIB.define("whole_weight(Tensor local, int dim, int size, str axis) -> Tensor")
+LIB.define("whole_weight_backward(Tensor g, int dim, int size, str axis, SymInt rows) -> Tensor")
 LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
 LIB.define(f"whole_backward(Tensor g, {_DIM}) -> Tensor")
 LIB.define(f"local(Tensor x, {_DIM}) -> Tensor")
@@ -82,6 +85,16 @@ def _resized(x: torch.Tensor, dim: int, size: Any) -> torch.Tensor:
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"tspc::{name}", lib=LIB)
+
+
+@_fake("whole_weight")
+def _whole_weight_fake(local, dim, size, axis):
+    return _resized(local, dim, size)
+
+
+@_fake("whole_weight_backward")
+def _whole_weight_backward_fake(g, dim, size, axis, rows):
+    return _resized(g, dim, rows)
 
 
 @_fake("whole")
@@ -159,6 +172,16 @@ def _sequence_backward(op: str) -> Callable[..., Any]:
     return backward
 
 
+def _whole_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    local, *ctx.rest = inputs
+    ctx.rows = local.shape[ctx.rest[0]]
+
+
+def _whole_weight_grad(ctx: Any, g: torch.Tensor) -> Any:
+    return (torch.ops.tspc.whole_weight_backward(g, *ctx.rest, ctx.rows), None, None, None)
+
+
+_register("whole_weight", _whole_weight_setup, _whole_weight_grad)
 _register("whole", _keep_rest, _sequence_backward("whole_backward"))
 _register("local", _keep_rest, _sequence_backward("local_backward"))
 _register("clear_pads", _keep_rest, _sequence_backward("clear_pads"))

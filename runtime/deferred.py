@@ -1,0 +1,78 @@
+"""An output that stays on its ranks until someone reads it: a tensor of the whole shape, gathered at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from tspc.errors import UnsupportedError
+
+
+class DeferredTensor(torch.Tensor):
+    """Reading it is a collective: read it on all ranks of the axis. Gradients do not flow through it."""
+
+    _gather: Callable[[], torch.Tensor] | None
+    _value: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        gather: Callable[[], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DeferredTensor:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self._gather, self._value = gather, None
+        return self
+
+    def whole(self) -> torch.Tensor:
+        """The gathered tensor."""
+        if self._value is None:
+            assert self._gather is not None
+            with torch.no_grad():
+                self._value = self._gather()
+            self._gather = None
+        return self._value
+
+    def __repr__(self, **_: Any) -> str:
+        return f"DeferredTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+
+        def unwrap(x: Any) -> Any:
+            return x.whole() if isinstance(x, DeferredTensor) else x
+
+        return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, x: DeferredTensor) -> DeferredTensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        raise UnsupportedError(
+            "an output of the compiled model beside its loss was differentiated; it is deferred and has no gradient: "
+            'compile with options={"outputs": "full"}'
+        )
+
+
+def defer(
+    gather: Callable[[], torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """A deferred output; differentiating through it raises `UnsupportedError`."""
+    x = DeferredTensor(gather, shape, dtype, device)
+    if not dtype.is_floating_point or not torch.is_grad_enabled():
+        return x
+    return _NoGradient.apply(torch.zeros((), requires_grad=True), x)

@@ -1,0 +1,89 @@
+"""Compile one rank's program: AOTAutograd, then Inductor with the order of communications kept, or plain eager graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+from torch.utils.checkpoint import CheckpointPolicy
+
+from tspc.runtime.trace import Fakes
+
+
+class KeepOrder(CustomGraphPass):
+    """Chain tspc's ops in the order of the graph; Inductor would reorder independent ones by size hints."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        previous: torch.fx.Node | None = None
+        chain = {}
+        for n in graph.nodes:
+            if getattr(n.target, "namespace", "") != "tspc":
+                continue
+            if previous is not None and previous not in n.all_input_nodes:
+                chain[n] = OrderedSet([previous])
+            previous = n
+        preserve_node_ordering(graph, chain)
+
+    def uuid(self) -> str:
+        return "tspc-keep-order-1"
+
+
+def _partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+    """Min-cut; folds are never run again, gathered weights are never saved."""
+    for n in joint.graph.nodes:
+        if getattr(n.target, "namespace", "") != "tspc":
+            continue
+        name = n.target._schema.name.split("::")[1]
+        again = name in ("gather_weight", "local", "clear_pads")
+        policy = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
+        n.meta["recompute"] = policy
+    return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+
+def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
+    def compile_graph(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        out = next(n for n in gm.graph.nodes if n.op == "output")
+        out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
+        with V.set_fake_mode(fakes.mode):
+            return compile_fx_inner(gm, inputs, is_backward=is_backward)
+
+    return compile_graph
+
+
+def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+    return make_boxed_func(gm.forward)
+
+
+def compile_local(
+    program: torch.nn.Module, fakes: Fakes, compiler: str
+) -> Callable[..., Sequence[Any]]:
+    """-> a function of (symbols, rows, placeholders) with autograd; forward and backward are compiled now."""
+    inductor = compiler == "inductor"
+    forward = _inner(fakes, False) if inductor else _eager
+    backward = _inner(fakes, True) if inductor else _eager
+    with (
+        tracing(TracingContext(fakes.mode)),
+        functorch_config.patch(force_non_lazy_backward_lowering=True),
+        inductor_config.patch(post_grad_custom_post_pass=KeepOrder()),
+    ):
+        return aot_module_simplified(
+            program,
+            tuple(fakes.inputs),
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=forward,
+            partition_fn=_partition,
+            decompositions=select_decomp_table() if inductor else None,
+        )

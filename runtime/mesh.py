@@ -1,0 +1,57 @@
+"""The TSP axis of a run: which mesh dim, this rank's place on it, and two process groups over the same ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tspc.errors import PlanError
+from tspc.options import Options
+from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.requests import Axis
+
+_WORLD: dict[str, DeviceMesh] = {}
+
+
+def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
+    """The place of this rank and the one-dim mesh of the axis; without a process group an axis of one rank."""
+    if not dist.is_initialized():
+        if options.mesh is not None:
+            raise PlanError("a mesh was given but no process group is initialized")
+        return Place(Axis("tsp", 1, 0)), None
+    mesh = options.mesh
+    if mesh is None:
+        kind = device.type
+        if kind not in _WORLD or _WORLD[kind].size() != dist.get_world_size():
+            _WORLD[kind] = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tsp",))
+        mesh = _WORLD[kind]
+    mesh = _axis(mesh, options.axis)
+    if mesh.device_type != device.type:
+        raise PlanError(f"the model is on {device.type}, the mesh on {mesh.device_type}")
+    group = mesh.get_group()
+    ranks = dist.get_process_group_ranks(group)
+    names = mesh.mesh_dim_names
+    name = f"{names[0] if names else 'tsp'}_{'_'.join(map(str, ranks))}"
+    if name not in PLACES:
+        second: Any = dist.new_group(ranks, use_local_synchronization=True)
+        axis = Axis(name, len(ranks), dist.get_rank(group))
+        PLACES[name] = Place(axis, {"weights": second, "activations": group})
+    return PLACES[name], mesh
+
+
+def _axis(mesh: DeviceMesh, axis: str | None) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    if axis is not None:
+        if axis not in names:
+            raise PlanError(
+                f"the mesh has no axis {axis!r}; its axes are {', '.join(names) or 'unnamed'}"
+            )
+        return mesh[axis]
+    if mesh.ndim == 1:
+        return mesh
+    if "tsp" in names:
+        return mesh["tsp"]
+    raise PlanError(f"name the axis to fold on: options={{'axis': ...}}, one of {', '.join(names)}")

@@ -1,0 +1,156 @@
+"""Persistent parameters: a DTensor each under its own name, read whole only while tracing or inside a compiled root.
+
+`shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose properties read
+them. `Prologue` turns the stored chunks into the equal shards that the folds take, and gradients back (DESIGN section 9).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tspc.runtime.drivers import distributed
+from tspc.runtime.execute import Place
+from tspc.runtime.repack import repack, repack_backward
+from tspc.shard import ShardMap
+
+_STATE = threading.local()
+_CLASSES: dict[tuple[type, tuple[str, ...], str], type] = {}
+
+
+def _reading() -> bool:
+    return torch.compiler.is_compiling() or getattr(_STATE, "depth", 0) > 0
+
+
+def _whole(p: DTensor, axis: str) -> torch.Tensor:
+    (placement,) = p.placements
+    local = p.to_local()
+    if isinstance(placement, Replicate):
+        return torch.ops.tspc.whole_weight(local, 0, p.shape[0] if p.dim() else 1, axis)
+    return torch.ops.tspc.whole_weight(local, placement.dim, p.shape[placement.dim], axis)
+
+
+def _property(name: str, axis: str) -> property:
+    def get(self: nn.Module) -> Any:
+        p = self._parameters[name]
+        return _whole(p, axis) if isinstance(p, DTensor) and _reading() else p
+
+    def put(self: nn.Module, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    return property(get, put)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return nn.Module.__call__(self, *args, **kwargs)
+    _STATE.depth = getattr(_STATE, "depth", 0) + 1
+    try:
+        return nn.Module.__call__(self, *args, **kwargs)
+    finally:
+        _STATE.depth -= 1
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    cls = type(self)
+    return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
+
+
+def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]) -> nn.Module:
+    module = cls.__new__(cls)
+    module.__dict__.update(state)
+    module.__class__ = _sharded_class(cls, names, axis)
+    return module
+
+
+def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
+    key = (cls, names, axis)
+    if key not in _CLASSES:
+        body: dict[str, Any] = {n: _property(n, axis) for n in names}
+        body.update(
+            _tspc_class=cls,
+            _tspc_names=names,
+            _tspc_axis=axis,
+            __module__=cls.__module__,
+            __qualname__=cls.__qualname__,
+            __call__=_call,
+            __reduce_ex__=_reduce,
+        )
+        _CLASSES[key] = type(cls.__name__, (cls,), body)
+    return _CLASSES[key]
+
+
+def shard_parameters(
+    module: nn.Module, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Every parameter becomes a DTensor, by rank 0's values; buffers too come from rank 0. -> old to new.
+
+    dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their largest dim.
+    """
+    group = mesh.get_group()
+    source = dist.get_process_group_ranks(group)[0]
+    made: dict[int, nn.Parameter] = {}
+    exchanged: dict[nn.Parameter, nn.Parameter] = {}
+    with torch.no_grad():
+        for m in module.modules():
+            names = tuple(n for n, p in m._parameters.items() if p is not None)
+            for n in names:
+                p = m._parameters[n]
+                assert p is not None
+                if isinstance(p, DTensor):
+                    continue
+                if id(p) not in made:
+                    dim = dims[id(p)] if id(p) in dims else default_dim(p)
+                    placement = Replicate() if dim is None else Shard(dim)
+                    data = distribute_tensor(p.data, mesh, [placement])
+                    made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+                    exchanged[p] = made[id(p)]
+                m._parameters[n] = made[id(p)]
+            if names and not hasattr(type(m), "_tspc_class"):
+                m.__class__ = _sharded_class(type(m), names, axis)
+        for b in module.buffers():
+            dist.broadcast(b, source, group=group)
+    return exchanged
+
+
+def default_dim(p: torch.Tensor) -> int | None:
+    """The largest dim; parameters of one dim below 64 KiB are replicated."""
+    if p.dim() == 0 or (p.dim() == 1 and p.numel() * p.element_size() < 64 * 1024):
+        return None
+    return max(range(p.dim()), key=lambda k: p.shape[k])
+
+
+class Prologue(torch.autograd.Function):
+    """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go back as DTensors."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Place, maps: Sequence[ShardMap | None], *params: DTensor) -> Any:
+        ctx.place, ctx.maps = place, maps
+        ctx.specs = [(p._spec, p._local_tensor.shape) for p in params]
+        ctx.set_materialize_grads(False)
+        outs = []
+        for p, m in zip(params, maps):
+            local = p._local_tensor
+            if m is None:
+                outs.append(local.view_as(local))
+            else:
+                steps = repack(place.axis, m, local, p.shape[m.dim])
+                outs.append(distributed(steps, place.axis, place.groups))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        out = []
+        for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
+            if g is not None and m is not None:
+                steps = repack_backward(ctx.place.axis, m, g, spec.shape[m.dim], shape[m.dim])
+                g = distributed(steps, ctx.place.axis, ctx.place.groups)
+            out.append(None if g is None else DTensor(g, spec, requires_grad=False))
+        return (None, None, *out)

@@ -1,0 +1,217 @@
+"""The backend: a Dynamo graph -> the function that one rank runs. `torch.compile(model, backend="tsp", options={...})`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.distributed.tensor import DTensor
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from tspc.body import evaluate
+from tspc.capture import Captured, capture
+from tspc.errors import CaptureError, UnsupportedError
+from tspc.layout import Layout
+from tspc.options import Options, parse
+from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.program import PARAM, PLACEHOLDERS, Type
+from tspc.runtime import inputs as input_check
+from tspc.runtime.convert import convert_and_restart
+from tspc.runtime.deferred import defer
+from tspc.runtime.drivers import distributed
+from tspc.runtime.execute import Place
+from tspc.runtime.exchange import whole
+from tspc.runtime.inductor import compile_local
+from tspc.runtime.mesh import resolve
+from tspc.runtime.storage import Prologue
+from tspc.runtime.trace import Fakes, local_fakes
+from tspc.torch_seams import compiled_roots
+
+log = logging.getLogger("tspc")
+
+
+@dataclass
+class Compiled:
+    """One graph as it was compiled, for `tspc.explain`. sizes: symbol values of the last call."""
+
+    captured: Captured
+    rewritten: Rewritten
+    place: Place
+    sizes: dict[Any, int] = field(default_factory=dict)
+
+
+# root module id -> its graphs, newest last
+GRAPHS: dict[int, list[Compiled]] = {}
+
+
+def tsp(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph for this rank of the TSP axis; on one rank this is plain Inductor.
+
+    Raises `OptionError`, `PlanError`, `UnsupportedError` for what cannot run, with the place in the model.
+    """
+    chosen = parse(options)
+    place, mesh = resolve(chosen, _device(example_inputs))
+    if place.axis.size == 1 or mesh is None:
+        return compile_fx(gm, list(example_inputs))
+    captured = capture(gm, example_inputs)
+    rewritten = rewrite(
+        captured.program,
+        tuple(sorted(captured.symbols, key=str)),
+        place.axis.size,
+        place.axis.name,
+        chosen.schedule,
+        chosen.layout,
+        "full" if captured.whole_outputs else chosen.outputs,
+    )
+    _report(rewritten, chosen)
+    if any(
+        isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
+    ):
+        dims = _storage_dims(captured, rewritten, example_inputs)
+        convert_and_restart(gm, mesh, place.axis.name, dims)
+    compiled = Compiled(captured, rewritten, place)
+    for root in compiled_roots(gm):
+        GRAPHS.setdefault(id(root), []).append(compiled)
+    return _function(compiled, chosen, example_inputs, gm)
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    for x in example_inputs:
+        if isinstance(x, torch.nn.Parameter):
+            return x.device
+    for x in example_inputs:
+        if isinstance(x, torch.Tensor):
+            return x.device
+    return torch.device("cpu")
+
+
+def _report(rewritten: Rewritten, options: Options) -> None:
+    for f in rewritten.typed.fallbacks:
+        text = f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); its operands of {f.shape} are gathered"
+        if options.strict:
+            raise UnsupportedError(text)
+        log.warning(text)
+    for name, op in rewritten.analysis.fallbacks:
+        text = (
+            f"{rewritten.analysis.program.node(name).source}: {op} has no rule and runs replicated"
+        )
+        if options.strict:
+            raise UnsupportedError(text)
+        log.warning(text)
+
+
+def _storage_dims(
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any]
+) -> dict[int, int | None]:
+    out: dict[int, int | None] = {}
+    for name, s in rewritten.choice.storages.items():
+        out[id(example_inputs[captured.positions[name]])] = s.map.dim if s.map else None
+    return out
+
+
+def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
+    captured, rewritten = compiled.captured, compiled.rewritten
+    hints = captured.program.hints
+    types: list[tuple[Type, torch.device]] = []
+    for n in rewritten.typed.program.nodes:
+        if n.op not in PLACEHOLDERS:
+            continue
+        t = n.type
+        x = example_inputs[captured.positions[n.name]]
+        storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
+        if storage is not None and storage.map is not None:
+            shape = list(t.shape)
+            shape[storage.map.dim] = storage.map.length
+            t = replace(t, shape=tuple(shape))
+        types.append((t, x.device))
+    return local_fakes(rewritten.symbols, hints, int(_rows(compiled, hints)), True, types)
+
+
+def _layout(compiled: Compiled) -> Layout:
+    return Layout(compiled.place.axis.size, compiled.rewritten.choice.order)
+
+
+def _length(compiled: Compiled, sizes: Mapping[Any, Any]) -> Any:
+    leaf = compiled.rewritten.choice.leaf
+    return 1 if leaf is None else evaluate(leaf.size, sizes)
+
+
+def _rows(compiled: Compiled, sizes: Mapping[Any, Any]) -> Any:
+    return _layout(compiled).chunk_rows(_length(compiled, sizes))
+
+
+def _restate_guards(compiled: Compiled, fakes: Fakes) -> None:
+    """What tracing and lowering assumed of the local sizes becomes guards on Dynamo's symbols."""
+    outer = compiled.captured.outer_symbols
+    bind: dict[Any, Any] = {
+        v.node.expr: outer[s] for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)
+    }
+    if isinstance(fakes.rows, torch.SymInt):
+        bind[fakes.rows.node.expr] = _rows(compiled, outer)
+    for guard in fakes.env.guards:
+        symbols = guard.expr.free_symbols
+        if not bool(
+            sympy_interp(PythonReferenceAnalysis, {s: bind[s] for s in symbols}, guard.expr)
+        ):
+            raise CaptureError(f"the local program assumes {guard.expr}, which does not hold")
+
+
+def _function(
+    compiled: Compiled, options: Options, example_inputs: Sequence[Any], gm: torch.fx.GraphModule
+) -> Callable[..., Any]:
+    captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
+    fakes = _fakes(compiled, example_inputs)
+    run_local = compile_local(rewritten.local, fakes, options.compiler)
+    _restate_guards(compiled, fakes)
+    nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    at = [captured.positions[n.name] for n in nodes]
+    sharded = [i for i, p in enumerate(at) if isinstance(example_inputs[p], DTensor)]
+    maps = []
+    for i in sharded:
+        storage = rewritten.choice.storages.get(nodes[i].name)
+        maps.append(storage.map if storage is not None else None)
+    check = input_check.Checker(place, options.check_inputs, [n.name for n in nodes])
+
+    def run(*args: Any) -> Any:
+        sizes = captured.sizes(args)
+        compiled.sizes = sizes
+        rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
+        given = [args[p] for p in at]
+        check([given[i] for i in range(len(given)) if i not in sharded])
+        for i, local in zip(sharded, Prologue.apply(place, maps, *(given[i] for i in sharded))):
+            given[i] = local
+        outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
+        return _results(compiled, outs, sizes, rows, length)
+
+    return run
+
+
+def _results(
+    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], rows: int, length: int
+) -> list[Any]:
+    place, layout = compiled.place, _layout(compiled)
+    out = []
+    for x, r in zip(outs, compiled.rewritten.results):
+        if r is None or r.kind == "whole":
+            out.append(x)
+            continue
+
+        def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
+            lead = evaluate(r.lead, sizes)
+            steps = whole(place.axis, layout, x, r.dim, lead, rows, length)
+            return distributed(steps, place.axis, place.groups)
+
+        shape = tuple(evaluate(s, sizes) for s in r.shape)
+        out.append(defer(gather, shape, r.dtype, x.device))
+    return out

@@ -1,0 +1,60 @@
+"""The options of `torch.compile(model, backend="tsp", options={...})`, checked by name and value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tspc.errors import OptionError
+
+SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "layout": ("auto", "contiguous", "zigzag"),
+    "outputs": ("auto", "full"),
+    "check_inputs": ("auto", True, False),
+    "strict": (True, False),
+    "compiler": ("inductor", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """mesh: a DeviceMesh, default the world as one axis. axis: the mesh dim to fold on.
+
+    schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or glob to one.
+    outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all whole.
+    check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or never.
+    strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten graphs without Inductor.
+    """
+
+    mesh: Any = None
+    axis: str | None = None
+    plan: Any = None
+    schedule: str | Mapping[str, str] = "auto"
+    layout: str = "auto"
+    outputs: str = "auto"
+    check_inputs: str | bool = "auto"
+    strict: bool = False
+    compiler: str = "inductor"
+
+
+def parse(given: Mapping[str, Any] | None) -> Options:
+    """Raises `OptionError` for an unknown name or a bad value, naming the valid ones."""
+    given = dict(given or {})
+    valid = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"unknown option {name!r}{hint} (valid: {', '.join(valid)})")
+    for name, choices in _CHOICES.items():
+        if name in given and not any(given[name] is c or given[name] == c for c in choices):
+            raise OptionError(f"{name}={given[name]!r}; valid: {', '.join(map(repr, choices))}")
+    schedule = given.get("schedule", "auto")
+    values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
+    for v in values:
+        if v not in SCHEDULES:
+            raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
+    return Options(**given)
