@@ -44,7 +44,8 @@ class DeferredTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            return args[0]
+            x = args[0]
+            return DeferredTensor(x.whole, tuple(x.shape), x.dtype, x.device)
 
         def unwrap(x: Any) -> Any:
             return x.whole() if isinstance(x, DeferredTensor) else x
@@ -54,8 +55,8 @@ class DeferredTensor(torch.Tensor):
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, x: DeferredTensor) -> DeferredTensor:
-        return x
+    def forward(ctx: Any, anchor: torch.Tensor, *args: Any) -> DeferredTensor:
+        return DeferredTensor(*args)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
@@ -72,7 +73,7 @@ def defer(
     device: torch.device,
 ) -> torch.Tensor:
     """A deferred output; differentiating through it raises `UnsupportedError`."""
-    x = DeferredTensor(gather, shape, dtype, device)
     if not dtype.is_floating_point or not torch.is_grad_enabled():
-        return x
-    return _NoGradient.apply(torch.zeros((), requires_grad=True), x)
+        return DeferredTensor(gather, shape, dtype, device)
+    anchor = torch.zeros((), requires_grad=True)
+    return _NoGradient.apply(anchor, gather, shape, dtype, device)

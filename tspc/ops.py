@@ -301,7 +301,8 @@ def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
     for n in ctx.counts:
         grads.append(flat[:n])
         flat = flat[n:]
-    return (*grads, None, None, None, None, None)
+    sizes = None if ctx.sizes else []  # torch takes an empty list for one of tensors
+    return (*grads, sizes, None, None, None, None)
 
 
 _register("fold", _fold_setup, _fold_grad)
