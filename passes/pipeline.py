@@ -15,7 +15,7 @@ from tspc.passes.localize import LocalProgram, Result
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
-from tspc.program import FOLD, Program, Ref
+from tspc.program import FOLD, Node, Program, Ref
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Rewritten:
     bodies: tuple[Body, ...]
     symbols: tuple[sympy.Symbol, ...]
     results: tuple[Result | None, ...]
+
+    @property
+    def folds(self) -> tuple[Node, ...]:
+        """The fold nodes, in order."""
+        return tuple(n for n in self.typed.program.nodes if n.op == FOLD)
 
 
 def rewrite(

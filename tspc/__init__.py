@@ -1,0 +1,33 @@
+"""tspc: a torch.compile backend that trains an unmodified model with folded tensor and sequence parallelism."""
+
+from tspc.api import Plan, Verification, explain, plan, verify
+from tspc.backend import tsp
+from tspc.errors import (
+    CaptureError,
+    OptionError,
+    ParityError,
+    PlanError,
+    RankMismatchError,
+    RuleError,
+    ShardedParameterError,
+    TspcError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "CaptureError",
+    "OptionError",
+    "ParityError",
+    "Plan",
+    "PlanError",
+    "RankMismatchError",
+    "RuleError",
+    "ShardedParameterError",
+    "TspcError",
+    "UnsupportedError",
+    "Verification",
+    "explain",
+    "plan",
+    "tsp",
+    "verify",
+]

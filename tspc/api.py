@@ -1,0 +1,207 @@
+"""The front door beside `torch.compile`: plan before running, explain what was compiled, verify against one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_flatten
+
+from tspc.backend import GRAPHS, Compiled
+from tspc.body import evaluate
+from tspc.capture import capture
+from tspc.check import Simulated, relative_errors, simulated_backend
+from tspc.errors import CaptureError, ParityError, PlanError
+from tspc.layout import Layout
+from tspc.options import parse
+from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.runtime.convert import convert
+from tspc.runtime.mesh import resolve
+from tspc.runtime.schedules import choose
+from tspc.show import show
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What tspc will do with a model on `ranks` ranks. Print it before you run."""
+
+    ranks: int
+    rewritten: Rewritten = field(repr=False)
+    sizes: dict[Any, int] = field(repr=False)
+
+    def __str__(self) -> str:
+        return _text(self.rewritten, self.ranks, self.sizes)
+
+    def dims(self) -> dict[str, int | None]:
+        """Parameter name -> the dim that is cut, None where it is replicated."""
+        return {n: s.map.dim if s.map else None for n, s in self.rewritten.choice.storages.items()}
+
+    def apply(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
+        """Shard the parameters in place as DTensors, by rank 0's values; live optimizers are rebound.
+
+        Raises `PlanError` if the axis has another number of ranks than the plan.
+        """
+        parameters = dict(model.named_parameters())
+        device = next(iter(parameters.values())).device
+        place, one = resolve(replace(parse({}), mesh=mesh), device)
+        if place.axis.size != self.ranks:
+            raise PlanError(f"the plan is for {self.ranks} ranks, the axis has {place.axis.size}")
+        dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}
+        if one is not None:
+            convert(model, one, place.axis.name, dims)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Relative errors by kind and name, and the graphs that ran."""
+
+    errors: dict[str, dict[str, float]]
+    graphs: tuple[Simulated, ...] = field(repr=False)
+
+    @property
+    def worst(self) -> float:
+        return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
+
+
+class _Stop(Exception):
+    pass
+
+
+def plan(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    ranks: int | None = None,
+    mesh: DeviceMesh | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Trace the model on these inputs and decide; nothing runs, so meta tensors will do.
+
+    Raises `PlanError` without `ranks` or `mesh`, `CaptureError` if the model does not trace.
+    """
+    chosen = parse(options)
+    if mesh is not None:
+        ranks = resolve(replace(chosen, mesh=mesh), torch.device(mesh.device_type))[0].axis.size
+    if ranks is None:
+        raise PlanError("plan(...) needs ranks= or mesh=")
+    count, found = ranks, []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        captured = capture(gm, example_inputs)
+        symbols = tuple(sorted(captured.symbols, key=str))
+        rewritten = rewrite(
+            captured.program, symbols, count, "tsp", chosen.schedule, chosen.layout, chosen.outputs
+        )
+        found.append(Plan(count, rewritten, dict(captured.program.hints)))
+        raise _Stop
+
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(specialize_float=True):
+            torch.compile(model, backend=backend, dynamic=True)(*args, **(kwargs or {}))
+    except Exception:
+        if not found:
+            raise
+    finally:
+        torch._dynamo.reset()
+    if not found:
+        raise CaptureError("the model has no graph to plan")
+    return found[0]
+
+
+def explain(model: Any) -> str:
+    """The rewritten programs of a compiled model, with the schedules of the last call's sizes; after the first call."""
+    root = getattr(model, "_orig_mod", model)
+    graphs = GRAPHS.get(id(root), [])
+    if not graphs:
+        raise PlanError(
+            "the model has no compiled graph yet: call it first (one rank runs plain Inductor)"
+        )
+    return "\n\n".join(_explained(g) for g in graphs)
+
+
+def _explained(graph: Compiled) -> str:
+    return _text(graph.rewritten, graph.place.axis.size, graph.sizes)
+
+
+def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
+    leaf = rewritten.choice.leaf
+    schedules = {}
+    if leaf is not None and all(s in sizes for s in rewritten.symbols):
+        layout = Layout(ranks, rewritten.choice.order)
+        rows = int(layout.chunk_rows(int(evaluate(leaf.size, sizes))))
+        values = [sizes[s] for s in rewritten.symbols]
+        names = [name for name, _, _ in rewritten.choice.regions]
+        by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
+        schedules = {n: choose(by_name[n], ranks, values, rows) for n in names if n in by_name}
+    return show(rewritten, schedules=schedules)
+
+
+def verify(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    ranks: int = 2,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-5,
+) -> Verification:
+    """Run the model on one device and on `ranks` simulated ranks; compare outputs and all gradients.
+
+    A scalar output gets the cotangent 1, every other differentiable output a fixed random one unless there is a scalar.
+    Raises `ParityError` naming what differs by more than `tolerance` (relative, as `relative_errors`).
+    """
+    made: list[Simulated] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
+    one = _outcome(model, model, args, kwargs or {})
+    mine = _outcome(compiled, model, args, kwargs or {})
+    errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
+    found = Verification(errors, tuple(made))
+    wrong = {
+        f"{kind} {n}": e for kind, es in errors.items() for n, e in es.items() if not e <= tolerance
+    }
+    if wrong:
+        listed = ", ".join(f"{n}: {e:.2e}" for n, e in sorted(wrong.items()))
+        raise ParityError(f"{ranks} ranks differ from one device beyond {tolerance}: {listed}")
+    return found
+
+
+def _outcome(
+    fn: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Outputs, and gradients of parameters and float inputs."""
+    leaves = [
+        x
+        for x in tree_flatten((args, kwargs))[0]
+        if isinstance(x, torch.Tensor) and x.requires_grad
+    ]
+    model.zero_grad()
+    for x in leaves:
+        x.grad = None
+    flat = tree_flatten(_plain(fn(*args, **kwargs)))[0]
+    outs = [x for x in flat if isinstance(x, torch.Tensor)]
+    live = [x for x in outs if x.requires_grad]
+    scalars = [x for x in live if not x.dim()]
+    generator = torch.Generator().manual_seed(0)
+    if scalars:
+        torch.autograd.backward(scalars, [torch.ones_like(x) for x in scalars])
+    elif live:
+        noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in live]
+        torch.autograd.backward(live, noise)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    given = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
+    model.zero_grad()
+    return {
+        "output": {str(i): x.detach() for i, x in enumerate(outs)},
+        "gradient of": grads,
+        "input gradient": given,
+    }
+
+
+def _plain(out: Any) -> Any:
+    """A model output of a library as a dict of its tensors."""
+    return dict(out) if isinstance(out, Mapping) else out

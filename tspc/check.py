@@ -1,0 +1,218 @@
+"""Simulated ranks: a backend that runs a graph on D ranks in this process, for `tspc.verify` and the tests.
+
+The model keeps its whole parameters; each call cuts them into the ranks' shards, runs the partitioned forward and backward graphs
+in lockstep and assembles whole outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tspc.body import evaluate
+from tspc.capture import Captured, capture
+from tspc.layout import Layout
+from tspc.options import Options
+from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.program import PARAM, PLACEHOLDERS, Type
+from tspc.runtime import simulate
+from tspc.runtime.drivers import lockstep
+from tspc.runtime.exchange import whole
+from tspc.runtime.requests import Axis
+from tspc.runtime.trace import Partitioned, local_fakes, partition
+
+AXIS = "simulated"
+
+
+@dataclass
+class Simulated:
+    """One graph on D ranks. graphs: every graph that a backend made, in order."""
+
+    ranks: int
+    captured: Captured
+    rewritten: Rewritten
+    parts: Partitioned
+    sizes: dict[Any, int] = field(default_factory=dict)
+    saved_elements: int = 0  # of rank 0, by the last forward
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.ranks, self.rewritten.choice.order)
+
+    def length(self) -> int:
+        leaf = self.rewritten.choice.leaf
+        return 1 if leaf is None else int(evaluate(leaf.size, self.sizes))
+
+    def rows(self) -> int:
+        return int(self.layout.chunk_rows(self.length()))
+
+
+def simulated_backend(
+    ranks: int, options: Options | None = None, made: list[Simulated] | None = None
+) -> Callable[..., Any]:
+    """A Dynamo backend; `made` collects its graphs."""
+    chosen = options or Options()
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = capture(gm, example_inputs)
+        rewritten = rewrite(
+            captured.program,
+            tuple(sorted(captured.symbols, key=str)),
+            ranks,
+            AXIS,
+            chosen.schedule,
+            chosen.layout,
+            "full" if captured.whole_outputs else chosen.outputs,
+        )
+        graph = Simulated(
+            ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
+        )
+        if made is not None:
+            made.append(graph)
+        return lambda *args: _call(graph, args)
+
+    return backend
+
+
+def _trace(
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any], ranks: int
+) -> Partitioned:
+    hints = captured.program.hints
+    leaf = rewritten.choice.leaf
+    length = 1 if leaf is None else evaluate(leaf.size, hints)
+    rows = int(Layout(ranks, rewritten.choice.order).chunk_rows(int(length)))
+    types: list[tuple[Type, torch.device]] = []
+    for n in rewritten.typed.program.nodes:
+        if n.op not in PLACEHOLDERS:
+            continue
+        t = n.type
+        storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
+        if storage is not None and storage.map is not None:
+            shape = list(t.shape)
+            shape[storage.map.dim] = storage.map.length
+            t = replace(t, shape=tuple(shape))
+        types.append((t, example_inputs[captured.positions[n.name]].device))
+    fakes = local_fakes(rewritten.symbols, hints, rows, True, types)
+    return partition(rewritten.local, fakes)
+
+
+def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
+    graph.sizes = graph.captured.sizes(args)
+    nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    tensors = [args[graph.captured.positions[n.name]] for n in nodes]
+    return list(_Run.apply(graph, *tensors))
+
+
+class _Run(torch.autograd.Function):
+    """All ranks' forward and backward as one autograd node over the whole tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Simulated, *tensors: torch.Tensor) -> Any:
+        ctx.graph = graph
+        base = [*(graph.sizes[s] for s in graph.rewritten.symbols), graph.rows()]
+        given = [[*base, *shards] for shards in zip(*_shards(graph, tensors))]
+        results = simulate.run(graph.parts.forward, AXIS, given)
+        count = graph.parts.outputs
+        ctx.saved = [r[count:] for r in results]
+        graph.saved_elements = sum(x.numel() for x in ctx.saved[0] if isinstance(x, torch.Tensor))
+        outs = _assemble(graph, [r[:count] for r in results])
+        plain = [o for i, o in enumerate(outs) if i not in graph.parts.tangents]
+        ctx.mark_non_differentiable(*(o for o in plain if isinstance(o, torch.Tensor)))
+        ctx.shapes = [
+            o.new_zeros(()).expand(o.shape) if isinstance(o, torch.Tensor) else None for o in outs
+        ]
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Any) -> Any:
+        graph: Simulated = ctx.graph
+        tangents = [gs[i] if gs[i] is not None else ctx.shapes[i] for i in graph.parts.tangents]
+        backward = graph.parts.backward
+        assert backward is not None
+        forward_out = next(n for n in graph.parts.forward.graph.nodes if n.op == "output")
+        names = [n.name for n in forward_out.args[0][graph.parts.outputs :]]
+        given = []
+        for saved in ctx.saved:
+            by_name, rest = dict(zip(names, saved)), iter(tangents)
+            holders = [n for n in backward.graph.nodes if n.op == "placeholder"]
+            given.append([by_name[n.name] if n.name in by_name else next(rest) for n in holders])
+        grads = simulate.run(backward, AXIS, given)
+        skip = len(graph.rewritten.symbols) + 1
+        return (None, *_whole_gradients(graph, [g[skip:] for g in grads]))
+
+
+def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Per placeholder, each rank's tensor."""
+    nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    out = []
+    for n, x in zip(nodes, tensors):
+        storage = graph.rewritten.choice.storages.get(n.name) if n.op == PARAM else None
+        x = x.detach()
+        if storage is not None and storage.map is not None:
+            out.append([storage.map.take(x, j) for j in range(graph.ranks)])
+        else:
+            out.append([x] * graph.ranks)
+    return out
+
+
+def _whole_gradients(graph: Simulated, grads: list[list[Any]]) -> list[Any]:
+    nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    out = []
+    for i, n in enumerate(nodes):
+        mine = [g[i] for g in grads]
+        storage = graph.rewritten.choice.storages.get(n.name) if n.op == PARAM else None
+        if mine[0] is None:
+            out.append(None)
+        elif storage is not None and storage.map is not None:
+            out.append(storage.map.put(mine, int(n.type.shape[storage.map.dim])))
+        else:
+            for other in mine[1:]:
+                assert torch.equal(other, mine[0]), f"ranks differ in the gradient of {n.name}"
+            out.append(mine[0])
+    return out
+
+
+def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[Any]:
+    """Whole outputs; what is whole on every rank must be equal there."""
+    result = []
+    for i, r in enumerate(graph.rewritten.results):
+        mine = [o[i] for o in outs]
+        if r is None or r.kind == "whole":
+            for other in mine[1:]:
+                same = not isinstance(other, torch.Tensor) or torch.equal(
+                    torch.nan_to_num(other.double()), torch.nan_to_num(mine[0].double())
+                )
+                assert same, f"ranks differ in output {i}"
+            result.append(mine[0])
+            continue
+        lead = int(evaluate(r.lead, graph.sizes))
+        steps = [
+            whole(
+                Axis(AXIS, graph.ranks, k),
+                graph.layout,
+                x,
+                r.dim,
+                lead,
+                graph.rows(),
+                graph.length(),
+            )
+            for k, x in enumerate(mine)
+        ]
+        result.append(lockstep(steps)[0])
+    return result
+
+
+def relative_errors(
+    mine: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """|x - x1| / max(|x1|, 1e-3 |X1|), X1 all tensors of the kind together."""
+    total = sum(float(t.double().norm()) ** 2 for t in reference.values()) ** 0.5
+    out = {}
+    for name, one in reference.items():
+        difference = float((mine[name].double() - one.double()).norm())
+        scale = max(float(one.double().norm()), 1e-3 * total)
+        out[name] = difference / scale if scale else difference
+    return out
