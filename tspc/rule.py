@@ -156,8 +156,11 @@ def apply(r, op):
     """Outputs of a declared rule: letters unify over the operands; a class met twice in an output is gathered."""
     F, env, first, roles, lead, seen_as, uses, late = op.F, {}, {}, dict(r.roles), 0, {}, [], []
 
+    ones = set()
+
     def bind(key, dim, i):
         if not dim:
+            ones.add(key)
             return
         if roles.get(key) == "exchange":
             op.event("exchange", dim, i)
@@ -191,7 +194,7 @@ def apply(r, op):
     for tok, dim, i in late:  # composite: sizes known from the other operands, at most one open
         if not dim:
             continue
-        known = {l: F.size(env[l]) for l in tok if l in env}
+        known = {l: F.size(env[l]) if l in env else 1 for l in tok if l in env or l in ones}
         rest = F.size(dim)
         for n in known.values():
             rest = divide(rest, n)
