@@ -1,4 +1,7 @@
-"""A plain GPT-2-like decoder: fused qkv, biases, learned positions, LayerNorm, tied head. Nothing in it knows of tspc."""
+"""A plain GPT-2-like decoder: fused qkv, biases, learned positions, LayerNorm, tied head.
+
+Nothing in it knows of tspc.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            t.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+            t.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+            for t in self.qkv(x).chunk(3, -1)
         )
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
@@ -37,7 +41,8 @@ class Block(nn.Module):
 
 
 class GPT2Like(nn.Module):
-    """forward(tokens) -> logits [B, S, V]; forward(tokens, labels) -> the mean next-token loss."""
+    """Forward(tokens) -> logits [B, S, V]; forward(tokens, labels) -> the mean next-token
+    loss."""
 
     def __init__(
         self,

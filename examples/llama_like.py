@@ -1,4 +1,7 @@
-"""A plain Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP. Nothing in it knows of tspc."""
+"""A plain Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+Nothing in it knows of tspc.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
-            w(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for w in (self.q, self.k, self.v)
+            w(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for w in (self.q, self.k, self.v)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -64,7 +68,8 @@ class Block(nn.Module):
 
 
 class LlamaLike(nn.Module):
-    """forward(tokens) -> logits [B, S, V]; forward(tokens, labels) -> the mean next-token loss."""
+    """Forward(tokens) -> logits [B, S, V]; forward(tokens, labels) -> the mean next-token
+    loss."""
 
     def __init__(
         self,

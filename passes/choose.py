@@ -1,7 +1,7 @@
 """Choose what is folded, how every parameter is stored, and the layout of the sequence.
 
-In: the analysis and its candidate regions. Out: `Choice`. A region is refused, with its reason, where a fold cannot run it; its
-weights are then gathered at use.
+In: the analysis and its candidate regions. Out: `Choice`. A region is refused, with its reason,
+where a fold cannot run it; its weights are then gathered at use.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.regions import Region, Regions, find_regions, is_view, sequence
 
 from tspc.errors import OptionError, UnsupportedError
 from tspc.factor import Factor
-from tspc.passes.factorize import Analysis, Record
-from tspc.passes.regions import Region, Regions, find_regions, is_view, sequence
 from tspc.placement import indices
 from tspc.program import OUTPUT, PARAM, Node
 from tspc.shard import ShardMap, chunked
@@ -37,7 +37,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Choice:
-    """regions: (name, region, schedule). refused: (region, reason)."""
+    """Regions: (name, region, schedule).
+
+    refused: (region, reason).
+    """
 
     leaf: Factor | None
     order: str
@@ -50,7 +53,7 @@ class Choice:
 def choose(
     a: Analysis, ranks: int, schedule: str | Mapping[str, str] = "auto", layout: str = "auto"
 ) -> Choice:
-    """schedule: one name for all regions, or a dict from region name or glob."""
+    """Schedule: one name for all regions, or a dict from region name or glob."""
     regions, leaf = find_regions(a), sequence(a)
     users = _users(a)
     lookups = _lookups(a, regions, leaf)
@@ -84,7 +87,8 @@ def _users(a: Analysis) -> dict[str, list[Record]]:
 
 
 def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, str]:
-    """Embedding node -> its table, where the table is a parameter and the ids end in the sequence."""
+    """Embedding node -> its table, where the table is a parameter and the ids end in the
+    sequence."""
     out = {}
     params = {n.name for n in a.program.nodes if n.op == PARAM}
     for _, r in regions.lookups:
@@ -118,7 +122,8 @@ def _why_not(
         r = a.records[i]
         if _is_random(r.node):
             raise UnsupportedError(
-                f"{r.node.source}: {r.node.op} draws random numbers inside of a region; set dropout to 0"
+                f"{r.node.source}: {r.node.op} draws random numbers inside of a region; set "
+                "dropout to 0"
             )
         for k, dims in enumerate(r.outs):
             carried = a.F.leaves(())
@@ -216,7 +221,8 @@ def _storages(
 def fold_map(
     a: Analysis, weight: str, dim: int, factor: Factor, ranks: int, column: bool
 ) -> ShardMap:
-    """Units of the factor in order, in equal pieces; a pad repeats the last unit (column) or is zero (row)."""
+    """Units of the factor in order, in equal pieces; a pad repeats the last unit (column) or is
+    zero (row)."""
     size = int(factor.size)
     units = -(-size // ranks)
     dims = a.env[weight, 0]

@@ -1,6 +1,8 @@
-"""Outline every chosen region: its ops become the body of one `fold` node, y = sum_j body(tokens, W_j).
+"""Outline every chosen region: its ops become the body of one `fold` node, y = sum_j body(tokens,
+W_j).
 
-In: the analysed program and the regions to fold. Out: a program in which a `fold` node stands for each region; its results
+In: the analysed program and the regions to fold. Out: a program in which a `fold` node stands for
+each region; its results
 are the region's exits. A bias that is added after the sum moves out of the body (DESIGN section 7).
 """
 
@@ -32,7 +34,10 @@ class Exit:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a fold node runs. `units` pieces of the factor are in each of the D shards, pads included."""
+    """What a fold node runs.
+
+    `units` pieces of the factor are in each of the D shards, pads included.
+    """
 
     name: str
     factor: Factor
@@ -56,9 +61,10 @@ def outline(
     ranks: int,
     differentiable_outputs: bool = True,
 ) -> Program:
-    """regions: (name, region, schedule). leaves: the factors of the sequence.
+    """Regions: (name, region, schedule).
 
-    differentiable_outputs: gradients flow back from the program's outputs that a region makes.
+    leaves: the factors of the sequence.
+        differentiable_outputs: gradients flow back from the program's outputs that a region makes.
     """
     folds = [
         _fold(analysis, name, region, schedule, leaves, ranks, differentiable_outputs)
@@ -193,7 +199,8 @@ def _summand(node: Node) -> Node:
 
 
 def _sorted(nodes: list[Node]) -> tuple[Node, ...]:
-    """Topological order that keeps the given order where it can; placeholders first, the output last."""
+    """Topological order that keeps the given order where it can; placeholders first, the output
+    last."""
     by_name = {n.name: n for n in nodes}
     done: set[str] = set()
     out: list[Node] = []

@@ -1,7 +1,9 @@
-"""Re-execute programs node by node on the tensors of one rank: sizes become local, conversions become tspc's ops.
+"""Re-execute programs node by node on the tensors of one rank: sizes become local, conversions
+become tspc's ops.
 
-In: a `Typed` program or the body of a fold. Out: plain functions on tensors and sizes, to be traced. A cut factor has its local
-size; every other size, and a size that the model itself reads, is the global one.
+In: a `Typed` program or the body of a fold. Out: plain functions on tensors and sizes, to be
+traced. A cut factor has its local size; every other size, and a size that the model itself reads,
+is the global one.
 """
 
 from __future__ import annotations
@@ -15,9 +17,6 @@ import sympy
 import torch
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
-
-from tspc.factor import Factor, Factors
-from tspc.ops import local_rows
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -28,6 +27,9 @@ from tspc.passes.propagate import (
     WHOLE,
     Typed,
 )
+
+from tspc.factor import Factor, Factors
+from tspc.ops import local_rows
 from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 
 aten = torch.ops.aten
@@ -85,13 +87,15 @@ class Sizes:
         return any(f in self.cut for f in self.factors.leaves(tuple(dim)))
 
     def around(self, dim: Sequence[Factor], f: Factor) -> tuple[Any, Any]:
-        """(lead, trail): local sizes of what is major and minor of `f` in a dim that is a plain product."""
+        """(lead, trail): local sizes of what is major and minor of `f` in a dim that is a plain
+        product."""
         leaves = self.factors.expand(tuple(dim))
         at = leaves.index(f)
         return self.dim(leaves[:at]), self.dim(leaves[at + 1 :])
 
     def before(self, dim: Sequence[Factor], start: int) -> Any:
-        """Local elements of a dim before global element `start`, which lies on a segment bound."""
+        """Local elements of a dim before global element `start`, which lies on a segment
+        bound."""
         leaves = self.factors.expand(tuple(dim))
         if not start or not leaves or not leaves[0].cat:
             return start
@@ -183,7 +187,8 @@ def constant(node: Node, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Result:
-    """How an output of the program leaves the ranks: "whole" (equal on all), or "deferred": local, gathered at first use."""
+    """How an output of the program leaves the ranks: "whole" (equal on all), or "deferred":
+    local, gathered at first use."""
 
     kind: str
     shape: tuple[Any, ...]
@@ -193,7 +198,8 @@ class Result:
 
 
 class LocalProgram(torch.nn.Module):
-    """One rank's program: (symbols in order, rows c, placeholders in order) -> outputs; traceable with local fakes."""
+    """One rank's program: (symbols in order, rows c, placeholders in order) -> outputs; traceable
+    with local fakes."""
 
     def __init__(
         self,

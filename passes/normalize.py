@@ -1,4 +1,5 @@
-"""Bring a program to a normal form: constant indices are slices, identities go, the cross-entropy is spelled out.
+"""Bring a program to a normal form: constant indices are slices, identities go, the cross-entropy
+is spelled out.
 
 In: a captured program. Out: an equal one for which every later pass has a rule.
 """
@@ -40,7 +41,8 @@ class _Builder:
 
 
 def normalize(program: Program) -> Program:
-    """Every rewrite keeps the values bit for bit, but for the order of the cross-entropy's sums."""
+    """Every rewrite keeps the values bit for bit, but for the order of the cross-entropy's
+    sums."""
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)

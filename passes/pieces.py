@@ -1,7 +1,9 @@
 """Cut the body of a fold at its exchanges into pieces, plain functions on one shard's tensors.
 
-In: a `Fold` with the placement of its operands. Out: a `Body`. Pads of the factor are neutral: the logits of pad units are
--inf before a log-sum-exp and zero before a sum that no zero row of a weight clears (DESIGN section 7).
+In: a `Fold` with the placement of its operands. Out: a `Body`. Pads of the factor are neutral: the
+logits of pad units are
+-inf before a log-sum-exp and zero before a sum that no zero row of a weight clears (DESIGN section
+7).
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Any
 
 import sympy
 import torch
-
-from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
-from tspc.factor import Factor, Factors
 from tspc.passes.fold import Fold
 from tspc.passes.localize import Sizes, call
 from tspc.passes.propagate import Typed
+
+from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
+from tspc.factor import Factor, Factors
 from tspc.placement import indices
 from tspc.program import Node, Ref
 
@@ -62,7 +64,10 @@ def make_body(
     ranks: int,
     order: str,
 ) -> Body:
-    """operands: (tokens, invariants, sliced, weights) as converted. Registers the body under its structural key."""
+    """Operands: (tokens, invariants, sliced, weights) as converted.
+
+    Registers the body under its structural key.
+    """
     assert typed.leaf is not None
     names: dict[Ref, str] = {}
     values: dict[str, Value] = {}
@@ -134,7 +139,8 @@ def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, 
 
 
 def _table(m: _Maker, dims: Any) -> tuple[int, torch.Tensor]:
-    """The dim that carries the factor and [ranks, n]: its positions that shard j reads; pads repeat the last unit."""
+    """The dim that carries the factor and [ranks, n]: its positions that shard j reads; pads
+    repeat the last unit."""
     (k,) = [i for i, d in enumerate(dims) if m.fold.factor in m.factors.leaves(d)]
     u, size = m.fold.units, m.fold.size
     rows = []
@@ -283,7 +289,8 @@ def _neutral(
 
 
 def _text(m: _Maker, names: Any, values: Any, tables: Any, symbols: Any, rest: Any) -> str:
-    """What decides the compiled pieces and the schedule, with canonical names of values and symbols."""
+    """What decides the compiled pieces and the schedule, with canonical names of values and
+    symbols."""
     renamed = {s: sympy.Symbol(f"s{i}") for i, s in enumerate(symbols)}
 
     def show(a: Any) -> str:

@@ -1,4 +1,5 @@
-"""The passes in order: a captured program -> one rank's program, its bodies and the storage of its parameters."""
+"""The passes in order: a captured program -> one rank's program, its bodies and the storage of
+its parameters."""
 
 from __future__ import annotations
 
@@ -6,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
-
-from tspc.body import Body
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.fold import outline
@@ -15,12 +14,17 @@ from tspc.passes.localize import LocalProgram, Result
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
+
+from tspc.body import Body
 from tspc.program import FOLD, Node, Program, Ref
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """Everything that the passes decided. bodies: by region name, in order."""
+    """Everything that the passes decided.
+
+    bodies: by region name, in order.
+    """
 
     analysis: Analysis
     choice: Choice
@@ -45,7 +49,8 @@ def rewrite(
     layout: str = "auto",
     outputs: str = "auto",
 ) -> Rewritten:
-    """outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all whole."""
+    """Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
+    whole."""
     program = normalize(program)
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)

@@ -1,8 +1,9 @@
 """Decide on which ranks each value lives and insert the conversions (DESIGN section 6).
 
-In: a program whose regions are folds, with its analysis. Out: `Typed`: the same program with conversion nodes, the dims of
-every value as factors, and its placement: "R" (equal on all ranks) or "S" (cut along the sequence). A partial sum is
-all-reduced where it arises; a replicated value that meets a sequence-sharded one is used through a "vary" or a "local".
+In: a program whose regions are folds, with its analysis. Out: `Typed`: the same program with
+conversion nodes, the dims of every value as factors, and its placement: "R" (equal on all ranks)
+or "S" (cut along the sequence). A partial sum is all-reduced where it arises; a replicated value
+that meets a sequence-sharded one is used through a "vary" or a "local".
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ class _State:
     def convert(
         self, ref: Ref, kind: str, place: str, source: str, dims: Dims | None = None
     ) -> Ref:
-        """One conversion per value and kind. dims: as the user of the value reads them."""
+        """One conversion per value and kind.
+
+        dims: as the user of the value reads them.
+        """
         key = (ref, kind)
         if key not in self.converted:
             t = self.types[ref.name, ref.item or 0]
@@ -132,7 +136,10 @@ def propagate(
     cut_weights: Mapping[str, int],
     lookups: frozenset[str],
 ) -> Typed:
-    """cut_weights: parameters to gather at use, with the dim of their storage. lookups: nodes that look rows up in a cut table."""
+    """cut_weights: parameters to gather at use, with the dim of their storage.
+
+    lookups: nodes that look rows up in a cut table.
+    """
     s = _State(analysis, leaf, cut_weights, lookups)
     records = {r.node.name: r for r in analysis.records}
     for n in program.nodes:
@@ -256,7 +263,8 @@ def _attention(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _reduce(
     s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any], cut: list[Ref]
 ) -> None:
-    """A sum over the sequence: pads cleared on one operand, then the partial sums are all-reduced."""
+    """A sum over the sequence: pads cleared on one operand, then the partial sums are all-
+    reduced."""
     renamed: dict[Ref, Ref] = {}
     for r in operands:
         if r in cut:

@@ -1,7 +1,9 @@
-"""Attention of local queries against keys and values of the whole sequence: block kernels with their log-sum-exp.
+"""Attention of local queries against keys and values of the whole sequence: block kernels with
+their log-sum-exp.
 
-q [b, hq, n, d]; k, v [b, hk, n, d], hq a multiple of hk. A rank's rows are chunks of the layout; a pad key is invalid for every
-query, a pad query takes the mask of the last real row (DESIGN section 8). Gathered K and V are never saved.
+q [b, hq, n, d]; k, v [b, hk, n, d], hq a multiple of hk. A rank's rows are chunks of the layout;
+a pad key is invalid for every query, a pad query takes the mask of the last real row (DESIGN
+section 8). Gathered K and V are never saved.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
 
 from tspc.layout import Layout
-from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -126,7 +128,10 @@ def _summed(x: Tensor, groups: int) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int], spec: Spec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q: the rows of `chunks`; k, v: the whole sequence in order. -> out like q, lse [b, hq, n] in fp32 or wider."""
+    """Q: the rows of `chunks`; k, v: the whole sequence in order.
+
+    -> out like q, lse [b, hq, n] in fp32 or wider.
+    """
     groups = q.shape[1] // k.shape[1]
     outs, lses = [], []
     for run in _blocks(spec, chunks, mask, q.device):
@@ -197,7 +202,10 @@ def _gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Ste
 def attention(
     axis: Axis, layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: Spec
 ) -> Steps:
-    """Local q, k, v -> (out, lse) of the local queries. mask: [b, h, S or 1, S], whole on every rank."""
+    """Local q, k, v -> (out, lse) of the local queries.
+
+    mask: [b, h, S or 1, S], whole on every rank.
+    """
     keys, values = yield from _gather(axis, layout, k, v, spec)
     return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask)
 
@@ -214,7 +222,8 @@ def attention_backward(
     lse: Tensor,
     spec: Spec,
 ) -> Steps:
-    """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered again."""
+    """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
+    again."""
     keys, values = yield from _gather(axis, layout, k, v, spec)
     chunks = layout.chunk_ids(axis.rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask)

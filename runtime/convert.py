@@ -1,6 +1,8 @@
-"""The plain call: shard the parameters of the compiled root at its first call and have Dynamo trace again.
+"""The plain call: shard the parameters of the compiled root at its first call and have Dynamo
+trace again.
 
-An optimizer made before keeps working, state included; a stale reference to a whole parameter raises when used.
+An optimizer made before keeps working, state included; a stale reference to a whole parameter
+raises when used.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from tspc.runtime.storage import shard_parameters
 
 from tspc.errors import ShardedParameterError
-from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, real_tensors
 
 _EXCHANGED: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
@@ -81,13 +83,15 @@ def rebind(optimizer: Optimizer) -> None:
 def convert_and_restart(
     gm: torch.fx.GraphModule, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
 ) -> None:
-    """Called inside of the backend for a graph with whole parameters: raises so that Dynamo traces again."""
+    """Called inside of the backend for a graph with whole parameters: raises so that Dynamo
+    traces again."""
     roots = compiled_roots(gm)
     owned = {id(p) for m in roots for p in m.parameters()}
     left = [n for n, p in real_tensors(gm) if isinstance(p, nn.Parameter) and id(p) not in owned]
     if left:
         raise ShardedParameterError(
-            f"{', '.join(left)}: a parameter that no compiled module owns; compile the module that holds it"
+            f"{', '.join(left)}: a parameter that no compiled module owns; compile the module "
+            "that holds it"
         )
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
         for m in roots:

@@ -1,4 +1,5 @@
-"""An output that stays on its ranks until someone reads it: a tensor of the whole shape, gathered at first use."""
+"""An output that stays on its ranks until someone reads it: a tensor of the whole shape, gathered
+at first use."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from tspc.errors import UnsupportedError
 
 
 class DeferredTensor(torch.Tensor):
-    """Reading it is a collective: read it on all ranks of the axis. Gradients do not flow through it."""
+    """Reading it is a collective: read it on all ranks of the axis.
+
+    Gradients do not flow through it.
+    """
 
     _gather: Callable[[], torch.Tensor] | None
     _value: torch.Tensor | None
@@ -61,7 +65,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
         raise UnsupportedError(
-            "an output of the compiled model beside its loss was differentiated; it is deferred and has no gradient: "
+            "an output of the compiled model beside its loss was differentiated; it is "
+            "deferred and has no gradient: "
             'compile with options={"outputs": "full"}'
         )
 

@@ -1,6 +1,8 @@
-"""Two drivers for the runtime's generators: real process groups, and D simulated ranks in lockstep.
+"""Two drivers for the runtime's generators: real process groups, and D simulated ranks in
+lockstep.
 
-A generator yields a `Request` and is sent a handle; `handle.wait()` gives the answer. `record` lists what was sent.
+A generator yields a `Request` and is sent a handle; `handle.wait()` gives the answer. `record`
+lists what was sent.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from tspc.errors import RankMismatchError
 from tspc.runtime.requests import (
     AllGather,
     AllReduce,
@@ -27,10 +27,15 @@ from tspc.runtime.requests import (
     Steps,
 )
 
+from tspc.errors import RankMismatchError
+
 
 @dataclass(frozen=True)
 class Sent:
-    """One communication as its rank issued it. elements: payload that leaves the rank, on average over ranks."""
+    """One communication as its rank issued it.
+
+    elements: payload that leaves the rank, on average over ranks.
+    """
 
     kind: str
     link: str
@@ -150,7 +155,8 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
 
 
 def lockstep(generators: Sequence[Steps]) -> list[Any]:
-    """Run all ranks' generators together; they must yield the same kinds and shapes in the same order."""
+    """Run all ranks' generators together; they must yield the same kinds and shapes in the same
+    order."""
     ranks = len(generators)
     results: list[Any] = [None] * ranks
     handles: list[Any] = [None] * ranks

@@ -1,6 +1,8 @@
-"""Conversions between placements, embedding and weight gathers, as generators (DESIGN sections 6 to 8).
+"""Conversions between placements, embedding and weight gathers, as generators (DESIGN sections 6
+to 8).
 
-A sequence dim is (dim, lead): the dim is lead * S * trail; rows (c) and length (S) tell the layout.
+A sequence dim is (dim, lead): the dim is lead * S * trail; rows (c) and length (S) tell the
+layout.
 """
 
 from __future__ import annotations
@@ -8,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-from tspc.layout import Layout
 from tspc.runtime.requests import (
     AllGather,
     AllReduce,
@@ -19,6 +19,8 @@ from tspc.runtime.requests import (
     ReduceScatter,
     Steps,
 )
+
+from tspc.layout import Layout
 
 
 def _split(x: torch.Tensor, dim: int, lead: int, count: int) -> torch.Tensor:
@@ -132,7 +134,8 @@ def gather_weight_backward(
 def embed(
     axis: Axis, layout: Layout, shard: torch.Tensor, ids: torch.Tensor, rows: int, length: int
 ) -> Steps:
-    """Rows of a table cut along its first dim: each rank looks up what it owns of every rank's tokens in turn."""
+    """Rows of a table cut along its first dim: each rank looks up what it owns of every rank's
+    tokens in turn."""
     units, pending, mine = shard.shape[0], [], None
     for target in range(axis.size):
         local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
@@ -167,7 +170,8 @@ def embed_backward(
     rows: int,
     length: int,
 ) -> Steps:
-    """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32 or wider."""
+    """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32
+    or wider."""
     wide = torch.promote_types(g.dtype, torch.float32)
     total = g.new_zeros((units, g.shape[-1]), dtype=wide)
     for source in range(axis.size):

@@ -1,4 +1,5 @@
-"""What tspc's ops do on ranks: each is a generator of communications, run by the distributed or the lockstep driver."""
+"""What tspc's ops do on ranks: each is a generator of communications, run by the distributed or
+the lockstep driver."""
 
 from __future__ import annotations
 
@@ -7,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from tspc.body import BODIES, Body
-from tspc.layout import Layout
-from tspc.ops import LIB
 from tspc.runtime import attention as attn
 from tspc.runtime import exchange, schedules
 from tspc.runtime.drivers import distributed
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
+from tspc.runtime.step import Call
+
+from tspc.body import BODIES, Body
+from tspc.layout import Layout
+from tspc.ops import LIB
 
 GENERATORS: dict[str, Callable[..., Steps]] = {}
 
@@ -54,7 +56,8 @@ def _nothing(result: Any) -> Steps:
 
 
 def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.Tensor:
-    """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are stored."""
+    """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are
+    stored."""
     place = PLACES[name]
     missing = -(-size // place.axis.size) - local.shape[dim]
     if missing:
@@ -68,7 +71,8 @@ def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.
 def _whole_weight_backward(
     g: torch.Tensor, dim: int, size: int, name: str, rows: int
 ) -> torch.Tensor:
-    """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole one."""
+    """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole
+    one."""
     axis = PLACES[name].axis
     start = min(axis.rank * -(-size // axis.size), size)
     return g.narrow(dim, start, rows).clone()
@@ -174,10 +178,8 @@ def _call(
     sizes: Sequence[int],
     rows: int,
     length: int,
-) -> schedules.Call:
+) -> Call:
     pieces = body.compiled.get("pieces") or EagerPieces(body)
     schedule = schedules.choose(body, axis.size, sizes, rows)
     tokens = [t.contiguous() for t in tokens]
-    return schedules.Call(
-        axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, length
-    )
+    return Call(axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, length)

@@ -1,4 +1,5 @@
-"""Compile one rank's program: AOTAutograd, then Inductor with the order of communications kept, or plain eager graphs."""
+"""Compile one rank's program: AOTAutograd, then Inductor with the order of communications kept,
+or plain eager graphs."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from torch._inductor.fx_passes.control_dependencies import preserve_node_orderin
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils.checkpoint import CheckpointPolicy
-
 from tspc.runtime.trace import Fakes
 
 
 class KeepOrder(CustomGraphPass):
-    """Chain tspc's ops in the order of the graph; Inductor would reorder independent ones by size hints."""
+    """Chain tspc's ops in the order of the graph; Inductor would reorder independent ones by size
+    hints."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         previous: torch.fx.Node | None = None
@@ -69,7 +70,8 @@ def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
 def compile_local(
     program: torch.nn.Module, fakes: Fakes, compiler: str
 ) -> Callable[..., Sequence[Any]]:
-    """-> a function of (symbols, rows, placeholders) with autograd; forward and backward are compiled now."""
+    """-> a function of (symbols, rows, placeholders) with autograd; forward and backward are
+    compiled now."""
     inductor = compiler == "inductor"
     forward = _inner(fakes, False) if inductor else _eager
     backward = _inner(fakes, True) if inductor else _eager

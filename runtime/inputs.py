@@ -1,4 +1,5 @@
-"""Ranks of one axis must get the same data: a 64-bit hash of the inputs is compared on the first calls and now and then."""
+"""Ranks of one axis must get the same data: a 64-bit hash of the inputs is compared on the first
+calls and now and then."""
 
 from __future__ import annotations
 
@@ -7,17 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-from tspc.errors import RankMismatchError
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Steps
+
+from tspc.errors import RankMismatchError
 
 FIRST, EVERY = 3, 100  # calls that "auto" checks
 
 
 class Checker:
-    """Called with the inputs of each call. mode: "auto", True (every call, floats too) or False."""
+    """Called with the inputs of each call.
+
+    mode: "auto", True (every call, floats too) or False.
+    """
 
     def __init__(self, place: Place, mode: str | bool, names: Sequence[str]):
         self.place, self.mode, self.names, self.calls = place, mode, names, 0
@@ -34,8 +38,10 @@ class Checker:
         wrong = [r for r, h in enumerate(found) if h != found[0]]
         if wrong:
             raise RankMismatchError(
-                f"ranks {wrong} of axis {self.place.axis.name!r} were given other inputs than rank 0: all ranks of the "
-                "TSP axis take the same, full batch; use one sampler seed (DistributedSampler with rank = the data-parallel rank)"
+                f"ranks {wrong} of axis {self.place.axis.name!r} were given other inputs than "
+                "rank 0: all ranks of the "
+                "TSP axis take the same, full batch; use one sampler seed (DistributedSampler "
+                "with rank = the data-parallel rank)"
             )
 
 

@@ -1,4 +1,5 @@
-"""The TSP axis of a run: which mesh dim, this rank's place on it, and two process groups over the same ranks."""
+"""The TSP axis of a run: which mesh dim, this rank's place on it, and two process groups over the
+same ranks."""
 
 from __future__ import annotations
 
@@ -7,17 +8,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.requests import Axis
 
 from tspc.errors import PlanError
 from tspc.options import Options
-from tspc.runtime.execute import PLACES, Place
-from tspc.runtime.requests import Axis
 
 _WORLD: dict[str, DeviceMesh] = {}
 
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
-    """The place of this rank and the one-dim mesh of the axis; without a process group an axis of one rank."""
+    """The place of this rank and the one-dim mesh of the axis; without a process group an axis of
+    one rank."""
     if not dist.is_initialized():
         if options.mesh is not None:
             raise PlanError("a mesh was given but no process group is initialized")

@@ -1,12 +1,13 @@
-"""Stored chunks of a weight <-> the equal shards of a fold: one all-to-all of equal blocks, none where the maps agree."""
+"""Stored chunks of a weight <-> the equal shards of a fold: one all-to-all of equal blocks, none
+where the maps agree."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-
 from tspc.runtime.requests import AllToAll, Axis, Steps
+
 from tspc.shard import ShardMap
 
 
@@ -65,7 +66,8 @@ def repack(axis: Axis, m: ShardMap, local: torch.Tensor, size: int) -> Steps:
 
 
 def repack_backward(axis: Axis, m: ShardMap, g: torch.Tensor, size: int, rows: int) -> Steps:
-    """Gradient of the shard -> of this rank's chunk of `rows` rows: the transposed map, duplicates add, pads go."""
+    """Gradient of the shard -> of this rank's chunk of `rows` rows: the transposed map,
+    duplicates add, pads go."""
     if m.is_chunked(size):
         return g.narrow(m.dim, 0, rows).contiguous()
     count, blocks = _blocks(m, size, True)

@@ -1,4 +1,5 @@
-"""Communications that a runtime generator yields. Each answer is a handle: `handle = yield Shift(x)`; `y = handle.wait()`.
+"""Communications that a runtime generator yields. Each answer is a handle: `handle = yield
+Shift(x)`; `y = handle.wait()`.
 
 `link` names the process group: "weights" or "activations". Generators end with `return result`.
 """
@@ -20,7 +21,8 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """tensor: what this rank sends (for Broadcast on other ranks than the source: a buffer of the shape)."""
+    """Tensor: what this rank sends (for Broadcast on other ranks than the source: a buffer of the
+    shape)."""
 
     tensor: torch.Tensor
     link: str = "activations"
@@ -28,7 +30,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Shift(Request):
-    """Send to the next rank (r+1), receive from the previous one. Result: a new tensor of the same shape."""
+    """Send to the next rank (r+1), receive from the previous one.
+
+    Result: a new tensor of the same shape.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,20 @@ class AllGather(Request):
 
 @dataclass(frozen=True)
 class ReduceScatter(Request):
-    """tensor is [D, *shape]; result: the sum over ranks of block r, [*shape]."""
+    """Tensor is [D, *shape]; result: the sum over ranks of block r, [*shape]."""
 
 
 @dataclass(frozen=True)
 class AllToAll(Request):
-    """tensor is [D, *shape]; result [D, *shape]: block i comes from rank i's block r."""
+    """Tensor is [D, *shape]; result [D, *shape]: block i comes from rank i's block r."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place on the TSP axis. `name` is stable over ranks and runs (it is part of compiled graphs)."""
+    """This rank's place on the TSP axis.
+
+    `name` is stable over ranks and runs (it is part of compiled graphs).
+    """
 
     name: str
     size: int

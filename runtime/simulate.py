@@ -1,6 +1,8 @@
-"""D ranks in one process: the partitioned graphs of one rank interpreted for all ranks in lockstep.
+"""D ranks in one process: the partitioned graphs of one rank interpreted for all ranks in
+lockstep.
 
-Every aten op runs once per rank; every op of tspc runs as D generators that must issue the same communications.
+Every aten op runs once per rank; every op of tspc runs as D generators that must issue the same
+communications.
 """
 
 from __future__ import annotations
@@ -9,14 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS
 from tspc.runtime.requests import Axis
 
 
 def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """inputs: per rank, in placeholder order -> outputs per rank."""
+    """Inputs: per rank, in placeholder order -> outputs per rank."""
     ranks = len(inputs)
     env: list[dict[torch.fx.Node, Any]] = [{} for _ in range(ranks)]
     uses = {n: len(n.users) for n in graph.graph.nodes}

@@ -1,7 +1,9 @@
-"""Persistent parameters: a DTensor each under its own name, read whole only while tracing or inside a compiled root.
+"""Persistent parameters: a DTensor each under its own name, read whole only while tracing or
+inside a compiled root.
 
-`shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose properties read
-them. `Prologue` turns the stored chunks into the equal shards that the folds take, and gradients back (DESIGN section 9).
+`shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose
+properties read them. `Prologue` turns the stored chunks into the equal shards that the folds
+take, and gradients back (DESIGN section 9).
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.repack import repack, repack_backward
+
 from tspc.shard import ShardMap
 
 _STATE = threading.local()
@@ -90,9 +92,11 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
 def shard_parameters(
     module: nn.Module, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """Every parameter becomes a DTensor, by rank 0's values; buffers too come from rank 0. -> old to new.
+    """Every parameter becomes a DTensor, by rank 0's values; buffers too come from rank 0.
 
-    dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their largest dim.
+    -> old to new.
+        dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their
+        largest dim.
     """
     group = mesh.get_group()
     source = dist.get_process_group_ranks(group)[0]
@@ -128,7 +132,8 @@ def default_dim(p: torch.Tensor) -> int | None:
 
 
 class Prologue(torch.autograd.Function):
-    """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go back as DTensors."""
+    """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go
+    back as DTensors."""
 
     @staticmethod
     def forward(ctx: Any, place: Place, maps: Sequence[ShardMap | None], *params: DTensor) -> Any:

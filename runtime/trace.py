@@ -1,6 +1,7 @@
 """Trace one rank's program on local fakes: own symbols for sizes and rows, equal on every rank.
 
-Out: fake inputs for AOTAutograd, or the joint graph partitioned in forward and backward for the lockstep driver.
+Out: fake inputs for AOTAutograd, or the joint graph partitioned in forward and backward for the
+lockstep driver.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def local_fakes(
     dynamic_rows: bool,
     types: Sequence[tuple[Type, torch.device]],
 ) -> Fakes:
-    """types: of each placeholder as this program is given it (parameters: their local shape)."""
+    """Types: of each placeholder as this program is given it (parameters: their local shape)."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
 
@@ -68,7 +69,10 @@ def local_fakes(
 
 @dataclass(frozen=True)
 class Partitioned:
-    """forward: inputs -> outputs, saved. backward: saved, tangents -> gradients of the inputs."""
+    """Forward: inputs -> outputs, saved.
+
+    backward: saved, tangents -> gradients of the inputs.
+    """
 
     forward: torch.fx.GraphModule
     backward: torch.fx.GraphModule | None

@@ -55,7 +55,8 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def make(name: str, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> nn.Module:
-    """The model with random weights in float64; norms and biases random too, so that nothing hides."""
+    """The model with random weights in float64; norms and biases random too, so that nothing
+    hides."""
     torch.manual_seed(seed)
     model = MODELS[name](heads, kv_heads).double()
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Exactness is judged in float64: on both sides every cast or dtype= to a narrower float type is widened to float64."""
+"""Exactness is judged in float64: on both sides every cast or dtype= to a narrower float type is
+widened to float64."""
 
 from __future__ import annotations
 
@@ -18,5 +19,7 @@ class Widen(TorchFunctionMode):
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0].double()
         if func is torch.Tensor.to:
-            args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in NARROW else a for a in args)
+            args = tuple(
+                torch.float64 if isinstance(a, torch.dtype) and a in NARROW else a for a in args
+            )
         return func(*args, **kwargs)

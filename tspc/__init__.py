@@ -1,4 +1,5 @@
-"""tspc: a torch.compile backend that trains an unmodified model with folded tensor and sequence parallelism."""
+"""Tspc: a torch.compile backend that trains an unmodified model with folded tensor and sequence
+parallelism."""
 
 from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp

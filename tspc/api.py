@@ -1,4 +1,5 @@
-"""The front door beside `torch.compile`: plan before running, explain what was compiled, verify against one device."""
+"""The front door beside `torch.compile`: plan before running, explain what was compiled, verify
+against one device."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ from tspc.show import show
 
 @dataclass(frozen=True)
 class Plan:
-    """What tspc will do with a model on `ranks` ranks. Print it before you run."""
+    """What tspc will do with a model on `ranks` ranks.
+
+    Print it before you run.
+    """
 
     ranks: int
     rewritten: Rewritten = field(repr=False)
@@ -41,7 +45,8 @@ class Plan:
         return {n: s.map.dim if s.map else None for n, s in self.rewritten.choice.storages.items()}
 
     def apply(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
-        """Shard the parameters in place as DTensors, by rank 0's values; live optimizers are rebound.
+        """Shard the parameters in place as DTensors, by rank 0's values; live optimizers are
+        rebound.
 
         Raises `PlanError` if the axis has another number of ranks than the plan.
         """
@@ -114,7 +119,8 @@ def plan(
 
 
 def explain(model: Any) -> str:
-    """The rewritten programs of a compiled model, with the schedules of the last call's sizes; after the first call."""
+    """The rewritten programs of a compiled model, with the schedules of the last call's sizes;
+    after the first call."""
     root = getattr(model, "_orig_mod", model)
     graphs = GRAPHS.get(id(root), [])
     if not graphs:
@@ -149,10 +155,12 @@ def verify(
     options: Mapping[str, Any] | None = None,
     tolerance: float = 1e-5,
 ) -> Verification:
-    """Run the model on one device and on `ranks` simulated ranks; compare outputs and all gradients.
+    """Run the model on one device and on `ranks` simulated ranks; compare outputs and all
+    gradients.
 
-    A scalar output gets the cotangent 1, every other differentiable output a fixed random one unless there is a scalar.
-    Raises `ParityError` naming what differs by more than `tolerance` (relative, as `relative_errors`).
+    A scalar output gets the cotangent 1, every other differentiable output a fixed random one
+    unless there is a scalar. Raises `ParityError` naming what differs by more than `tolerance`
+    (relative, as `relative_errors`).
     """
     made: list[Simulated] = []
     torch._dynamo.reset()

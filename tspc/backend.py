@@ -1,4 +1,7 @@
-"""The backend: a Dynamo graph -> the function that one rank runs. `torch.compile(model, backend="tsp", options={...})`."""
+"""The backend: a Dynamo graph -> the function that one rank runs.
+
+`torch.compile(model, backend="tsp", options={...})`.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from tspc.runtime import inputs as input_check
 from tspc.runtime.convert import convert_and_restart
 from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
 from tspc.runtime.exchange import whole
+from tspc.runtime.execute import Place
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
 from tspc.runtime.storage import Prologue
@@ -37,7 +40,10 @@ log = logging.getLogger("tspc")
 
 @dataclass
 class Compiled:
-    """One graph as it was compiled, for `tspc.explain`. sizes: symbol values of the last call."""
+    """One graph as it was compiled, for `tspc.explain`.
+
+    sizes: symbol values of the last call.
+    """
 
     captured: Captured
     rewritten: Rewritten
@@ -58,7 +64,8 @@ def tsp(
 ) -> Callable[..., Any]:
     """Compile a graph for this rank of the TSP axis; on one rank this is plain Inductor.
 
-    Raises `OptionError`, `PlanError`, `UnsupportedError` for what cannot run, with the place in the model.
+    Raises `OptionError`, `PlanError`, `UnsupportedError` for what cannot run, with the place in
+    the model.
     """
     chosen = parse(options)
     place, mesh = resolve(chosen, _device(example_inputs))
@@ -98,7 +105,10 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
 
 def _report(rewritten: Rewritten, options: Options) -> None:
     for f in rewritten.typed.fallbacks:
-        text = f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); its operands of {f.shape} are gathered"
+        text = (
+            f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); "
+            f"its operands of {f.shape} are gathered"
+        )
         if options.strict:
             raise UnsupportedError(text)
         log.warning(text)

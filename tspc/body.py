@@ -1,6 +1,8 @@
-"""The body of a fold as data: pieces between exchanges, the values that they pass on, and a registry by structural key.
+"""The body of a fold as data: pieces between exchanges, the values that they pass on, and a
+registry by structural key.
 
-Sizes are sympy expressions over the program's symbols and `ROWS`, the number of token rows that a step computes on.
+Sizes are sympy expressions over the program's symbols and `ROWS`, the number of token rows that a
+step computes on.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Token:
-    """An operand with the sequence: its dim is lead * S * trail. whole: given whole, each rank takes its rows."""
+    """An operand with the sequence: its dim is lead * S * trail.
+
+    whole: given whole, each rank takes its rows.
+    """
 
     name: str
     dim: int
@@ -49,7 +54,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Attention:
-    """K and V meet the queries of all ranks. Names of values; mask is an operand, whole on every rank."""
+    """K and V meet the queries of all ranks.
+
+    Names of values; mask is an operand, whole on every rank.
+    """
 
     q: str
     k: str
@@ -63,7 +71,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Out:
-    """A result: "sum" over j, or "lse"/"stack": one block per j. dim, lead: where the sequence is."""
+    """A result: "sum" over j, or "lse"/"stack": one block per j.
+
+    dim, lead: where the sequence is.
+    """
 
     name: str
     kind: str
@@ -74,7 +85,8 @@ class Out:
 
 @dataclass(frozen=True)
 class Body:
-    """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are skipped."""
+    """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are
+    skipped."""
 
     key: str
     name: str
@@ -130,5 +142,5 @@ def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:
 
 
 def symbol_values(body: Body, sizes: Sequence[Any], rows: Any) -> dict[sympy.Symbol, Any]:
-    """rows: token rows of a step."""
+    """Rows: token rows of a step."""
     return {**dict(zip(body.symbols, sizes)), ROWS: rows}

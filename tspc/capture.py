@@ -1,7 +1,10 @@
-"""Capture: a Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept whole.
+"""Capture: a Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept
+whole.
 
-In: the graph module and example inputs that Dynamo hands to a backend. Out: `Captured`, the program and where each of its
-values comes from at a call. Sharded parameters (`to_local` -> `tspc::whole_weight`) appear as whole "param" placeholders.
+In: the graph module and example inputs that Dynamo hands to a backend. Out: `Captured`, the
+program and where each of its
+values comes from at a call. Sharded parameters (`to_local` -> `tspc::whole_weight`) appear as
+whole "param" placeholders.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True)
 class Captured:
-    """positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim | None if a SymInt)."""
+    """Positions: placeholder name -> index among the graph's inputs.
+
+    symbols: symbol -> (index, dim | None if a SymInt).
+    """
 
     program: Program
     positions: dict[str, int]
@@ -58,7 +64,8 @@ class Captured:
 def capture(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph"
 ) -> Captured:
-    """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's own fake mode."""
+    """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's
+    own fake mode."""
     context = TracingContext.get()
     assert context.fake_mode is not None
     kinds = _kinds(gm, example_inputs)
@@ -118,7 +125,8 @@ def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> list[tupl
 def _cut_whole_weights(
     gm: torch.fx.GraphModule, fakes: list[Any], mode: Any
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole weight."""
+    """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole
+    weight."""
     target = getattr(torch.ops.tspc, "whole_weight", None)
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -131,7 +139,8 @@ def _cut_whole_weights(
             for whole in list(local.users):
                 if target is None or whole.target not in (target, target.default):
                     raise CaptureError(
-                        f"{node.name}: a sharded parameter is used other than through its module's attribute"
+                        f"{node.name}: a sharded parameter is used other than through its "
+                        "module's attribute"
                     )
                 whole.replace_all_uses_with(node)
                 graph.erase_node(whole)
@@ -174,7 +183,8 @@ def convert(
 ) -> tuple[Program, dict[str, int]]:
     """An fx graph -> `Program` and the graph input that each placeholder is.
 
-    Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad` sections.
+    Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad`
+    sections.
     """
     enabled = True
     env: dict[torch.fx.Node, Any] = {}
@@ -266,17 +276,16 @@ def source_line(node: torch.fx.Node) -> str:
     if not own:
         return ""
     file, line = own[-1]
-    if "site-packages/" in file:
-        file = file.split("site-packages/")[1]
-    else:
-        file = file.rsplit("/", 1)[-1]
+    package = file.split("site-packages/")
+    file = package[1] if len(package) > 1 else file.rsplit("/", 1)[-1]
     return f"{file}:{line}"
 
 
 def capture_model(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], use: Callable[..., Any]
 ) -> Any:
-    """Call `fn` through Dynamo; `use(captured, gm, example_inputs)` returns what runs in place of the graph."""
+    """Call `fn` through Dynamo; `use(captured, gm, example_inputs)` returns what runs in place of
+    the graph."""
     torch._dynamo.reset()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -1,7 +1,8 @@
-"""Simulated ranks: a backend that runs a graph on D ranks in this process, for `tspc.verify` and the tests.
+"""Simulated ranks: a backend that runs a graph on D ranks in this process, for `tspc.verify` and
+the tests.
 
-The model keeps its whole parameters; each call cuts them into the ranks' shards, runs the partitioned forward and backward graphs
-in lockstep and assembles whole outputs and gradients.
+The model keeps its whole parameters; each call cuts them into the ranks' shards, runs the
+partitioned forward and backward graphs in lockstep and assembles whole outputs and gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ AXIS = "simulated"
 
 @dataclass
 class Simulated:
-    """One graph on D ranks. graphs: every graph that a backend made, in order."""
+    """One graph on D ranks.
+
+    graphs: every graph that a backend made, in order.
+    """
 
     ranks: int
     captured: Captured

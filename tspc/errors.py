@@ -1,4 +1,7 @@
-"""Every error that tspc raises on purpose. The message says what, where (the user's file:line) and what to do."""
+"""Every error that tspc raises on purpose.
+
+The message says what, where (the user's file:line) and what to do.
+"""
 
 
 class TspcError(Exception):
@@ -22,7 +25,8 @@ class CaptureError(TspcError):
 
 
 class UnsupportedError(TspcError):
-    """Something that tspc cannot shard, under `strict=True` or where running replicated would be wrong."""
+    """Something that tspc cannot shard, under `strict=True` or where running replicated would be
+    wrong."""
 
 
 class ShardedParameterError(TspcError, RuntimeError):

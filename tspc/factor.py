@@ -1,8 +1,9 @@
 """Factors: named sizes with union, split (ordered product) and segments (concatenation).
 
-A dim is a tuple of factors, major first; () is size 1. A factor is a leaf, or a link to the factor that it was merged
-into, or refined once and for all: `seq` (an ordered product of factors) or `cat` (dims laid end to end).
-A dim therefore reads as a sum of products of leaves: `H·d`, `q·d + k·d + k·d`, `H·(d + d + d)`.
+A dim is a tuple of factors, major first; () is size 1. A factor is a leaf, or a link to the
+factor that it was merged into, or refined once and for all: `seq` (an ordered product of factors)
+or `cat` (dims laid end to end). A dim therefore reads as a sum of products of leaves: `H·d`, `q·d
++ k·d + k·d`, `H·(d + d + d)`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_SEGMENTS = 16
 
 @lru_cache(None)
 def divide(a: Size, b: Size) -> Size | None:
-    """a / b if exact for every value of the symbols, else None."""
+    """A / b if exact for every value of the symbols, else None."""
     if a == b:
         return 1
     if isinstance(a, int) and isinstance(b, int):
@@ -43,7 +44,8 @@ def const(n: Size) -> bool:
 
 
 class Factor:
-    """A named size: a leaf, a link to the factor that it merged into, or refined into `seq` or `cat`."""
+    """A named size: a leaf, a link to the factor that it merged into, or refined into `seq` or
+    `cat`."""
 
     __slots__ = ("id", "size", "origin", "link", "seq", "cat", "image", "image_of", "part_of")
 
@@ -61,7 +63,10 @@ class Factor:
 
 
 class Factors:
-    """The table of all factors of a program. `hints` gives each symbol an example value."""
+    """The table of all factors of a program.
+
+    `hints` gives each symbol an example value.
+    """
 
     def __init__(self, hints: dict[Any, int] | None = None):
         self.all: list[Factor] = []
@@ -165,7 +170,8 @@ class Factors:
         return f.seq
 
     def cut(self, dim: Dim, sizes: Sequence[Size]) -> list[Dim] | None:
-        """Refine a dim into segments of these sizes and return them; None if the bounds fall inside of a factor."""
+        """Refine a dim into segments of these sizes and return them; None if the bounds fall
+        inside of a factor."""
         fs = self.expand(dim)
         if not fs:
             return None
@@ -189,7 +195,8 @@ class Factors:
         return segs
 
     def regroup(self, dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
-        """View: the factors of all dims, in order, cut to the new sizes; None where division is not exact."""
+        """View: the factors of all dims, in order, cut to the new sizes; None where division is
+        not exact."""
         todo, out = [f for d in dims for f in self.expand(d)], []
         for n in sizes:
             got = []
@@ -213,19 +220,26 @@ class Factors:
 
     # union
     def same(self, a: Size, b: Size) -> bool:
-        """Sizes are equal, or both are symbolic and equal by their hints: then a guard is assumed."""
+        """Sizes are equal, or both are symbolic and equal by their hints: then a guard is
+        assumed."""
         if a == b:
             return True
         if const(a) or const(b):
             return False
-        v = lambda e: e.subs({s: self.hints.get(s) for s in e.free_symbols})
+
+        def v(e: Any) -> Any:
+            return e.subs({s: self.hints.get(s) for s in e.free_symbols})
+
         if v(a) == v(b):
             self.assumed.append((a, b))
             return True
         return False
 
     def unify(self, a: Sequence[Factor], b: Sequence[Factor]) -> bool:
-        """Make two dims one, refining the coarser where they differ. False (and no further merges) on a mismatch."""
+        """Make two dims one, refining the coarser where they differ.
+
+        False (and no further merges) on a mismatch.
+        """
         a, b = list(self.expand(a)), list(self.expand(b))
         while a and b:
             x, y = self.find(a[0]), self.find(b[0])

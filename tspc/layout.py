@@ -1,4 +1,7 @@
-"""Sequence layout: which global positions each rank of the axis holds. Pure arithmetic, ints or SymInts."""
+"""Sequence layout: which global positions each rank of the axis holds.
+
+Pure arithmetic, ints or SymInts.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class Layout:
-    """A sequence of S rows over `ranks`, in equal chunks of c rows padded at the end (DESIGN section 8).
+    """A sequence of S rows over `ranks`, in equal chunks of c rows padded at the end (DESIGN
+    section 8).
 
-    "contiguous": rank r holds chunk r of D. "zigzag": rank r holds chunks r and 2D-1-r of 2D, so causal work is even.
+    "contiguous": rank r holds chunk r of D. "zigzag": rank r holds chunks r and 2D-1-r of 2D, so
+    causal work is even.
     """
 
     ranks: int
@@ -24,7 +29,8 @@ class Layout:
         return 2 if self.order == "zigzag" else 1
 
     def chunk_rows(self, length: Any) -> Any:
-        """c: rows per chunk for a sequence of `length`; at least 2, because 1 specialises graphs."""
+        """C: rows per chunk for a sequence of `length`; at least 2, because 1 specialises
+        graphs."""
         n = self.ranks * self.chunks
         return torch.sym_max(2, (length + n - 1) // n)
 
@@ -36,7 +42,8 @@ class Layout:
         return [g for r in range(self.ranks) for g in self.chunk_ids(r)]
 
     def positions(self, rank: int, rows: int, length: int) -> torch.Tensor:
-        """Global position of each of the `chunks * rows` local rows, pads clamped to the last real row."""
+        """Global position of each of the `chunks * rows` local rows, pads clamped to the last
+        real row."""
         pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
         return pos.clamp(max=length - 1)
 
@@ -46,7 +53,8 @@ class Layout:
         return pos < length
 
     def whole(self, blocks: torch.Tensor, dim: int, rows: int, length: int) -> torch.Tensor:
-        """[..., D * chunks * rows, ...] in rank order along `dim` -> the sequence in order, narrowed to `length`."""
+        """[..., D * chunks * rows, ...] in rank order along `dim` -> the sequence in order,
+        narrowed to `length`."""
         if self.chunks > 1:
             parts = blocks.split(rows, dim)
             at = {g: i for i, g in enumerate(self.all_chunk_ids())}

@@ -1,7 +1,8 @@
-"""Schemas, fakes and autograd formulas of tspc's ops. `runtime.execute` registers what they do on ranks.
+"""Schemas, fakes and autograd formulas of tspc's ops.
 
-A sequence dim is told by (dim, lead, trail): the dim is lead * S * trail, S the sequence. `rows` is c of the layout, `length`
-is S, `order` the layout's order, `axis` the name of the TSP axis. No op takes a rank.
+`runtime.execute` registers what they do on ranks. A sequence dim is told by (dim, lead, trail):
+the dim is lead * S * trail, S the sequence. `rows` is c of the layout, `length` is S, `order` the
+layout's order, `axis` the name of the TSP axis. No op takes a rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str orde
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
-# a stored shard (torch's chunk of `dim`) -> the whole weight; stands in a traced model where it reads a parameter
+# a stored shard (torch's chunk of `dim`) -> the whole weight; stands in a traced model where it
+# reads a parameter
 LIB.define("whole_weight(Tensor local, int dim, int size, str axis) -> Tensor")
 LIB.define("whole_weight_backward(Tensor g, int dim, int size, str axis, SymInt rows) -> Tensor")
 LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
@@ -36,23 +38,29 @@ LIB.define(
     "embed(Tensor shard, Tensor ids, SymInt rows, SymInt length, str order, str axis) -> Tensor"
 )
 LIB.define(
-    "embed_backward(Tensor g, Tensor ids, int units, SymInt rows, SymInt length, str order, str axis) -> Tensor"
+    "embed_backward(Tensor g, Tensor ids, int units, SymInt rows, SymInt length, str order, "
+    "str axis) -> Tensor"
 )
 LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, SymInt rows, SymInt length, "
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, SymInt "
+    "rows, SymInt length, "
     "str order, str axis) -> (Tensor, Tensor)"
 )
 LIB.define(
-    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool causal, "
+    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
+    "Tensor lse, bool causal, "
     "float scale, SymInt rows, SymInt length, str order, str axis) -> (Tensor, Tensor, Tensor)"
 )
-# one region, D steps: `key` names its `Body`; results: body.outs, then each attention's out and log-sum-exp
+# one region, D steps: `key` names its `Body`; results: body.outs, then each attention's out and
+# log-sum-exp
 LIB.define(
-    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, SymInt length, "
+    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, "
+    "SymInt length, "
     "str key, str axis) -> Tensor[]"
 )
 LIB.define(
-    "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, Tensor[] saved, "
+    "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, "
+    "Tensor[] saved, "
     "SymInt[] sizes, SymInt rows, SymInt length, str key, str axis) -> Tensor[]"
 )
 
@@ -60,7 +68,8 @@ LIB.define(
 def pick(
     logits: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The logit of each label: [..., v], [...] -> [...]; labels outside of this shard's range give zero."""
+    """The logit of each label: [..., v], [...] -> [...]; labels outside of this shard's range
+    give zero."""
     index = labels if offset is None else labels - offset
     inside = (index >= 0) & (index < logits.shape[-1])
     picked = logits.gather(-1, torch.where(inside, index, 0).unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,5 @@
-"""The options of `torch.compile(model, backend="tsp", options={...})`, checked by name and value."""
+"""The options of `torch.compile(model, backend="tsp", options={...})`, checked by name and
+value."""
 
 from __future__ import annotations
 
@@ -21,12 +22,17 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """mesh: a DeviceMesh, default the world as one axis. axis: the mesh dim to fold on.
+    """Mesh: a DeviceMesh, default the world as one axis.
 
-    schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or glob to one.
-    outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all whole.
-    check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or never.
-    strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten graphs without Inductor.
+    axis: the mesh dim to fold on.
+        schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or
+        glob to one.
+        outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
+        whole.
+        check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
+        never.
+        strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
+        graphs without Inductor.
     """
 
     mesh: Any = None

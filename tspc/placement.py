@@ -1,4 +1,5 @@
-"""Which positions of a dim belong to a piece of a factor: shard maps, tables and checks are made of this."""
+"""Which positions of a dim belong to a piece of a factor: shard maps, tables and checks are made
+of this."""
 
 from __future__ import annotations
 

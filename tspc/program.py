@@ -1,7 +1,7 @@
 """A captured forward program as plain data: nodes in order, sympy sizes, no torch tensors.
 
-Every pass takes a `Program` and returns one. A node's `op` is a torch `OpOverload`, or one of the kinds below for what
-is not a call. Multi-output nodes are read through `Ref(name, item)`.
+Every pass takes a `Program` and returns one. A node's `op` is a torch `OpOverload`, or one of the
+kinds below for what is not a call. Multi-output nodes are read through `Ref(name, item)`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Ref:
 
 @dataclass(frozen=True)
 class Type:
-    """Shape (ints or sympy expressions over the program's symbols), dtype and whether autograd follows the value."""
+    """Shape (ints or sympy expressions over the program's symbols), dtype and whether autograd
+    follows the value."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -51,9 +52,11 @@ class Type:
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `args` may nest tuples; tensors are `Ref`s, sizes are ints or sympy expressions.
+    """One operation.
 
-    param, buffer, input: no args. constant: kwargs["value"] is a nested list. output: args are the returned values.
+    `args` may nest tuples; tensors are `Ref`s, sizes are ints or sympy expressions.     param,
+    buffer, input: no args. constant: kwargs["value"] is a nested list. output: args are the
+    returned values.
     """
 
     name: str
@@ -105,7 +108,10 @@ def map_refs(value: Any, fn: Callable[[Ref], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """Nodes in execution order: placeholders first, one output node last. `hints` gives each symbol an example."""
+    """Nodes in execution order: placeholders first, one output node last.
+
+    `hints` gives each symbol an example.
+    """
 
     name: str
     nodes: tuple[Node, ...]

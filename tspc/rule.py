@@ -2,12 +2,18 @@
 
     rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
 
-Space between factors, comma between tensors, `(a b)` composite with the major first, `...` leading dims (right-aligned,
-broadcast). A size-1 dim matches any letter. A letter only on the right is new. Letters that vanish must say how:
-  reduce  summed: cutting it leaves a partial sum          whole   needed whole by every element of the output
-  select  indexed by an integer operand                    exchange  met across ranks inside of the op
-  lse     reduced by a log-sum-exp merge                   once=i  operand i is added after the sum, so only once
-A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its offset
+Space between factors, comma between tensors, `(a b)` composite with the major first, `...` leading
+dims (right-aligned,
+broadcast). A size-1 dim matches any letter. A letter only on the right is new. Letters that vanish
+must say how:
+  reduce  summed: cutting it leaves a partial sum          whole   needed whole by every element of
+  the output
+  select  indexed by an integer operand                    exchange  met across ranks inside of the
+  op
+  lse     reduced by a log-sum-exp merge                   once=i  operand i is added after the
+  sum, so only once
+A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its
+offset
 """
 
 from __future__ import annotations
@@ -49,7 +55,8 @@ class Rule:
         if vanish:
             at = text.index(min(vanish))
             raise RuleError(
-                f"{text}\n{' ' * at}^ {', '.join(sorted(vanish))} vanish: say reduce, whole, select, exchange or lse"
+                f"{text}\n{' ' * at}^ {', '.join(sorted(vanish))} vanish: say reduce, whole, "
+                "select, exchange or lse"
             )
         return r
 
@@ -58,12 +65,12 @@ class Rule:
         return {l for t in tensors for tok in t if tok not in ("...", "1") for l in tok}
 
     def __str__(self):
-        t = lambda ts: ", ".join(
-            " ".join(
-                x if isinstance(x, str) else x[0] if len(x) == 1 else f"({' '.join(x)})" for x in t
-            )
-            for t in ts
-        )
+        def token(x):
+            return x if isinstance(x, str) else x[0] if len(x) == 1 else f"({' '.join(x)})"
+
+        def t(ts):
+            return ", ".join(" ".join(map(token, t)) for t in ts)
+
         return f"{t(self.ins)} -> {t(self.outs)}" + "".join(f", {k}={l}" for l, k in self.roles)
 
 
@@ -126,12 +133,18 @@ class Op:
         return [self.F.dim(n, self.node.name) for n in self.node.types[item].shape]
 
     def join(self, a, b, i=None, j=None):
-        """Unify operand i's dim with b (met in operand j); the dim to go on with. Image against original gathers."""
+        """Unify operand i's dim with b (met in operand j); the dim to go on with.
+
+        Image against original gathers.
+        """
         if not a:
             return b
         if not b:
             return a
-        weak = lambda k: k is not None and k < len(self.weak) and self.weak[k]
+
+        def weak(k):
+            return k is not None and k < len(self.weak) and self.weak[k]
+
         if weak(i):
             return b
         if weak(j):
@@ -153,7 +166,8 @@ class Op:
 
 
 def apply(r, op):
-    """Outputs of a declared rule: letters unify over the operands; a class met twice in an output is gathered."""
+    """Outputs of a declared rule: letters unify over the operands; a class met twice in an output
+    is gathered."""
     F, env, first, roles, lead, seen_as, uses, late = op.F, {}, {}, dict(r.roles), 0, {}, [], []
 
     ones = set()
@@ -239,7 +253,7 @@ def apply(r, op):
 
 
 def replace(F, dim, leaves):
-    """dim with these leaves replaced by their images."""
+    """Dim with these leaves replaced by their images."""
     out = []
     for f in F.expand(dim):
         if f in leaves:

@@ -1,4 +1,7 @@
-"""Shard maps: which rows of a whole weight each shard of a fold holds. Pure arithmetic."""
+"""Shard maps: which rows of a whole weight each shard of a fold holds.
+
+Pure arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class ShardMap:
-    """rows[j][i]: source row of `dim` at place i of shard j, -1 for zeros; real[j][i]: not a pad.
+    """Rows[j][i]: source row of `dim` at place i of shard j, -1 for zeros; real[j][i]: not a pad.
 
-    All shards are equally long. A pad that repeats a row has that row as its source; its gradient is discarded.
+    All shards are equally long. A pad that repeats a row has that row as its source; its gradient
+    is discarded.
     """
 
     dim: int
@@ -59,7 +63,7 @@ class ShardMap:
 
 
 def chunked(dim: int, size: int, ranks: int) -> ShardMap:
-    """torch's chunks of a dim, padded with zeros to equal length."""
+    """Torch's chunks of a dim, padded with zeros to equal length."""
     n = -(-size // ranks)
     rows = tuple(
         tuple(i if i < size else -1 for i in range(j * n, (j + 1) * n)) for j in range(ranks)

@@ -1,4 +1,5 @@
-"""A rewritten program as text: one line a node, its placement in the shape, the source line last."""
+"""A rewritten program as text: one line a node, its placement in the shape, the source line
+last."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _SHORT = {
 def show(
     rewritten: Rewritten, axis: str = "tsp", schedules: Mapping[str, str] | None = None
 ) -> str:
-    """schedules: by region name, as chosen for some sizes; else what the options ask for."""
+    """Schedules: by region name, as chosen for some sizes; else what the options ask for."""
     names = _symbol_names(rewritten)
     lines = [
         _line(n, rewritten, names, axis, schedules or {}) for n in rewritten.typed.program.nodes

@@ -1,4 +1,5 @@
-"""Private torch APIs that tspc uses, one function each; `tests/test_torch_seams.py` fails first when torch changes them."""
+"""Private torch APIs that tspc uses, one function each; `tests/test_torch_seams.py` fails first
+when torch changes them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 class RestartTrace(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
     """Raised by a backend: Dynamo traces the frame again.
 
-    The first base passes through Dynamo's wrapper of backend errors; the second clears its speculation log.
+    The first base passes through Dynamo's wrapper of backend errors; the second clears its
+    speculation log.
     """
 
 
@@ -32,7 +34,8 @@ def real_tensors(gm: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
 
 
 def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
-    """The module handed to torch.compile, and the outermost modules that own the graph's parameters."""
+    """The module handed to torch.compile, and the outermost modules that own the graph's
+    parameters."""
     roots: dict[int, nn.Module] = {}
     frame: Any = sys._getframe(1)
     found: nn.Module | None = None

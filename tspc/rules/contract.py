@@ -54,7 +54,10 @@ def matmul(op: Op) -> list:
 @computed(aten.einsum.default)
 def einsum(op: Op) -> list:
     left, right = op.args["equation"].replace(" ", "").split("->")
-    sp = lambda t: " ".join(t)
+
+    def sp(t):
+        return " ".join(t)
+
     return apply(
         Rule.parse(
             ", ".join(map(sp, left.split(","))) + " -> " + sp(right),

@@ -96,12 +96,18 @@ def split(op: Op) -> list:
 
 @computed(aten.slice.Tensor)
 def slice_(op: Op) -> list:
-    """Whole dim: nothing. A step, or slices that together tile the dim: refine. Else the dim is needed whole."""
+    """Whole dim: nothing.
+
+    A step, or slices that together tile the dim: refine. Else the dim is needed whole.
+    """
 
     def bounds(args, n):
         lo, hi = args.get("start") or 0, args.get("end")
         hi = n if hi is None or (const(hi) and (hi > n if const(n) else hi > 2**40)) else hi
-        fix = lambda v: n + v if const(v) and v < 0 else v
+
+        def fix(v):
+            return n + v if const(v) and v < 0 else v
+
         return fix(lo), fix(hi), args.get("step", 1)
 
     k = at(op, op.args["dim"])
@@ -233,7 +239,8 @@ def pad(op: Op) -> list:
 
 @computed(aten.index.Tensor)
 def index(op: Op) -> list:
-    """x[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their place."""
+    """X[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
+    place."""
     idx = list(op.args["indices"])
     x = op.ins[0]
     pos = [k for k, r in enumerate(idx) if r is not None]

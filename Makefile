@@ -1,0 +1,39 @@
+# One shared environment, made on first use. `make demo` runs the main job, `make test` all tests.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+export OMP_NUM_THREADS = 1
+
+.PHONY: demo test quick check dist bench clean
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q setuptools
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+quick: $(READY)
+	$(BIN)/python -m pytest tests -m "not dist and not slow"
+
+dist: $(READY)
+	$(BIN)/python -m pytest tests -m dist
+
+bench: $(READY)
+	$(BIN)/python bench/speed.py
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+clean:
+	rm -rf $(VENV) results build *.egg-info
