@@ -1,58 +1,44 @@
-"""What a rank holds: bytes of parameters, gradients and optimizer state, and what the allocator gave out.
-
-Allocator bytes are the memory events of torch.profiler, which see every CPU allocation of torch.
-"""
+"""What a training step holds: parameters, gradients, optimizer state, and the activations that
+live for the backward."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import torch.nn as nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 
-@dataclass
-class Allocations:
-    """Bytes above those at the start of the block: the highest, and those still alive at its end."""
-
-    peak: int = 0
-    alive: int = 0
-
-
-@contextlib.contextmanager
-def allocations() -> Iterator[Allocations]:
-    """The allocator's bytes inside of the block; the numbers are there once it has ended."""
-    found = Allocations()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        yield found
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        found.alive += event.nbytes()
-        found.peak = max(found.peak, found.alive)
-
-
-def local_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes on this rank; of a DTensor its own part, of a storage that several share one count."""
-    storages = {}
+def local_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors that this rank holds."""
+    total = 0
     for t in tensors:
-        if t is not None:
-            t = t.to_local() if isinstance(t, DTensor) else t
-            storages[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
-    return sum(storages.values())
+        if isinstance(t, torch.Tensor):
+            local = t.to_local() if isinstance(t, DTensor) else t
+            total += local.numel() * local.element_size()
+    return total
 
 
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state on this rank."""
+def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Parameters, gradients and optimizer state of this rank, in bytes."""
     parameters = list(model.parameters())
-    state = [
-        v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
-    ]
+    states = [v for s in optimizer.state.values() for v in s.values()]
     return {
         "parameters": local_bytes(parameters),
-        "gradients": local_bytes(p.grad for p in parameters),
-        "optimizer": local_bytes(state),
+        "gradients": local_bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer": local_bytes(states),
     }
+
+
+def peak_of(step: Callable[[], Any]) -> tuple[int, int, Any]:
+    """(peak, alive at the end, result): allocator bytes above those at the start of `step`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        result = step()
+    peak = now = 0
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+    return peak, now, result

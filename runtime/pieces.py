@@ -1,13 +1,21 @@
-"""Run the pieces of a body eagerly: the backward recomputes the piece and differentiates it."""
+"""Run the pieces of a body, eagerly or compiled; the backward recomputes the piece and
+differentiates it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+from tspc.runtime.trace import local_fakes
 
-from tspc.body import Body, Piece
+from tspc.body import ROWS, Body, Piece, evaluate
+from tspc.program import Type
 
 Values = dict[str, torch.Tensor]
 
@@ -56,3 +64,136 @@ class EagerPieces:
         piece = self.body.steps[index]
         assert isinstance(piece, Piece)
         return piece
+
+
+def cotangent_names(body: Body, index: int) -> tuple[str, ...]:
+    """What the piece writes that a cotangent may come for."""
+    piece = body.steps[index]
+    assert isinstance(piece, Piece)
+    wanted = {o.name for o in body.outs if o.differentiable}
+    for a in body.attentions:
+        wanted |= {a.q, a.k, a.v}
+    for later in body.steps[index + 1 :]:
+        if isinstance(later, Piece):
+            wanted |= set(later.reads)
+    return tuple(n for n in piece.writes if n in wanted and body.values[n].requires_grad)
+
+
+class InductorPieces:
+    """Pieces compiled by Inductor, each forward and backward once, with symbolic sizes.
+
+    guards: what lowering assumed, over the symbols of `symbols` (the program's and the token rows).
+    """
+
+    def __init__(self, body: Body, hints: Mapping[Any, int], rows: int, device: torch.device):
+        self.body, self.guards = body, []
+        self.forwards: dict[int, Any] = {}
+        self.backwards: dict[int, tuple[Any, list[str]]] = {}
+        for index, step in enumerate(body.steps):
+            if isinstance(step, Piece):
+                self._compile(index, step, hints, rows, device)
+
+    def _compile(
+        self, index: int, piece: Piece, hints: Mapping[Any, int], rows: int, device: torch.device
+    ) -> None:
+        body = self.body
+        sizes = {**{s: hints[s] for s in body.symbols}, ROWS: rows}
+        cotangents = cotangent_names(body, index)
+        wanted = [n for n in piece.reads if body.values[n].requires_grad]
+        names: list[str] = []
+
+        def forward(*given: Any) -> list[torch.Tensor]:
+            symbols, step, tensors = self._split(given, piece.reads)
+            made = piece.run(symbols, step, tensors)
+            return [made[n] for n in piece.writes]
+
+        def backward(*given: Any) -> list[torch.Tensor]:
+            symbols, step, tensors = self._split(given, (*piece.reads, *cotangents))
+            gs = [tensors.pop(n) for n in cotangents]
+            leaves = {n: tensors[n].detach().requires_grad_() for n in wanted}
+            with torch.enable_grad():
+                made = piece.run(symbols, step, {**tensors, **leaves})
+                grads = torch.autograd.grad(
+                    [made[n] for n in cotangents], list(leaves.values()), gs, allow_unused=True
+                )
+            names[:] = [n for n, g in zip(wanted, grads) if g is not None]
+            return [g for g in grads if g is not None]
+
+        self.forwards[index] = self._lower(forward, sizes, piece.reads, device, False)
+        if cotangents and wanted:
+            reads = (*piece.reads, *cotangents)
+            self.backwards[index] = self._lower(backward, sizes, reads, device, True), names
+
+    def _split(
+        self, given: Sequence[Any], names: Sequence[str]
+    ) -> tuple[dict[Any, Any], torch.Tensor, Values]:
+        count = len(self.body.symbols) + 1
+        symbols = dict(zip((*self.body.symbols, ROWS), given[:count]))
+        return symbols, given[count], dict(zip(names, given[count + 1 :]))
+
+    def _lower(
+        self,
+        fn: Any,
+        sizes: Mapping[Any, int],
+        reads: Sequence[str],
+        device: torch.device,
+        is_backward: bool,
+    ) -> Any:
+        types = [(Type((), torch.int64), device)]
+        for n in reads:
+            v = self.body.values[n]
+            types.append((Type(v.shape, v.dtype), device))
+        fakes = local_fakes((*self.body.symbols, ROWS), sizes, 0, False, types)
+        given = [*fakes.symbols.values(), *fakes.tensors]
+        with tracing(TracingContext(fakes.mode)), fakes.mode, torch.no_grad():
+            gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*given)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        out = next(n for n in gm.graph.nodes if n.op == "output")
+        out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
+        context = tracing(TracingContext(fakes.mode))
+        with V.set_fake_mode(fakes.mode), context, torch.no_grad():
+            compiled = compile_fx_inner(gm, given, is_backward=is_backward)
+        named = {v.node.expr: s for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)}
+        self.guards += [g.expr.xreplace(named) for g in fakes.env.guards]
+        return compiled
+
+    def _given(
+        self, symbols: Mapping[Any, Any], step: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> list[Any]:
+        sizes = [symbols[s] for s in (*self.body.symbols, ROWS)]
+        return [*sizes, step, *(t.contiguous() for t in tensors)]
+
+    def forward(
+        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
+    ) -> Values:
+        """What the piece writes."""
+        piece = self.body.steps[index]
+        assert isinstance(piece, Piece)
+        given = self._given(symbols, step, [values[n] for n in piece.reads])
+        return dict(zip(piece.writes, self.forwards[index](given)))
+
+    def backward(
+        self,
+        index: int,
+        symbols: Mapping[Any, Any],
+        step: torch.Tensor,
+        values: Values,
+        cotangents: Values,
+    ) -> Values:
+        """Gradients of what the piece reads."""
+        piece = self.body.steps[index]
+        assert isinstance(piece, Piece)
+        if index not in self.backwards:
+            return {}
+        compiled, names = self.backwards[index]
+        gs = []
+        for n in cotangent_names(self.body, index):
+            v = self.body.values[n]
+            if n in cotangents:
+                gs.append(cotangents[n].to(v.dtype))
+            else:
+                shape = [evaluate(s, symbols) for s in v.shape]
+                gs.append(torch.zeros(shape, dtype=v.dtype, device=step.device))
+        given = self._given(symbols, step, [*(values[n] for n in piece.reads), *gs])
+        return dict(zip(names, compiled(given)))

@@ -1,4 +1,5 @@
-"""Real gloo processes: training equals one device, lengths do not recompile, ranks that differ are told."""
+"""Real gloo processes: training equals one device, lengths do not recompile, ranks that differ are
+told."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from tspc.runtime.deferred import DeferredTensor
+from tspc.runtime.drivers import record
 
 import tspc
 from tests.models import VOCABULARY, call, make
 from tests.world import World
 from tspc.check import relative_errors
 from tspc.errors import RankMismatchError
-from tspc.runtime.deferred import DeferredTensor
-from tspc.runtime.drivers import record
 
 pytestmark = pytest.mark.dist
 
@@ -84,7 +85,8 @@ def test_inductor_equals_one_device(
 def steps(model: str, adam: bool) -> float:
     """Worst error of the updates of three clipped steps on DTensors, in float64.
 
-    The optimizer is made before the first call; its parameters are exchanged when the model is sharded.
+    The optimizer is made before the first call; its parameters are exchanged when the model is
+    sharded.
     """
     ends = []
     for tsp in (False, True):

@@ -1,4 +1,5 @@
-"""The example models alone, on one device: losses are those of chance, every gradient is there and finite."""
+"""The example models alone, on one device: losses are those of chance, every gradient is there and
+finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One persistent gloo world per number of ranks: processes that run functions of the tests by name."""
+"""One persistent gloo world per number of ranks: processes that run functions of the tests by
+name."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def _work(rank: int, ranks: int, store: str, pipe: Any) -> None:
 
 
 class World:
-    """run(function, **kwargs) on every rank; the results, or an error of the first rank that failed."""
+    """run(function, **kwargs) on every rank; the results, or an error of the first rank that
+    failed."""
 
     def __init__(self, ranks: int):
         self.ranks = ranks

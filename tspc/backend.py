@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from tspc.body import evaluate
+from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.layout import Layout
@@ -31,6 +31,7 @@ from tspc.runtime.exchange import whole
 from tspc.runtime.execute import Place
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
+from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.torch_seams import compiled_roots
@@ -170,11 +171,28 @@ def _restate_guards(compiled: Compiled, fakes: Fakes) -> None:
     if isinstance(fakes.rows, torch.SymInt):
         bind[fakes.rows.node.expr] = _rows(compiled, outer)
     for guard in fakes.env.guards:
-        symbols = guard.expr.free_symbols
-        if not bool(
-            sympy_interp(PythonReferenceAnalysis, {s: bind[s] for s in symbols}, guard.expr)
-        ):
-            raise CaptureError(f"the local program assumes {guard.expr}, which does not hold")
+        _require(guard.expr, bind)
+
+
+def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
+    """Pieces once per structure; what they assume of the sizes is restated for local and for
+    gathered tokens."""
+    hints, outer = compiled.captured.program.hints, compiled.captured.outer_symbols
+    local = _layout(compiled).chunks * _rows(compiled, outer)
+    for body in dict.fromkeys(compiled.rewritten.bodies):
+        if "pieces" not in body.compiled:
+            rows = int(_layout(compiled).chunks * _rows(compiled, hints))
+            body.compiled["pieces"] = InductorPieces(body, hints, rows, device)
+        for guard in body.compiled["pieces"].guards:
+            for rows in (local, local * body.ranks):
+                _require(guard, {**outer, ROWS: rows})
+
+
+def _require(guard: Any, bind: Mapping[Any, Any]) -> None:
+    """An assumption becomes a guard of Dynamo's."""
+    values = {s: bind[s] for s in guard.free_symbols}
+    if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
+        raise CaptureError(f"the local program assumes {guard}, which does not hold")
 
 
 def _function(
@@ -182,6 +200,8 @@ def _function(
 ) -> Callable[..., Any]:
     captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
     fakes = _fakes(compiled, example_inputs)
+    if options.compiler == "inductor":
+        _compile_bodies(compiled, _device(example_inputs))
     run_local = compile_local(rewritten.local, fakes, options.compiler)
     _restate_guards(compiled, fakes)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]

@@ -83,7 +83,7 @@ class Out:
     differentiable: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Body:
     """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are
     skipped."""
