@@ -30,6 +30,11 @@ from tspc.runtime.requests import (
 from tspc.errors import RankMismatchError
 
 
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 @dataclass(frozen=True)
 class Sent:
     """One communication as its rank issued it.
@@ -142,11 +147,11 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
         return _Pending([dist.all_reduce(out, group=group, async_op=True)], out)
     if isinstance(request, AllGather):
         out = x.new_empty((ranks, *x.shape))
-        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group, async_op=True)
+        work = _all_gather(out.view(-1), x.view(-1), group, async_op=True)
         return _Pending([work], out, x)
     if isinstance(request, ReduceScatter):
         out = x.new_empty(x.shape[1:])
-        work = dist.reduce_scatter_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+        work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
         return _Pending([work], out, x)
     assert isinstance(request, AllToAll)
     out = torch.empty_like(x)

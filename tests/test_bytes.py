@@ -1,0 +1,85 @@
+"""Elements of payload per rank, averaged over ranks, equal the closed forms of DESIGN section 10 for every schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from examples.llama_like import LlamaLike
+from tspc.check import Simulated, simulated_backend
+from tspc.options import parse
+from tspc.runtime.drivers import Sent, record
+
+RANKS, BATCH, LENGTH, HIDDEN = 4, 3, 19, 64
+F = (RANKS - 1) / RANKS
+
+
+def step(schedule: str, kv_heads: int) -> tuple[Simulated, list[Sent], list[Sent]]:
+    """One call that returns only the loss: (graph, sent forward, sent backward)."""
+    torch.manual_seed(0)
+    model = LlamaLike(187, HIDDEN, 2, 8, kv_heads, 50)
+    made: list[Simulated] = []
+    torch._dynamo.reset()
+    fn = torch.compile(model, backend=simulated_backend(RANKS, parse({"schedule": schedule}), made))
+    tokens = torch.randint(0, 187, (BATCH, LENGTH))
+    with record() as forward:
+        loss = fn(tokens, tokens)
+    with record() as backward:
+        loss.backward()
+    return made[0], forward, backward
+
+
+def total(sent: list[Sent], link: str, *kinds: str) -> float:
+    return sum(s.elements for s in sent if s.link == link and (not kinds or s.kind in kinds))
+
+
+def sizes(graph: Simulated) -> tuple[int, int, int, int]:
+    """(weights of folds without the head, of the head, K and V of all layers, B * padded S * h)."""
+    bodies = [n.kwargs["body"] for n in graph.rewritten.folds]
+    head = [b for b in bodies if len(b.outs) > 1]
+    weights = sum(b.weight_elements * RANKS for b in bodies if len(b.outs) == 1)
+    rows = graph.layout.chunks * graph.rows() * RANKS
+    kv = 2 * 2 * BATCH * rows * 8 * (HIDDEN // 8)  # 2 layers, K and V, 8 K/V heads
+    return weights, sum(b.weight_elements * RANKS for b in head), kv, BATCH * rows * HIDDEN
+
+
+@pytest.mark.parametrize("schedule", ["ring", "broadcast", "gather"])
+def test_folded_schedules(schedule: str) -> None:
+    graph, forward, backward = step(schedule, 8)
+    weights, head, kv, n = sizes(graph)
+    folds = weights + head
+    assert total(forward, "weights") == pytest.approx(F * folds)
+    attention = total(forward, "activations", "AllGather")
+    assert attention == pytest.approx(F * kv)
+    assert total(forward, "activations", "Reduce") == pytest.approx(RANKS * F * n / RANKS)
+    if schedule == "ring":  # attention is broadcast: it has an exchange
+        attended = sum(
+            b.weight_elements * RANKS
+            for x in graph.rewritten.folds
+            if (b := x.kwargs["body"]).attentions
+        )
+        expected = F * folds + F * attended + (folds - attended)
+    else:
+        expected = 2 * F * folds
+    assert total(backward, "weights") == pytest.approx(expected)
+    assert total(backward, "activations", "AllGather", "ReduceScatter") == pytest.approx(2 * F * kv)
+
+
+def test_stationary() -> None:
+    graph, forward, backward = step("stationary", 4)
+    _, _, _, n = sizes(graph)
+    regions = len(graph.rewritten.folds)
+    assert not total(forward, "weights") and not total(backward, "weights")
+    scalars = 2 * BATCH * n // (BATCH * HIDDEN)  # the head's log-sum-exp blocks and label logits
+    sums = total(forward, "activations", "AllGather", "ReduceScatter")
+    assert sums == pytest.approx(F * (n * (2 * regions - 1) + scalars / 2))
+    back = total(backward, "activations", "AllGather", "ReduceScatter")
+    assert back == pytest.approx(F * (n * (3 * regions - 1) + scalars / 2))
+
+
+def test_a_recorder_sees_kinds() -> None:
+    _, forward, _ = step("broadcast", 8)
+    kinds = Counter(s.kind for s in forward)
+    assert kinds["Broadcast"] == 5 * RANKS and kinds["AllReduce"] == 1
