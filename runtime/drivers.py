@@ -29,7 +29,6 @@ from tspc.runtime.requests import (
 
 from tspc.errors import RankMismatchError
 
-
 # torch 2.13 renamed them
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -1,4 +1,5 @@
-"""Elements of payload per rank, averaged over ranks, equal the closed forms of DESIGN section 10 for every schedule."""
+"""Elements of payload per rank, averaged over ranks, equal the closed forms of DESIGN section 10
+for every schedule."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from tspc.runtime.drivers import Sent, record
 
 from examples.llama_like import LlamaLike
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
-from tspc.runtime.drivers import Sent, record
 
 RANKS, BATCH, LENGTH, HIDDEN = 4, 3, 19, 64
 F = (RANKS - 1) / RANKS

@@ -1,4 +1,5 @@
-"""Each rank's share: parameters, gradients and Adam state, and what the forward leaves alive for the backward."""
+"""Each rank's share: parameters, gradients and Adam state, and what the forward leaves alive for
+the backward."""
 
 from __future__ import annotations
 
