@@ -11,6 +11,7 @@ from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.fold import outline
 from tspc.passes.localize import LocalProgram, Result
+from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
@@ -51,7 +52,7 @@ def rewrite(
 ) -> Rewritten:
     """Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
-    program = normalize(program)
+    program = recognise_masks(normalize(program))
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
     deferred = _deferred(program) if outputs == "auto" else frozenset()

@@ -1,0 +1,183 @@
+"""make bench: tokens/s, memory and bytes sent of tspc beside its peers on the ranks of one machine, as one table.
+
+`python -m bench.speed --systems "tspc auto" tp --lengths 2048` runs a part of it; every run is its own torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from bench import wire
+from bench.peers import NAMES, make
+from examples.llama_like import LlamaLike
+from examples.measure import allocations, state_bytes
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("tokens/s", "peak MiB", "sent MiB", "compile s", "loss difference")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One system at one length on this rank: losses, seconds of each step, bytes."""
+    name, length = args.systems[0], args.lengths[0]
+    torch.manual_seed(0)
+    model = LlamaLike(
+        args.vocabulary, args.hidden, args.layers, args.heads, args.kv_heads, args.ffn
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, args.vocabulary, (args.batch, length), generator=generator)
+    trained, forward_backward = make(name, model, length)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    losses, seconds, sent = [], [], []
+
+    def step() -> None:
+        loss = forward_backward(tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    for _ in range(2 + args.steps):
+        if dist.is_initialized():
+            dist.barrier()
+        before, start = wire.sent(), time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+        after = wire.sent()
+        sent.append(None if before is None or after is None else after - before)
+    held = state_bytes(trained, optimizer)
+    with allocations() as found:
+        step()
+    return {
+        "losses": losses,
+        "seconds": seconds,
+        "peak": held["parameters"] + held["optimizer"] + found.peak,
+        "sent": sent[-1],
+    }
+
+
+def worker(args: argparse.Namespace) -> None:
+    if "RANK" not in os.environ:
+        Path(args.worker).write_text(json.dumps([run(args)]))
+        return
+    dist.init_process_group("gloo")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, run(args))
+    if dist.get_rank() == 0:
+        Path(args.worker).write_text(json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+def launch(args: argparse.Namespace, name: str, length: int) -> list[dict[str, Any]]:
+    """Run one system in processes of its own. Raises CalledProcessError if it fails."""
+    sizes = ("vocabulary", "hidden", "layers", "heads", "kv_heads", "ffn", "batch", "steps")
+    given = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in sizes]
+    command = [sys.executable, "-m"]
+    if name != "one":
+        command += ["torch.distributed.run", f"--nproc-per-node={args.ranks}", "--standalone", "-m"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        one = [f"--systems={name}", f"--lengths={length}", f"--worker={out.name}"]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+        done = subprocess.run(
+            [*command, "bench.speed", *one, *given],
+            cwd=ROOT,
+            env=environment,
+            timeout=args.timeout,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return json.loads(Path(out.name).read_text())
+
+
+def summarize(ranks: list[dict[str, Any]], tokens: int, one: list[float] | None) -> dict[str, Any]:
+    """Medians over the timed steps of the slowest rank; memory of the fullest rank; bytes averaged over ranks."""
+    timed = [max(r["seconds"][i] for r in ranks) for i in range(len(ranks[0]["seconds"]))]
+    typical = statistics.median(timed[2:])
+    sent = [r["sent"] for r in ranks if r["sent"] is not None]
+    losses = ranks[0]["losses"]
+    difference = None if one is None else max(abs(a - b) / abs(b) for a, b in zip(losses, one))
+    return {
+        "tokens/s": tokens / typical,
+        "peak MiB": max(r["peak"] for r in ranks) / 2**20,
+        "sent MiB": statistics.mean(sent) / 2**20 if sent else None,
+        "compile s": sum(timed[:2]) - 2 * typical,
+        "loss difference": difference,
+        "losses": losses,
+        "seconds": timed,
+    }
+
+
+def table(results: dict[str, dict[str, Any]], length: int) -> Table:
+    out = Table("system", *COLUMNS, title=f"S = {length}")
+    formats = ("{:.0f}", "{:.0f}", "{:.1f}", "{:.0f}", "{:.1e}")
+    for name, row in results.items():
+        if "error" in row:
+            out.add_row(name, row["error"].strip().splitlines()[-1][:60])
+            continue
+        cells = [f.format(row[c]) if row[c] is not None else "-" for f, c in zip(formats, COLUMNS)]
+        out.add_row(name, *cells)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--ffn", type=int, default=1408)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds a run may take")
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results"))
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    console, everything = Console(width=100), {}
+    for length in args.lengths:
+        results: dict[str, dict[str, Any]] = {}
+        one = None
+        for name in args.systems:
+            try:
+                ranks = launch(args, name, length)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                results[name] = {"error": str(error)}
+            else:
+                one = ranks[0]["losses"] if name == "one" else one
+                results[name] = summarize(ranks, args.batch * length, one)
+            console.print(name, {k: results[name].get(k) for k in (*COLUMNS, "error")})
+        console.print(table(results, length))
+        everything[str(length)] = results
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    path = Path(args.out) / f"speed-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
+    command = shlex.join(["python", "-m", "bench.speed", *sys.argv[1:]])
+    found = {"command": command, "machine": machine, "settings": vars(args), "results": everything}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

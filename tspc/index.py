@@ -1,0 +1,119 @@
+"""Index expressions: what a tensor holds at index (i0, i1, ...), as sympy (DESIGN section 5).
+
+Integers are sympy expressions, booleans sympy predicates, floats a finite `Cases` of values. Data is `At(node, indices)`: a
+node without a rule is a reference to itself, so nothing is ever guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+At = sympy.Function(
+    "At", integer=True
+)  # At(node, *indices): an element of a tensor that stays data
+TRUE, FALSE = sympy.true, sympy.false
+
+
+def index(d: int) -> sympy.Symbol:
+    """The index symbol of dim d."""
+    return sympy.Symbol(f"i{d}", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A float: each value where its predicate holds; the predicates cover everything, disjointly."""
+
+    values: tuple[tuple[float, Any], ...]
+
+
+def nonnegative(e: Any) -> Any:
+    """e >= 0, decided where the symbols allow it."""
+    e = sympy.expand(e)
+    if e.is_nonnegative:
+        return TRUE
+    if e.is_negative:
+        return FALSE
+    return sympy.Ge(e, 0, evaluate=False)
+
+
+def zero(e: Any) -> Any:
+    """e == 0."""
+    e = sympy.expand(e)
+    if e.is_zero:
+        return TRUE
+    if e.is_Integer or e.is_positive or e.is_negative:
+        return FALSE
+    if e.could_extract_minus_sign():
+        e = -e
+    return sympy.Eq(e, 0, evaluate=False)
+
+
+def negate(p: Any) -> Any:
+    """not p, inequalities turned round so that equal predicates have equal forms."""
+    if p in (TRUE, FALSE):
+        return FALSE if p == TRUE else TRUE
+    if isinstance(p, sympy.Ge):
+        return nonnegative(-p.lhs - 1)
+    if isinstance(p, sympy.And):
+        return sympy.Or(*map(negate, p.args))
+    if isinstance(p, sympy.Or):
+        return sympy.And(*map(negate, p.args))
+    if isinstance(p, sympy.Not):
+        return p.args[0]
+    return sympy.Not(p, evaluate=False)
+
+
+COMPARE = {
+    "ge": lambda a, b: nonnegative(a - b),
+    "le": lambda a, b: nonnegative(b - a),
+    "gt": lambda a, b: nonnegative(a - b - 1),
+    "lt": lambda a, b: nonnegative(b - a - 1),
+    "eq": lambda a, b: zero(a - b),
+    "ne": lambda a, b: negate(zero(a - b)),
+}
+
+
+def is_predicate(e: Any) -> bool:
+    return isinstance(e, sympy.logic.boolalg.Boolean) and not isinstance(e, sympy.Symbol)
+
+
+def substitute(e: Any, to: Mapping[Any, Any]) -> Any:
+    """Index symbols replaced, comparisons brought to normal form again."""
+    if isinstance(e, Cases):
+        return Cases(tuple((v, substitute(p, to)) for v, p in e.values))
+    if e in to:
+        return to[e]
+    if not e.args:
+        return e
+    args = [substitute(a, to) for a in e.args]
+    if all(a is b for a, b in zip(args, e.args)):
+        return e
+    if isinstance(e, sympy.Ge):
+        return nonnegative(args[0])
+    if isinstance(e, sympy.Eq):
+        return zero(args[0])
+    if isinstance(e, sympy.Not):
+        return negate(args[0])
+    return e.func(*args)
+
+
+def select(p: Any, a: Any, b: Any) -> Any:
+    """where(p, a, b) of predicates or of finite floats."""
+    if isinstance(a, Cases) and isinstance(b, Cases):
+        merged: dict[float, Any] = {}
+        for where, cases in ((p, a), (negate(p), b)):
+            for v, q in cases.values:
+                merged[v] = sympy.Or(merged.get(v, FALSE), sympy.And(where, q))
+        return Cases(tuple((v, q) for v, q in merged.items() if q != FALSE))
+    return sympy.Or(sympy.And(p, a), sympy.And(negate(p), b))
+
+
+def clauses(p: Any) -> list[Any]:
+    """The conjuncts of a predicate."""
+    if isinstance(p, sympy.And):
+        return list(p.args)
+    return [] if p == TRUE else [p]

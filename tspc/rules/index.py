@@ -1,0 +1,278 @@
+"""Index expressions of the ops that masks are made of: (node, operands' expressions) -> expression, None where unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+
+from tspc.index import (
+    COMPARE,
+    FALSE,
+    TRUE,
+    Cases,
+    index,
+    is_predicate,
+    negate,
+    nonnegative,
+    select,
+    substitute,
+    zero,
+)
+from tspc.program import Node, Ref, Type
+
+RULES: dict[str, Callable[..., Any]] = {}
+MAX_CASES = 4
+
+
+class Reader:
+    """What a rule sees of a node: its arguments and the expressions and shapes of its operands."""
+
+    def __init__(self, node: Node, env: dict[Ref, Any], types: dict[Ref, Type]):
+        self.node, self.env, self.types = node, env, types
+        self.rank = len(node.type.shape)
+
+    def shape(self, ref: Any) -> tuple[Any, ...]:
+        return self.types[ref].shape
+
+    def aligned(self, a: Any) -> Any:
+        """An operand's expression over the node's dims, broadcast from the right."""
+        if not isinstance(a, Ref):
+            return literal(a, self.node.type.dtype)
+        shift = self.rank - len(self.shape(a))
+        return moved(self.env[a], {d: d + shift for d in range(len(self.shape(a)))})
+
+
+def moved(e: Any, to: dict[int, int]) -> Any:
+    return substitute(e, {index(a): index(b) for a, b in to.items() if a != b})
+
+
+def literal(v: Any, dtype: torch.dtype) -> Any:
+    """A number as an expression of the dtype."""
+    if isinstance(v, sympy.Expr):
+        return v
+    if isinstance(v, bool) or dtype == torch.bool:
+        return TRUE if v else FALSE
+    if dtype.is_floating_point:
+        return Cases(((float(torch.tensor(v, dtype=dtype)), TRUE),))
+    return sympy.Integer(int(v))
+
+
+def as_dtype(e: Any, dtype: torch.dtype) -> Any:
+    """A cast between integers, bools and finite floats."""
+    if dtype == torch.bool:
+        if is_predicate(e):
+            return e
+        return None if isinstance(e, Cases) else negate(zero(e))
+    if dtype.is_floating_point:
+        if isinstance(e, Cases):
+            values = [(float(torch.tensor(v).to(dtype)), p) for v, p in e.values]
+            return Cases(tuple(values))
+        return Cases(((1.0, e), (0.0, negate(e)))) if is_predicate(e) else None
+    return None if isinstance(e, Cases) or is_predicate(e) else e
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        for n in names:
+            assert n not in RULES, n
+            RULES[n] = fn
+        return fn
+
+    return register
+
+
+def _compare(kind: str) -> None:
+    @rule(kind)
+    def compare(r: Reader, x: Any, y: Any) -> Any:
+        pair = [r.env[a] if isinstance(a, Ref) else literal(a, torch.int64) for a in (x, y)]
+        if any(isinstance(e, Cases) for e in pair):
+            return None
+        a, b = (r.aligned(v) if isinstance(v, Ref) else e for v, e in zip((x, y), pair))
+        if is_predicate(a) or is_predicate(b):
+            return None
+        return COMPARE[kind](a, b)
+
+
+for _kind in COMPARE:
+    _compare(_kind)
+
+
+@rule("add", "sub", "mul")
+def arithmetic(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
+    kind = r.node.op._schema.name.split("::")[1]
+    a, b = r.aligned(x), r.aligned(y)
+    if isinstance(a, Cases) and isinstance(b, Cases):
+        return _float(kind, a, b, alpha)
+    if any(isinstance(e, Cases) or is_predicate(e) for e in (a, b)):
+        return None
+    b = b * alpha
+    return sympy.expand({"add": a + b, "sub": a - b, "mul": a * b}[kind])
+
+
+def _float(kind: str, a: Cases, b: Cases, alpha: Any) -> Any:
+    if len(a.values) * len(b.values) > MAX_CASES:
+        return None
+    merged: dict[float, Any] = {}
+    for v, p in a.values:
+        for w, q in b.values:
+            x = {"add": v + alpha * w, "sub": v - alpha * w, "mul": v * w}[kind]
+            if math.isnan(x):
+                return None
+            merged[x] = sympy.Or(merged.get(x, FALSE), sympy.And(p, q))
+    return Cases(tuple((v, p) for v, p in merged.items() if p != FALSE))
+
+
+@rule("__and__", "bitwise_and", "logical_and")
+def conjunction(r: Reader, x: Any, y: Any) -> Any:
+    a, b = r.aligned(x), r.aligned(y)
+    return sympy.And(a, b) if is_predicate(a) and is_predicate(b) else None
+
+
+@rule("__or__", "bitwise_or", "logical_or")
+def disjunction(r: Reader, x: Any, y: Any) -> Any:
+    a, b = r.aligned(x), r.aligned(y)
+    return sympy.Or(a, b) if is_predicate(a) and is_predicate(b) else None
+
+
+@rule("bitwise_not", "logical_not", "__invert__")
+def inversion(r: Reader, x: Any) -> Any:
+    e = r.aligned(x)
+    return negate(e) if is_predicate(e) else None
+
+
+@rule("arange")
+def arange(r: Reader, *args: Any, **_: Any) -> Any:
+    if len(args) > 2 or r.node.type.dtype.is_floating_point:
+        return None
+    start = args[0] if len(args) == 2 else 0
+    return start + index(0)
+
+
+@rule("full", "new_full")
+def full(r: Reader, *args: Any, **_: Any) -> Any:
+    return literal(args[-1], r.node.type.dtype)
+
+
+@rule("ones", "new_ones", "ones_like")
+def ones(r: Reader, *_: Any, **__: Any) -> Any:
+    return literal(1, r.node.type.dtype)
+
+
+@rule("zeros", "new_zeros", "zeros_like")
+def zeros(r: Reader, *_: Any, **__: Any) -> Any:
+    return literal(0, r.node.type.dtype)
+
+
+@rule("full_like")
+def full_like(r: Reader, x: Any, value: Any, **_: Any) -> Any:
+    return literal(value, r.node.type.dtype)
+
+
+@rule("to", "_to_copy")
+def cast(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+    return as_dtype(r.env[x], r.node.type.dtype)
+
+
+@rule("alias", "clone", "detach", "contiguous", "lift_fresh_copy")
+def same(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+    return r.env[x]
+
+
+@rule("where")
+def where(r: Reader, p: Any, x: Any, y: Any) -> Any:
+    e, a, b = r.aligned(p), r.aligned(x), r.aligned(y)
+    return _selected(r, e, a, b)
+
+
+@rule("masked_fill")
+def masked_fill(r: Reader, x: Any, p: Any, value: Any) -> Any:
+    return _selected(r, r.aligned(p), r.aligned(value), r.aligned(x))
+
+
+def _selected(r: Reader, p: Any, a: Any, b: Any) -> Any:
+    a, b = (as_dtype(e, r.node.type.dtype) if e is not None else None for e in (a, b))
+    if not is_predicate(p) or a is None or b is None:
+        return None
+    if isinstance(a, Cases) != isinstance(b, Cases):
+        return None
+    return select(p, a, b) if isinstance(a, Cases) or is_predicate(a) else None
+
+
+@rule("tril", "triu")
+def triangle(r: Reader, x: Any, diagonal: int = 0) -> Any:
+    sign = 1 if r.node.op._schema.name.endswith("tril") else -1
+    keep = nonnegative(sign * (index(r.rank - 2) + diagonal - index(r.rank - 1)))
+    e = r.env[x]
+    if is_predicate(e):
+        return sympy.And(keep, e)
+    return select(keep, e, Cases(((0.0, TRUE),))) if isinstance(e, Cases) else None
+
+
+@rule("unsqueeze")
+def unsqueeze(r: Reader, x: Any, dim: int) -> Any:
+    dim %= r.rank
+    return moved(r.env[x], {d: d + (d >= dim) for d in reversed(range(r.rank - 1))})
+
+
+@rule("expand", "broadcast_to")
+def expand(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+    return r.aligned(x)
+
+
+@rule("transpose")
+def transpose(r: Reader, x: Any, a: int, b: int) -> Any:
+    a, b = a % r.rank, b % r.rank
+    return substitute(r.env[x], {index(a): index(b), index(b): index(a)})
+
+
+@rule("slice")
+def slice_(r: Reader, x: Any, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> Any:
+    start = start or 0
+    size = r.shape(x)[dim % r.rank]
+    if isinstance(start, int) and start < 0:
+        start = size + start
+    elif start != 0 and not (isinstance(start, int) and isinstance(size, int)):
+        return None  # a symbolic size could be less than the start
+    return substitute(r.env[x], {index(dim % r.rank): start + step * index(dim % r.rank)})
+
+
+@rule("index")
+def gather(r: Reader, x: Any, indices: Any) -> Any:
+    """x[i, j] with an integer index for every dim."""
+    if any(i is None for i in indices) or len(indices) != len(r.shape(x)):
+        return None
+    at = {}
+    for d, i in enumerate(indices):
+        e = r.aligned(i)
+        if isinstance(e, Cases) or is_predicate(e) or not e.is_nonnegative:
+            return None
+        at[index(d)] = e
+    return substitute(r.env[x], at)
+
+
+@rule("cumsum")
+def cumsum(r: Reader, x: Any, dim: int, **_: Any) -> Any:
+    e = r.env[x]
+    if e == FALSE:
+        return sympy.Integer(0)
+    return None
+
+
+@rule("diff")
+def diff(
+    r: Reader, x: Any, order: int = 1, dim: int = -1, prepend: Any = None, append: Any = None
+) -> Any:
+    """Where the first difference equals all others."""
+    if order != 1 or prepend is None or append is not None or r.shape(prepend)[dim] != 1:
+        return None
+    k = index(dim % r.rank)
+    e, before = r.env[x], r.env[prepend]
+    if any(isinstance(v, Cases) or is_predicate(v) for v in (e, before)):
+        return None
+    rest = sympy.expand(e - substitute(e, {k: k - 1}))
+    first = sympy.expand(substitute(e, {k: sympy.Integer(0)}) - before)
+    return rest if rest == first else None
