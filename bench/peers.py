@@ -110,9 +110,7 @@ class GatheredAttention(Attention):
             end = (chunk + 1) * rows
             mask = torch.ones(rows, end, dtype=torch.bool, device=x.device).tril(end - rows)
             keys, values = both[0, :, :, :end], both[1, :, :, :end]
-            parts.append(
-                F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)
-            )
+            parts.append(F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True))
         return self.o(torch.cat(parts, 2).transpose(1, 2).flatten(2))
 
 

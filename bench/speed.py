@@ -1,6 +1,6 @@
 """make bench: tokens/s, memory and bytes sent of tspc beside its peers on the ranks of one machine, as one table.
 
-`python -m bench.speed --systems "tspc auto" tp --lengths 2048` runs a part of it; every run is its own torchrun.
+`python bench/speed.py --systems "tspc auto" tp --lengths 2048` runs a part of it; every run is its own torchrun.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import wire
 from bench.peers import NAMES, make
 from examples.llama_like import LlamaLike
-from examples.measure import allocations, state_bytes
+from examples.measure import peak_of, state_bytes
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("tokens/s", "peak MiB", "sent MiB", "compile s", "loss difference")
@@ -60,12 +61,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         after = wire.sent()
         sent.append(None if before is None or after is None else after - before)
     held = state_bytes(trained, optimizer)
-    with allocations() as found:
-        step()
+    peak, _, _ = peak_of(step)
     return {
         "losses": losses,
         "seconds": seconds,
-        "peak": held["parameters"] + held["optimizer"] + found.peak,
+        "peak": held["parameters"] + held["optimizer"] + peak,
         "sent": sent[-1],
     }
 
@@ -86,14 +86,15 @@ def launch(args: argparse.Namespace, name: str, length: int) -> list[dict[str, A
     """Run one system in processes of its own. Raises CalledProcessError if it fails."""
     sizes = ("vocabulary", "hidden", "layers", "heads", "kv_heads", "ffn", "batch", "steps")
     given = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in sizes]
-    command = [sys.executable, "-m"]
+    command = [sys.executable]
     if name != "one":
-        command += ["torch.distributed.run", f"--nproc-per-node={args.ranks}", "--standalone", "-m"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        command += [*torchrun, f"--nproc-per-node={args.ranks}"]
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         one = [f"--systems={name}", f"--lengths={length}", f"--worker={out.name}"]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
         done = subprocess.run(
-            [*command, "bench.speed", *one, *given],
+            [*command, __file__, *one, *given],
             cwd=ROOT,
             env=environment,
             timeout=args.timeout,
@@ -173,7 +174,7 @@ def main() -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     path = Path(args.out) / f"speed-{time.strftime('%Y%m%d-%H%M%S')}.json"
     machine = {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
-    command = shlex.join(["python", "-m", "bench.speed", *sys.argv[1:]])
+    command = shlex.join(["python", "bench/speed.py", *sys.argv[1:]])
     found = {"command": command, "machine": machine, "settings": vars(args), "results": everything}
     path.write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"written: {path}")

@@ -1,0 +1,161 @@
+"""Masks: what is recognised, what is kept, and that attention under every kind of mask equals one device's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import tspc
+from tests.models import VOCABULARY, make
+from tests.widen import Widen
+from tspc.check import Simulated
+from tspc.passes.masks import SDPA
+
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def causal_tril(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    n = q.shape[2]
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def causal_compare(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(q.shape[2])
+    return (at[None, :] <= at[:, None])[None, None]
+
+
+def causal_infinite(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    n = q.shape[2]
+    return torch.full((n, n), float("-inf"), dtype=q.dtype).triu(1)
+
+
+def causal_finite(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    n = q.shape[2]
+    keep = torch.ones(n, n, dtype=torch.bool).tril()
+    zero = torch.zeros(n, n, dtype=q.dtype)
+    return zero.masked_fill(~keep, torch.finfo(torch.float32).min)
+
+
+def padding(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    return pad.bool()[:, None, None, :]
+
+
+def causal_and_padding(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    return causal_compare(q, pad) & padding(q, pad)
+
+
+def window(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(q.shape[2])
+    near = at[:, None] - at[None, :] < 4
+    return (causal_tril(q, pad) & near)[None, None]
+
+
+def packed(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    document = (pad == 0).cumsum(-1)
+    return causal_compare(q, pad) & (document[:, None, :, None] == document[:, None, None, :])
+
+
+def strictly_before(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(q.shape[2])
+    return (at[None, :] < at[:, None])[None, None]
+
+
+class Attention(nn.Module):
+    """Two layers of attention under one mask."""
+
+    def __init__(self, mask: Mask):
+        super().__init__()
+        self.mask, self.heads = mask, 4
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for qkv, out in zip(self.qkv, self.out):
+            q, k, v = (
+                t.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1)
+            )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q, pad))
+            x = x + out(y.transpose(1, 2).flatten(2))
+        return x
+
+
+def inputs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    pad = torch.ones(3, length, dtype=torch.long)
+    pad[0, length - 3 :] = 0
+    pad[1, 5] = 0
+    return torch.randint(0, VOCABULARY, (3, length)), pad
+
+
+def decision(graph: Simulated) -> set[tuple[bool, bool]]:
+    """(causal, has a mask operand) of every attention in the folds."""
+    bodies = [n.kwargs["body"] for n in graph.rewritten.folds]
+    return {(a.causal, a.mask is not None) for b in bodies for a in b.attentions}
+
+
+@pytest.mark.parametrize(
+    "mask,causal,kept",
+    [
+        (causal_tril, True, False),
+        (causal_compare, True, False),
+        (causal_infinite, True, False),
+        (causal_finite, True, False),
+        (padding, False, True),
+        (causal_and_padding, True, True),
+        (window, False, True),
+        (packed, False, True),
+    ],
+)
+@pytest.mark.parametrize("ranks,schedule", [(3, "broadcast"), (2, "stationary"), (4, "gather")])
+def test_masks(mask: Mask, causal: bool, kept: bool, ranks: int, schedule: str) -> None:
+    torch.manual_seed(0)
+    model = Attention(mask).double()
+    with Widen():
+        found = tspc.verify(model, inputs(13), {}, ranks, {"schedule": schedule}, 1e-9)
+    (graph,) = found.graphs
+    assert decision(graph) == {(causal, kept)}
+    if mask in (causal_and_padding, padding):
+        shapes = {
+            str(graph.rewritten.typed.program.type_of(r).shape)
+            for n in graph.rewritten.folds
+            for group in n.args[:2]
+            for r in group
+            if graph.rewritten.typed.program.type_of(r).dtype == torch.bool
+        }
+        assert shapes == {"(3, 1, 1, 13)"}  # one row, never [S, S]
+
+
+def test_rows_without_a_key_stay_as_the_model_has_them() -> None:
+    torch.manual_seed(0)
+    model = Attention(strictly_before).double()
+    found = tspc.verify(model, inputs(13), {}, 3, {"schedule": "broadcast"}, 1e-9)
+    assert decision(found.graphs[0]) == {(False, True)}
+
+
+@pytest.mark.parametrize("name", ["hf_llama", "hf_qwen3"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_library_masks(name: str, padded: bool) -> None:
+    tokens, pad = inputs(13)
+    kwargs: dict[str, Any] = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    if padded:
+        kwargs["attention_mask"] = pad
+    with Widen():
+        found = tspc.verify(make(name), (), kwargs, 3, {}, 1e-9)
+    assert decision(found.graphs[0]) == {(True, padded)}
+    assert not found.graphs[0].rewritten.typed.fallbacks
+
+
+def test_an_unknown_mask_is_left_alone() -> None:
+    model = Attention(window).double()
+    plan = tspc.plan(model, inputs(13), ranks=2)
+    program = plan.rewritten.analysis.program
+    assert all(
+        n.args[3] is not None or "attn_mask" in n.kwargs for n in program.nodes if n.op == SDPA
+    )
