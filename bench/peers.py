@@ -1,6 +1,8 @@
-"""How each system trains `examples.llama_like.LlamaLike` on the same ranks: a step function by the system's name.
+"""How each system trains `examples.llama_like.LlamaLike` on the same ranks: a step function by the
+system's name.
 
-Every peer is written as its own documentation has it, and compiled. A step takes the full batch and returns the loss.
+Every peer is written as its own documentation has it, and compiled. A step takes the full batch
+and returns the loss.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def forward_backward(compiled: Callable[[Tensor, Tensor], Tensor]) -> Step:
 
 
 def tensor_parallel(model: LlamaLike, mesh: DeviceMesh, sequence: bool) -> tuple[nn.Module, Step]:
-    """Megatron's cut by `parallelize_module`; sequence: norms and residuals on 1/D of the tokens."""
+    """Megatron's cut by `parallelize_module`; sequence: norms and residuals on 1/D of the
+    tokens."""
     outside = Shard(1) if sequence else Replicate()
     plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),

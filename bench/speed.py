@@ -1,6 +1,8 @@
-"""make bench: tokens/s, memory and bytes sent of tspc beside its peers on the ranks of one machine, as one table.
+"""make bench: tokens/s, memory and bytes sent of tspc beside its peers on the ranks of one
+machine, as one table.
 
-`python bench/speed.py --systems "tspc auto" tp --lengths 2048` runs a part of it; every run is its own torchrun.
+`python bench/speed.py --systems "tspc auto" tp --lengths 2048` runs a part of it; every run is its
+own torchrun.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def launch(args: argparse.Namespace, name: str, length: int) -> list[dict[str, A
 
 
 def summarize(ranks: list[dict[str, Any]], tokens: int, one: list[float] | None) -> dict[str, Any]:
-    """Medians over the timed steps of the slowest rank; memory of the fullest rank; bytes averaged over ranks."""
+    """Medians over the timed steps of the slowest rank; memory of the fullest rank; bytes averaged
+    over ranks."""
     timed = [max(r["seconds"][i] for r in ranks) for i in range(len(ranks[0]["seconds"]))]
     typical = statistics.median(timed[2:])
     sent = [r["sent"] for r in ranks if r["sent"] is not None]

@@ -1,4 +1,5 @@
-"""Bytes that this process has sent over TCP, as the kernel counts them: whatever the library, all of its traffic."""
+"""Bytes that this process has sent over TCP, as the kernel counts them: whatever the library, all
+of its traffic."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in struct tcp_info, Linux
 
 
 def sent() -> int | None:
-    """Payload bytes acknowledged by the peers of all open TCP sockets; None where the kernel does not tell."""
+    """Payload bytes acknowledged by the peers of all open TCP sockets; None where the kernel does
+    not tell."""
     if _TCP_INFO is None or not Path("/proc/self/fd").exists():
         return None
     total = 0

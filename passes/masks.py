@@ -1,7 +1,10 @@
-"""Recognise the masks of attention as predicates over (b, h, q, k): none, causal, key padding, or both.
+"""Recognise the masks of attention as predicates over (b, h, q, k): none, causal, key padding, or
+both.
 
-In: a normalized program. Out: the same with `is_causal=True` and, for key padding, `attn_mask` of one row [B, 1, 1, S]; the
-two together mean their conjunction, which torch's op does not allow: from here on it is tspc's. Any other mask stays as it is.
+In: a normalized program. Out: the same with `is_causal=True` and, for key padding, `attn_mask` of
+one row [B, 1, 1, S]; the
+two together mean their conjunction, which torch's op does not allow: from here on it is tspc's.
+Any other mask stays as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Masks: what is recognised, what is kept, and that attention under every kind of mask equals one device's."""
+"""Masks: what is recognised, what is kept, and that attention under every kind of mask equals one
+device's."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tspc.passes.masks import SDPA
 
 import tspc
 from tests.models import VOCABULARY, make
 from tests.widen import Widen
 from tspc.check import Simulated
-from tspc.passes.masks import SDPA
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -1,6 +1,7 @@
 """Index expressions: what a tensor holds at index (i0, i1, ...), as sympy (DESIGN section 5).
 
-Integers are sympy expressions, booleans sympy predicates, floats a finite `Cases` of values. Data is `At(node, indices)`: a
+Integers are sympy expressions, booleans sympy predicates, floats a finite `Cases` of values. Data
+is `At(node, indices)`: a
 node without a rule is a reference to itself, so nothing is ever guessed.
 """
 
@@ -25,7 +26,8 @@ def index(d: int) -> sympy.Symbol:
 
 @dataclass(frozen=True)
 class Cases:
-    """A float: each value where its predicate holds; the predicates cover everything, disjointly."""
+    """A float: each value where its predicate holds; the predicates cover everything,
+    disjointly."""
 
     values: tuple[tuple[float, Any], ...]
 

@@ -1,4 +1,5 @@
-"""Index expressions of the ops that masks are made of: (node, operands' expressions) -> expression, None where unknown."""
+"""Index expressions of the ops that masks are made of: (node, operands' expressions) ->
+expression, None where unknown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""Bad input: each a clear error that says what, where and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import tspc
+from examples.gpt2_like import GPT2Like
+from examples.llama_like import LlamaLike
+from tspc.check import simulated_backend
+from tspc.options import parse
+
+TOKENS = torch.zeros(2, 8, dtype=torch.long)
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(tspc.OptionError, match="unknown option 'scedule'; did you mean 'schedule'"):
+        parse({"scedule": "ring"})
+
+
+@pytest.mark.parametrize("value", ["rings", {"head": "rings"}])
+def test_unknown_schedule(value: object) -> None:
+    with pytest.raises(tspc.OptionError, match="schedule='rings'; valid: 'auto', 'ring'"):
+        parse({"schedule": value})
+
+
+def test_bad_value() -> None:
+    with pytest.raises(tspc.OptionError, match="layout='zig'; valid: 'auto'"):
+        parse({"layout": "zig"})
+
+
+def test_a_schedule_for_no_region() -> None:
+    with pytest.raises(Exception, match="'mlps' matches no region; the regions are blocks.0.att"):
+        tspc.plan(LlamaLike(), (TOKENS,), ranks=2, options={"schedule": {"mlps": "ring"}})
+
+
+def test_schedules_by_glob() -> None:
+    chosen = {"*.mlp": "gather", "blocks.0.attention": "stationary"}
+    text = str(tspc.plan(LlamaLike(), (TOKENS, TOKENS), ranks=2, options={"schedule": chosen}))
+    assert text.count("fold[gather]") == 2 and "fold[stationary]" in text
+
+
+def test_plan_needs_ranks() -> None:
+    with pytest.raises(tspc.PlanError, match="ranks= or mesh="):
+        tspc.plan(LlamaLike(), (TOKENS,))
+
+
+def test_a_plan_for_other_ranks() -> None:
+    plan = tspc.plan(LlamaLike(), (TOKENS,), ranks=4)
+    with pytest.raises(tspc.PlanError, match="the plan is for 4 ranks, the axis has 1"):
+        plan.apply(LlamaLike())
+
+
+def test_dropout_inside_of_a_region() -> None:
+    with pytest.raises(Exception, match=r"gpt2_like.py:\d+: aten.scaled_dot_product_attention"):
+        tspc.plan(GPT2Like(dropout=0.1), (TOKENS,), ranks=2)
+
+
+def test_explain_before_the_first_call() -> None:
+    with pytest.raises(tspc.PlanError, match="call it first"):
+        tspc.explain(torch.compile(LlamaLike(), backend="tsp"))
+
+
+def test_one_rank_is_plain_inductor() -> None:
+    model = LlamaLike(layers=1)
+    expected = model(TOKENS, TOKENS)
+    assert torch.allclose(torch.compile(model, backend="tsp")(TOKENS, TOKENS), expected, atol=1e-5)
+
+
+class Sorted(nn.Module):
+    """An op without a rule on values with the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(32, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        return F.softmax(self.out(x.sort(1).values), -1).square().sum()
+
+
+def test_an_op_without_a_rule_runs_replicated() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 32, (2, 9))
+    found = tspc.verify(Sorted().double(), (tokens,), ranks=3, tolerance=1e-9)
+    assert "aten.sort" in str(found.graphs[0].rewritten.analysis.fallbacks)
+
+
+def test_verify_tells_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tspc.runtime.schedules as schedules
+
+    real = schedules._results
+
+    def wrong(body, sums, stacks):
+        outs, saved = real(body, sums, stacks)
+        return [outs[0] * 1.01, *outs[1:]], saved
+
+    monkeypatch.setattr(schedules, "_results", wrong)
+    with pytest.raises(tspc.ParityError, match="gradient of blocks.0.mlp.gate.weight"):
+        tspc.verify(LlamaLike(), (TOKENS, TOKENS), ranks=2, options={"schedule": "gather"})
+
+
+def test_a_backend_of_simulated_ranks_is_a_backend() -> None:
+    fn = torch.compile(LlamaLike(layers=1), backend=simulated_backend(2))
+    assert fn(TOKENS).shape == (2, 8, 256)

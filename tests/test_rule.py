@@ -1,0 +1,42 @@
+"""The rule notation: parsed once, written back the same, errors that show the place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tspc.errors import RuleError
+from tspc.rule import RULES, Rule, rule
+
+
+@pytest.mark.parametrize("op", list(RULES), ids=str)
+def test_every_rule_round_trips(op: object) -> None:
+    r = RULES[op]
+    text, _, roles = str(r).partition(", ") if "," not in str(r) else (str(r), "", "")
+    again = Rule.parse(
+        text.split(", reduce")[0].split(", select")[0].split(", whole")[0], r.once, **dict_of(r)
+    )
+    assert again == r
+    del roles
+
+
+def dict_of(r: Rule) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for letter, role in r.roles:
+        out[role] = f"{out.get(role, '')} {letter}".strip()
+    return out
+
+
+def test_a_letter_that_vanishes_must_say_how() -> None:
+    with pytest.raises(RuleError, match=r"\^ k vanish"):
+        Rule.parse("m k, k n -> m n")
+
+
+def test_an_unknown_role_is_named() -> None:
+    with pytest.raises(RuleError, match="unknown role"):
+        Rule.parse("m k -> m", gone="k")
+
+
+def test_two_rules_for_an_op() -> None:
+    with pytest.raises(RuleError, match="two rules"):
+        rule(torch.ops.aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
