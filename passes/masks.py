@@ -30,15 +30,12 @@ def recognise_masks(program: Program) -> Program:
     if not any(n.op == SDPA for n in program.nodes):
         return program
     env, types = expressions(program)
-    nodes = [_rewritten(n, env, types) if n.op == SDPA else n for n in program.nodes]
+    nodes: list[Node] = []
+    known: set[str] = set()
+    for n in program.nodes:
+        nodes.append(_rewritten(n, env, types, known) if n.op == SDPA else n)
+        known.add(n.name)
     return replace(program, nodes=tuple(nodes)).without_dead_nodes()
-
-
-def mask_text(program: Program, node: Node) -> str:
-    """The predicate of an attention's mask, for people."""
-    env, types = expressions(program)
-    mask = _arguments(node)["attn_mask"]
-    return str(_predicate(env[mask], types[mask])) if mask is not None else ""
 
 
 def expressions(program: Program) -> tuple[dict[Ref, Any], dict[Ref, Type]]:
@@ -93,17 +90,18 @@ def _predicate(e: Any, t: Type) -> Any:
     if isinstance(e, Cases):
         values = dict(e.values)
         lowest = min(values)
-        if not set(values) <= {0.0, lowest} or 0.0 not in values:
+        if any(map(math.isnan, values)) or not set(values) <= {0.0, lowest} or 0.0 not in values:
             return None
         p = substitute(values[0.0], names)
         # a finite fill equals the predicate only where every row has a key: its own
-        if lowest != -math.inf and (lowest > -1e4 or substitute(p, {K: Q}) != sympy.true):
+        if lowest != -math.inf and (lowest > -1e9 or substitute(p, {K: Q}) != sympy.true):
             return None
         return p
     return substitute(e, names) if is_predicate(e) else None
 
 
-def _rewritten(n: Node, env: dict[Ref, Any], types: dict[Ref, Type]) -> Node:
+def _rewritten(n: Node, env: dict[Ref, Any], types: dict[Ref, Type], known: set[str]) -> Node:
+    """known: the nodes before this one."""
     bound = _arguments(n)
     mask = bound["attn_mask"]
     if mask is None or mask not in env:
@@ -121,7 +119,8 @@ def _rewritten(n: Node, env: dict[Ref, Any], types: dict[Ref, Type]) -> Node:
             return n
     row = None
     if padding:
-        row = _row(sympy.And(*padding), env, types)
+        keys = types[bound["key"]].shape[-2]
+        row = _row(sympy.And(*padding), env, types, known, keys)
         if row is None:
             return n
     args = list(n.args) + [None, 0.0, False][len(n.args) - 3 :]
@@ -131,12 +130,14 @@ def _rewritten(n: Node, env: dict[Ref, Any], types: dict[Ref, Type]) -> Node:
     return replace(n, args=tuple(args), kwargs=kwargs)
 
 
-def _row(padding: Any, env: dict[Ref, Any], types: dict[Ref, Type]) -> Ref | None:
-    """A value of the program [B or 1, 1, 1, S] that is the padding predicate."""
+def _row(
+    padding: Any, env: dict[Ref, Any], types: dict[Ref, Type], known: set[str], keys: Any
+) -> Ref | None:
+    """A value of the program [B or 1, 1, 1, keys] that is the padding predicate."""
     for ref, e in env.items():
         t = types[ref]
-        if t.dtype == torch.bool and len(t.shape) == 4 and t.shape[1:3] == (1, 1):
-            p = _predicate(e, t)
-            if p is not None and p == padding:
-                return ref
+        if t.dtype != torch.bool or len(t.shape) != 4 or ref.name not in known:
+            continue
+        if t.shape[1:3] == (1, 1) and t.shape[3] == keys and _predicate(e, t) == padding:
+            return ref
     return None

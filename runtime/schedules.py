@@ -151,7 +151,7 @@ def choose(body: Body, ranks: int, sizes: Sequence[int], rows: int) -> str:
     symbols = symbol_values(body, sizes, layout.chunks * rows * ranks)
     weights = 3 * body.weight_elements * ranks
     for a in body.attentions:
-        weights += 3 * 2 * ranks * numel(body.values[a.k].shape, symbols)
+        weights += 3 * 2 * body.real_steps() * numel(body.values[a.k].shape, symbols)
     live = [t for t in body.tokens if body.values[t.name].requires_grad]
     tokens = 3 * sum(numel(body.values[t.name].shape, symbols) for t in live)
     tokens += 2 * sum(

@@ -23,3 +23,7 @@ def world() -> Iterator[Callable[[int], World]]:
     yield get
     for w in worlds.values():
         w.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden texts anew")
