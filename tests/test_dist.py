@@ -82,6 +82,25 @@ def test_inductor_equals_one_device(
     assert max(found) <= 1e-5
 
 
+def half(model: str) -> tuple[float, float]:
+    """Error of bfloat16 gradients against float32: (one device's, ours), over all parameters."""
+    kwargs = call(model, _tokens(24), True)
+    ends = []
+    for kind, tsp in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        m = make(model).to(kind)
+        fn = torch.compile(m, backend="tsp", options={"schedule": "broadcast"}) if tsp else m
+        _loss(fn(**kwargs)).backward()
+        ends.append(torch.cat([_whole(p.grad).float().reshape(-1) for p in m.parameters()]))
+    scale = ends[0].norm()
+    return float((ends[1] - ends[0]).norm() / scale), float((ends[2] - ends[0]).norm() / scale)
+
+
+@pytest.mark.parametrize("model", ["llama_like", "hf_qwen3"])
+def test_bfloat16_is_as_exact_as_on_one_device(world: Any, model: str) -> None:
+    for one, mine in world(2).run(half, model=model):
+        assert mine <= 1.5 * one + 2e-3
+
+
 def steps(model: str, adam: bool) -> float:
     """Worst error of the updates of three clipped steps on DTensors, in float64.
 
