@@ -33,7 +33,8 @@ class Checker:
         if self.mode == "auto" and self.calls > FIRST and self.calls % EVERY:
             return
         mine = digest(tensors, floats=self.mode is True)
-        steps = _gather(torch.tensor([mine], dtype=torch.int64))
+        device = next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
+        steps = _gather(torch.tensor([mine], dtype=torch.int64, device=device))
         found = distributed(steps, self.place.axis, self.place.groups).view(-1).tolist()
         wrong = [r for r, h in enumerate(found) if h != found[0]]
         if wrong:

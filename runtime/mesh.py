@@ -46,6 +46,10 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
 
 def _axis(mesh: DeviceMesh, axis: str | None) -> DeviceMesh:
     names = mesh.mesh_dim_names or ()
+    if mesh.size() != max(mesh.shape):
+        raise PlanError(
+            f"the mesh is {tuple(mesh.shape)}: a second axis (data parallel) is not supported yet"
+        )
     if axis is not None:
         if axis not in names:
             raise PlanError(

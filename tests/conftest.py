@@ -1,4 +1,4 @@
-"""Fixtures: a gloo world per number of ranks, kept for the session."""
+"""Fixtures: a gloo world per number of ranks, kept for all tests."""
 
 from __future__ import annotations
 

@@ -255,6 +255,47 @@ def test_a_plan_applies(world: Any) -> None:
         assert local < 0.6 * total and error < 1e-5
 
 
+def evaluated() -> tuple[float, float]:
+    """Without gradients, and training again: relative errors of the logits and of the loss."""
+    m = make("llama_like").float()
+    tokens = _tokens(11)
+    logits, loss = m(tokens).detach(), m(tokens, tokens).detach()
+    fn = torch.compile(m, backend="tsp", options={"compiler": "eager"})
+    with torch.no_grad():
+        first = float((fn(tokens) - logits).norm() / logits.norm())
+    again = fn(tokens, tokens)
+    again.backward()
+    return first, float((again.detach() - loss).abs() / loss)
+
+
+def test_evaluation_without_gradients(world: Any) -> None:
+    for errors in world(2).run(evaluated):
+        assert max(errors) < 1e-5
+
+
+def wrong_mesh() -> list[str]:
+    """What a mesh or plan that does not fit is told."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks = dist.get_world_size()
+    flat = init_device_mesh("cpu", (ranks,), mesh_dim_names=("x",))
+    other = tspc.plan(make("llama_like").float(), (_tokens(8),), ranks=ranks + 1)
+    said = []
+    for options in ({"mesh": flat, "axis": "tsp"}, {"plan": other}):
+        fn = torch.compile(make("llama_like").float(), backend="tsp", options=options)
+        try:
+            fn(_tokens(8))
+        except Exception as e:
+            said.append(str(e))
+    return said
+
+
+def test_a_mesh_or_plan_that_does_not_fit(world: Any) -> None:
+    for mesh, plan in world(2).run(wrong_mesh):
+        assert "the mesh has no axis 'tsp'; its axes are x" in mesh
+        assert "the plan is for 3 ranks, the axis has 2" in plan
+
+
 def test_world_reports_errors() -> None:
     small = World(1)
     with pytest.raises(RuntimeError, match="rank 0"):

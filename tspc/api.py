@@ -122,7 +122,7 @@ def explain(model: Any) -> str:
     """The rewritten programs of a compiled model, with the schedules of the last call's sizes;
     after the first call."""
     root = getattr(model, "_orig_mod", model)
-    graphs = GRAPHS.get(id(root), [])
+    graphs = GRAPHS.get(root, [])
     if not graphs:
         raise PlanError(
             "the model has no compiled graph yet: call it first (one rank runs plain Inductor)"

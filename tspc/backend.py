@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
-from tspc.errors import CaptureError, UnsupportedError
+from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
@@ -52,8 +53,8 @@ class Compiled:
     sizes: dict[Any, int] = field(default_factory=dict)
 
 
-# root module id -> its graphs, newest last
-GRAPHS: dict[int, list[Compiled]] = {}
+# compiled root -> its graphs, newest last
+GRAPHS: weakref.WeakKeyDictionary[torch.nn.Module, list[Compiled]] = weakref.WeakKeyDictionary()
 
 
 def tsp(
@@ -72,6 +73,10 @@ def tsp(
     place, mesh = resolve(chosen, _device(example_inputs))
     if place.axis.size == 1 or mesh is None:
         return compile_fx(gm, list(example_inputs))
+    if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
+        raise PlanError(
+            f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
+        )
     captured = capture(gm, example_inputs)
     rewritten = rewrite(
         captured.program,
@@ -90,7 +95,7 @@ def tsp(
         convert_and_restart(gm, mesh, place.axis.name, dims)
     compiled = Compiled(captured, rewritten, place)
     for root in compiled_roots(gm):
-        GRAPHS.setdefault(id(root), []).append(compiled)
+        GRAPHS.setdefault(root, []).append(compiled)
     return _function(compiled, chosen, example_inputs, gm)
 
 
@@ -219,8 +224,10 @@ def _function(
         rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
         given = [args[p] for p in at]
         check([given[i] for i in range(len(given)) if i not in sharded])
-        for i, local in zip(sharded, Prologue.apply(place, maps, *(given[i] for i in sharded))):
-            given[i] = local
+        if sharded:
+            stored = [given[i] for i in sharded]
+            for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
+                given[i] = local
         outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
         return _results(compiled, outs, sizes, rows, length)
 
