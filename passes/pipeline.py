@@ -3,7 +3,10 @@ its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -15,6 +18,7 @@ from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
+from tspc.passes.verify import check_program, check_typed
 
 from tspc.body import Body
 from tspc.program import FOLD, Node, Program, Ref
@@ -52,16 +56,23 @@ def rewrite(
 ) -> Rewritten:
     """Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
-    program = recognise_masks(normalize(program))
+    program = _pass("normalize", normalize, program)
+    program = _pass("masks", recognise_masks, program)
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
     deferred = _deferred(program) if outputs == "auto" else frozenset()
     leaves = frozenset([choice.leaf]) if choice.leaf is not None else frozenset()
-    folded = outline(analysis, choice.regions, leaves, ranks, not deferred)
+
+    def fold(_: Program) -> Program:
+        return outline(analysis, choice.regions, leaves, ranks, not deferred)
+
+    folded = _pass("fold", fold, program)
     gathered = {
         n: s.map.dim for n, s in choice.storages.items() if s.kind == GATHER and s.map is not None
     }
     typed = propagate(folded, analysis, choice.leaf, gathered, choice.lookups)
+    check_typed(typed)
+    _dump("propagate", typed.program)
     nodes, bodies = [], []
     for n in typed.program.nodes:
         if n.op == FOLD:
@@ -73,6 +84,34 @@ def rewrite(
     local = LocalProgram(typed, symbols, choice.order, axis, deferred)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
+
+
+def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
+    """Run one pass, check and dump what it made, say in which pass an error arose."""
+    start = time.perf_counter()
+    try:
+        made = run(program)
+    except Exception as e:
+        e.add_note(f"in pass {name} of tspc") if hasattr(e, "add_note") else None
+        raise
+    check_program(made, name)
+    if os.environ.get("TSPC_DEBUG"):
+        seconds = time.perf_counter() - start
+        print(f"tspc: {name}: {len(made.nodes)} nodes, {seconds:.3f} s", file=sys.stderr)
+    _dump(name, made)
+    return made
+
+
+def _dump(name: str, program: Program) -> None:
+    """TSPC_DEBUG=2 prints the program, TSPC_DUMP=dir writes it as dir/2_fold.txt."""
+    if os.environ.get("TSPC_DEBUG") == "2":
+        print(program, file=sys.stderr)
+    folder = os.environ.get("TSPC_DUMP")
+    if folder:
+        number = ("normalize", "masks", "fold", "propagate").index(name)
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, f"{number}_{name}.txt"), "w") as f:
+            f.write(f"{program}\n")
 
 
 def _deferred(program: Program) -> frozenset[int]:

@@ -129,6 +129,15 @@ class Program:
         assert t is not None
         return t
 
+    def __str__(self) -> str:
+        """One line a node."""
+        lines = []
+        for n in self.nodes:
+            shapes = ", ".join("-" if t is None else f"{t.dtype} {t.shape}" for t in n.types)
+            args = ", ".join(map(repr, n.args))
+            lines.append(f"%{n.name}: {shapes} = {n.op}({args})  {n.source}")
+        return "\n".join(lines)
+
     def without_dead_nodes(self) -> Program:
         """Calls whose results nothing reads are dropped; placeholders stay."""
         used: set[str] = set()
