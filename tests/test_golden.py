@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_plan_text(name: str, request: pytest.FixtureRequest) -> None:
     model, ids = CASES[name]()
     tokens = torch.zeros(2, 4096, dtype=torch.long)
     text = str(tspc.plan(model, (), {ids: tokens, "labels": tokens}, ranks=4)) + "\n"
+    text = re.sub(r"(transformers/\S+\.py):\d+", r"\1", text)  # lines move with its version
     path = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
         GOLDEN.mkdir(exist_ok=True)
