@@ -70,6 +70,19 @@ def test_one_rank_is_plain_inductor() -> None:
     assert torch.allclose(torch.compile(model, backend="tsp")(TOKENS, TOKENS), expected, atol=1e-5)
 
 
+class Counting(LlamaLike):
+    """Writes into a buffer."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        self.frequencies.mul_(1.0)
+        return super().forward(tokens, labels)
+
+
+def test_a_buffer_that_is_written() -> None:
+    with pytest.raises(Exception, match="frequencies: the model writes into this buffer"):
+        tspc.plan(Counting(), (TOKENS,), ranks=2)
+
+
 class Sorted(nn.Module):
     """An op without a rule on values with the sequence."""
 

@@ -17,13 +17,18 @@ from typing import Any
 
 import sympy
 import torch
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    dispatch_functionalize,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from tspc.errors import CaptureError
+from tspc.errors import CaptureError, UnsupportedError
 from tspc.program import (
     BUFFER,
     CONSTANT,
@@ -74,7 +79,14 @@ def capture(
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
 
     def run(*args: Any) -> Any:
-        return torch.fx.Interpreter(gm).run(*args)
+        out = torch.fx.Interpreter(gm).run(*args)
+        for (kind, wanted), a in zip(kinds, args):
+            if isinstance(a, FunctionalTensor) and has_data_mutation(a):
+                raise UnsupportedError(
+                    f"{wanted}: the model writes into this {kind} in its forward; the ranks would "
+                    "lose the write. Compile what does not write, or return the new value"
+                )
+        return out
 
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
