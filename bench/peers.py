@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
+    loss_parallel,
     parallelize_module,
 )
 
@@ -62,7 +63,7 @@ def tensor_parallel(model: LlamaLike, mesh: DeviceMesh, sequence: bool) -> tuple
     outside = Shard(1) if sequence else Replicate()
     plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
-        "head": ColwiseParallel(input_layouts=outside, output_layouts=Replicate()),
+        "head": ColwiseParallel(input_layouts=outside, use_local_output=False),
     }
     if sequence:
         plan["norm"] = SequenceParallel()
@@ -89,7 +90,13 @@ def tensor_parallel(model: LlamaLike, mesh: DeviceMesh, sequence: bool) -> tuple
                 ),
             }
         parallelize_module(block, mesh, inner)
-    return model, forward_backward(torch.compile(model))
+    step = forward_backward(torch.compile(model))
+
+    def vocabulary_parallel(tokens: Tensor) -> Tensor:
+        with loss_parallel():
+            return step(tokens)
+
+    return model, vocabulary_parallel
 
 
 class GatheredAttention(Attention):
@@ -126,23 +133,17 @@ def context_parallel(model: LlamaLike, mesh: DeviceMesh, length: int) -> tuple[n
         block.attention.mesh = mesh
         block.compile()
         fully_shard(block, mesh=mesh)
-    tail = Tail(model)
-    model.embedding = fully_shard(model.embedding, mesh=mesh)
-    tail.compile()
-    fully_shard(tail, mesh=mesh)
-    trained = nn.ModuleDict({"embedding": model.embedding, "blocks": model.blocks, "tail": tail})
-    fully_shard(trained, mesh=mesh)
+    trained = Chunked(model)
+    trained.tail.compile()
+    for part in (trained.embedding, trained.tail, trained):
+        fully_shard(part, mesh=mesh)
     chunks = torch.arange(length).chunk(2 * ranks)
     mine = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
 
     def step(tokens: Tensor) -> Tensor:
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         angles = torch.outer(mine.to(model.frequencies.dtype), model.frequencies).repeat(1, 2)
-        cos, sin = angles.cos(), angles.sin()
-        x = model.embedding(tokens[:, mine])
-        for block in model.blocks:
-            x = block(x, cos, sin)
-        total = tail(x, targets[:, mine])
+        total = trained(tokens[:, mine], targets[:, mine], angles.cos(), angles.sin())
         # fully_shard averages over the ranks, the loss is a sum over them
         share = total / (targets != -100).sum()
         (share * ranks).backward()
@@ -151,6 +152,20 @@ def context_parallel(model: LlamaLike, mesh: DeviceMesh, length: int) -> tuple[n
         return loss
 
     return trained, step
+
+
+class Chunked(nn.Module):
+    """The model on this rank's tokens: -> their summed loss."""
+
+    def __init__(self, model: LlamaLike):
+        super().__init__()
+        self.embedding, self.blocks, self.tail = model.embedding, model.blocks, Tail(model)
+
+    def forward(self, tokens: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.tail(x, targets)
 
 
 class Tail(nn.Module):
