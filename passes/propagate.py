@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.fold import Fold
 
@@ -75,6 +76,9 @@ class _State:
     converted: dict[tuple[Ref, str], Ref] = field(default_factory=dict)
     params: set[str] = field(default_factory=set)
     fallbacks: list[Fallback] = field(default_factory=list)
+    records: dict[str, Record] = field(default_factory=dict)
+    by_name: dict[str, Node] = field(default_factory=dict)
+    cutter: Cutter | None = None
 
     def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
         f = self.analysis.F
@@ -85,6 +89,7 @@ class _State:
 
     def emit(self, node: Node, dims: Sequence[Dims], place: str) -> Ref:
         self.nodes.append(node)
+        self.by_name[node.name] = node
         for item, (d, t) in enumerate(zip(dims, node.types)):
             if t is not None:
                 self.dims[node.name, item] = d
@@ -140,8 +145,8 @@ def propagate(
 
     lookups: nodes that look rows up in a cut table.
     """
-    s = _State(analysis, leaf, cut_weights, lookups)
     records = {r.node.name: r for r in analysis.records}
+    s = _State(analysis, leaf, cut_weights, lookups, records=records)
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
             dims = tuple(map(tuple, analysis.env[n.name, 0])) if (n.name, 0) in analysis.env else ()
@@ -157,9 +162,8 @@ def propagate(
             s.emit(n, every, "R")
         else:
             _call(s, n, records.get(n.name))
-    nodes = tuple(s.nodes)
     return Typed(
-        replace(program, nodes=nodes),
+        replace(program, nodes=tuple(s.nodes)).without_dead_nodes(),
         analysis.F,
         s.dims,
         s.places,
@@ -183,7 +187,15 @@ def _dims_of(a: Analysis, name: str, item: int, t: Type | None) -> Dims:
 
 def _fold(s: _State, n: Node) -> None:
     fold: Fold = n.kwargs["fold"]
-    tokens = tuple(r if _weak(s, r) else s.sequence(r, n.source) for r in n.args[0])
+    masks = {m for x in fold.body if (m := mask_of(x)) is not None}
+    tokens = tuple(
+        cut_mask(s, new, fold.dims[old], n.source)
+        if old in masks
+        else new
+        if _weak(s, new)
+        else s.sequence(new, n.source)
+        for old, new in zip(fold.tokens, n.args[0])
+    )
     invariants = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[1])
     sliced = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[2])
     node = replace(n, args=(tokens, invariants, sliced, n.args[3]))
@@ -220,7 +232,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if n.name in s.lookups:
         _lookup(s, n, outs)
     elif n.op == aten.scaled_dot_product_attention.default and kinds <= {"exchange", "at"}:
-        _attention(s, n, outs)
+        _attention(s, n, outs, operands)
     elif not kinds:
         renamed = {
             r: s.sequence(r, n.source, operands[r])
@@ -253,11 +265,40 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
     s.emit(Node(n.name, EMBED, (table, ids), types=n.types, source=n.source), outs, "S")
 
 
-def _attention(s: _State, n: Node, outs: Sequence[Dims]) -> None:
+def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any]) -> None:
     q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
-    mask = n.args[3] if len(n.args) > 3 else None
-    rest = (mask, *n.args[4:])
-    s.emit(replace(n, op=n.op, args=(q, k, v, *rest)), outs, "S")
+    renamed = dict(zip(n.args[:3], (q, k, v)))
+    mask = mask_of(n)
+    if mask is not None:
+        renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
+    s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
+
+
+def mask_of(n: Node) -> Ref | None:
+    """The mask operand of an attention."""
+    if n.op != aten.scaled_dot_product_attention.default:
+        return None
+    return n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+
+
+def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:
+    """The rows of this rank's queries; one row for all queries stays whole."""
+    at = [k for k, d in enumerate(dims) if s.leaf is not None and s.carries((d,))]
+    if not at or s.place(mask) == "S":
+        return mask
+    if s.leaf is None or mask.name not in s.analysis.replicated or dims[at[0]] != (s.leaf,):
+        return s.sequence(mask, source, dims)
+    if s.cutter is None:
+
+        def emit(node: Node, record: Record) -> Ref:
+            s.records[node.name] = record
+            return s.emit(node, [tuple(record.outs[0])], "S")
+
+        def convert(ref: Ref, dims: Dims) -> Ref:
+            return s.convert(ref, LOCAL, "S", s.by_name[ref.name].source, dims)
+
+        s.cutter = Cutter(s.analysis.F, s.leaf, s.by_name, convert, emit)
+    return s.cutter.cut(mask, at[0])
 
 
 def _reduce(

@@ -48,9 +48,10 @@ def _blocks(
     """The blocks of each run of queries; those of one run are merged."""
     c, s = spec.rows, spec.length
     if mask is not None:
-        at = torch.cat([torch.arange(g * c, (g + 1) * c) for g in chunks]).clamp(max=s - 1)
-        n = len(chunks) * c
-        return [[_Block(0, n, 0, s, False, _rows_of(mask, at.to(device), spec.causal))]]
+        if spec.causal:
+            at = torch.cat([torch.arange(g * c, (g + 1) * c) for g in chunks]).clamp(max=s - 1)
+            mask = _and_causal(mask, at.to(device))
+        return [[_Block(0, len(chunks) * c, 0, s, False, mask)]]
     if not spec.causal:
         return [[_Block(0, len(chunks) * c, 0, s, False)]]
     if list(chunks) == list(range(len(chunks))):  # the whole sequence in order
@@ -66,14 +67,10 @@ def _blocks(
     return out
 
 
-def _rows_of(mask: Tensor, at: Tensor, causal: bool) -> Tensor:
-    """The mask of the queries at these positions, causal included; additive or bool as given."""
-    if mask.shape[-2] != 1:
-        mask = mask.index_select(-2, at)
-    if causal:
-        keep = torch.arange(mask.shape[-1], device=mask.device)[None] <= at[:, None]
-        mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
-    return mask
+def _and_causal(mask: Tensor, at: Tensor) -> Tensor:
+    """A mask, additive or bool, and causal for the queries at these positions."""
+    keep = torch.arange(mask.shape[-1], device=mask.device)[None] <= at[:, None]
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
@@ -185,7 +182,7 @@ def attend_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
+def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
     """K and V of the whole sequence, pads dropped: one communication."""
     packed = torch.cat([k.reshape(-1), v.reshape(-1)])
     handle = yield AllGather(packed)
@@ -199,14 +196,26 @@ def _gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Ste
     )
 
 
+def scatter(axis: Axis, layout: Layout, dk: Tensor, dv: Tensor, spec: Spec) -> Steps:
+    """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
+    blocks, shapes = [], []
+    for d in (dk, dv):
+        b = layout.blocks(d, 2, spec.rows).unflatten(2, (axis.size, -1)).movedim(2, 0)
+        shapes.append(b.shape[1:])
+        blocks.append(b.reshape(axis.size, -1))
+    handle = yield ReduceScatter(torch.cat(blocks, 1))
+    parts = handle.wait().split([b.shape[1] for b in blocks])
+    return tuple(p.view(shape) for p, shape in zip(parts, shapes))
+
+
 def attention(
     axis: Axis, layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: Spec
 ) -> Steps:
     """Local q, k, v -> (out, lse) of the local queries.
 
-    mask: [b, h, S or 1, S], whole on every rank.
+    mask: [b, h, local or 1, S], the rows of the local queries.
     """
-    keys, values = yield from _gather(axis, layout, k, v, spec)
+    keys, values = yield from gather(axis, layout, k, v, spec)
     return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask)
 
 
@@ -224,13 +233,8 @@ def attention_backward(
 ) -> Steps:
     """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
     again."""
-    keys, values = yield from _gather(axis, layout, k, v, spec)
+    keys, values = yield from gather(axis, layout, k, v, spec)
     chunks = layout.chunk_ids(axis.rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask)
-    blocks = []
-    for d in (dk, dv):
-        b = layout.blocks(d, 2, spec.rows).unflatten(2, (axis.size, -1)).movedim(2, 0)
-        blocks.append(b.reshape(axis.size, -1))
-    handle = yield ReduceScatter(torch.cat(blocks, 1))
-    dk, dv = handle.wait().split([k.numel(), v.numel()])
-    return dq, dk.view(k.shape), dv.view(v.shape)
+    dk, dv = yield from scatter(axis, layout, dk, dv, spec)
+    return dq, dk, dv

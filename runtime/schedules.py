@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tspc.runtime import attention as attn
 from tspc.runtime.requests import Steps
 from tspc.runtime.stationary import stationary_backward, stationary_forward
 from tspc.runtime.step import (
@@ -21,9 +20,9 @@ from tspc.runtime.step import (
     RING,
     STATIONARY,
     Call,
+    Exchange,
     Values,
     add_up,
-    attention_operands,
     in_operand_order,
     step_backward,
 )
@@ -44,7 +43,8 @@ def forward(call: Call) -> Steps:
     symbols = call.symbols(call.local_rows)
     sums: Values = {}
     stacks = _empty_stacks(call)
-    source = Weights(call)
+    source, exchange = Weights(call), Exchange(call)
+    yield from exchange.start(fixed)
     for _ in range(axis.size):
         j, flat = yield from source.next()
         if j * body.units >= body.size:
@@ -54,8 +54,7 @@ def forward(call: Call) -> Steps:
             if isinstance(s, Piece):
                 values.update(call.pieces.forward(index, symbols, call.step(j), values))
             else:
-                q, k, v, mask = attention_operands(s, values)
-                out, lse = yield from attn.attention(axis, call.layout, q, k, v, mask, call.spec(s))
+                out, lse = yield from exchange.forward(s, values)
                 values[s.out], values[s.lse] = out, lse
                 stacks[s.out][j], stacks[s.lse][j] = out, lse
         _collect(body, values, sums, stacks, j)
@@ -108,19 +107,21 @@ def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | 
     symbols = call.symbols(call.local_rows)
     stored = dict(zip([n for a in body.attentions for n in (a.out, a.lse)], saved))
     total: Values = {}
-    source, sink = Weights(call), Gradients(call)
+    source, sink, exchange = Weights(call), Gradients(call), Exchange(call)
+    yield from exchange.start(fixed)
     for _ in range(axis.size):
         j, flat = yield from source.next()
         if j * body.units < body.size:
             values = {**fixed, **call.unpack(flat), **{n: t[j] for n, t in stored.items()}}
             given = _given(body, cotangents, lambda t, j=j: t[j])
-            grads = yield from step_backward(call, symbols, j, values, given, False)
+            grads = yield from step_backward(call, symbols, j, values, given, exchange)
             for name in (*fixed,):
                 if name in grads:
                     add_up(total, name, grads.pop(name))
         else:
             grads = {}
         yield from sink.put(j, grads)
+    yield from exchange.finish(total)
     shards = yield from sink.done()
     return in_operand_order(call, total, shards)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -76,11 +76,10 @@ class Call:
         return torch.tensor(j, device=self.shards[0].device)
 
     def local_tokens(self) -> Values:
-        """This rank's rows of every token; a mask stays whole."""
-        masks = {a.mask for a in self.body.attentions}
+        """This rank's rows of every token."""
         out: Values = {}
         for spec, t in zip(self.body.tokens, self.tokens):
-            if spec.whole and spec.name not in masks:
+            if spec.whole:
                 lead = self.lead(spec.lead)
                 t = take(self.layout, self.axis.rank, t, spec.dim, lead, self.rows, self.length)
             out[spec.name] = t
@@ -102,12 +101,6 @@ class Call:
         return [evaluate(s, symbols) for s in self.body.values[name].shape]
 
 
-def attention_operands(
-    s: Attention, values: Values
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return values[s.q], values[s.k], values[s.v], values[s.mask] if s.mask else None
-
-
 def add_up(total: Values, name: str, x: Tensor) -> None:
     """Sums in fp32 or wider."""
     if name in total:
@@ -116,13 +109,105 @@ def add_up(total: Values, name: str, x: Tensor) -> None:
         total[name] = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def step_backward(
-    call: Call, symbols: dict[Any, Any], j: int, values: Values, given: Values, resident: bool
-) -> Steps:
-    """Gradients of all operands of one step; pieces before the last are recomputed.
+@dataclass
+class Exchange:
+    """How K and V meet the queries of a call, and their gradients go back: once per shard, or once
+    per call where they carry nothing of the shard (one K/V head)."""
 
-    resident: tokens of all ranks.
-    """
+    call: Call
+    given: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[Attention, Values] = field(default_factory=dict)
+
+    def start(self, fixed: Values) -> Steps:
+        """fixed: the values that are equal for all shards."""
+        for a in self.call.body.attentions:
+            if a.k in fixed and a.v in fixed:
+                self.given[a] = yield from self._gather(a, fixed)
+
+    def _gather(self, a: Attention, values: Values) -> Steps:
+        call = self.call
+        spec = call.spec(a)
+        return (yield from attn.gather(call.axis, call.layout, values[a.k], values[a.v], spec))
+
+    def forward(self, a: Attention, values: Values) -> Steps:
+        """(out, lse) of one shard."""
+        keys = self.given.get(a) or (yield from self._gather(a, values))
+        call, mask = self.call, values[a.mask] if a.mask else None
+        chunks = call.layout.chunk_ids(call.axis.rank)
+        return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask)
+
+    def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
+        """Gradients of what the attention of one shard reads, by name."""
+        call, mask = self.call, values[a.mask] if a.mask else None
+        keys = self.given.get(a) or (yield from self._gather(a, values))
+        chunks = call.layout.chunk_ids(call.axis.rank)
+        dq, dk, dv = attn.attend_backward(
+            g, values[a.q], *keys, values[a.out], values[a.lse], chunks, call.spec(a), mask
+        )
+        if a in self.given:
+            sums = self.sums.setdefault(a, {})
+            add_up(sums, a.k, dk)
+            add_up(sums, a.v, dv)
+            return {a.q: dq}
+        dk, dv = yield from attn.scatter(call.axis, call.layout, dk, dv, call.spec(a))
+        return {a.q: dq, a.k: dk, a.v: dv}
+
+    def finish(self, total: Values) -> Steps:
+        """Gradients of what was exchanged once per call."""
+        call = self.call
+        for a, sums in self.sums.items():
+            dk, dv = (sums[n].to(x.dtype) for n, x in zip((a.k, a.v), self.given[a]))
+            dk, dv = yield from attn.scatter(call.axis, call.layout, dk, dv, call.spec(a))
+            add_up(total, a.k, dk)
+            add_up(total, a.v, dv)
+
+
+@dataclass
+class Resident(Exchange):
+    """The same where the rows of all ranks are here, in rank order (stationary)."""
+
+    def start(self, fixed: Values) -> Steps:
+        return
+        yield
+
+    def _ordered(self, x: Tensor, keys: bool = False) -> Tensor:
+        x = self.call.layout.in_order(x, 2, self.call.rows)
+        return x[:, :, : self.call.length] if keys else x
+
+    def _by_rank(self, x: Tensor) -> Tensor:
+        return self.call.layout.by_rank(x, 2, self.call.rows)
+
+    def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], Tensor | None]:
+        """q, k, v in order, and the mask."""
+        qkv = [self._ordered(values[n], n != a.q) for n in (a.q, a.k, a.v)]
+        mask = values[a.mask] if a.mask else None
+        if mask is not None and mask.shape[-2] != 1:
+            mask = self.call.layout.in_order(mask, mask.dim() - 2, self.call.rows)
+        return qkv, mask
+
+    def _chunks(self) -> list[int]:
+        return list(range(self.call.axis.size * self.call.layout.chunks))
+
+    def forward(self, a: Attention, values: Values) -> Steps:
+        qkv, mask = self._operands(a, values)
+        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), mask)
+        return self._by_rank(out), self._by_rank(lse)
+        yield
+
+    def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
+        (q, k, v), mask = self._operands(a, values)
+        g, out, lse = (self._ordered(x) for x in (g, values[a.out], values[a.lse]))
+        grads = attn.attend_backward(g, q, k, v, out, lse, self._chunks(), self.call.spec(a), mask)
+        missing = q.shape[2] - self.call.length
+        dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
+        return dict(zip((a.q, a.k, a.v), map(self._by_rank, (grads[0], dk, dv))))
+        yield
+
+
+def step_backward(
+    call: Call, symbols: dict[Any, Any], j: int, values: Values, given: Values, exchange: Exchange
+) -> Steps:
+    """Gradients of all operands of one step; pieces before the last are recomputed."""
     body, step = call.body, call.step(j)
     last = max(i for i, s in enumerate(body.steps) if isinstance(s, Piece))
     for index, s in enumerate(body.steps):
@@ -142,16 +227,9 @@ def step_backward(
                     add_up(grads, n, g)
             continue
         g = grads.pop(s.out, None)
-        out, lse = values[s.out], values[s.lse]
+        out = values[s.out]
         g = torch.zeros_like(out) if g is None else g.to(out.dtype)
-        q, k, v, mask = attention_operands(s, values)
-        if resident:
-            dq, dk, dv = _whole_attention_backward(call, s, g, q, k, v, mask, out, lse)
-        else:
-            dq, dk, dv = yield from attn.attention_backward(
-                call.axis, call.layout, g, q, k, v, mask, out, lse, call.spec(s)
-            )
-        for n, d in ((s.q, dq), (s.k, dk), (s.v, dv)):
+        for n, d in (yield from exchange.backward(s, g, values)).items():
             add_up(grads, n, d)
     return grads
 
@@ -176,29 +254,3 @@ def in_operand_order(call: Call, total: Values, shards: Values) -> tuple[list, l
         of(body.invariants, total, call.invariants),
         of(body.shards, shards, call.shards),
     )
-
-
-def _whole_attention_backward(
-    call: Call,
-    s: Attention,
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    keys, values = (x[:, :, : call.length] for x in (k, v))
-    dq, dk, dv = attn.attend_backward(
-        g, q, keys, values, out, lse, all_chunks(call), call.spec(s), mask
-    )
-    missing = k.shape[2] - call.length
-    if missing:
-        dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in (dk, dv))
-    return dq, dk, dv
-
-
-def all_chunks(call: Call) -> list[int]:
-    """All chunks of the sequence, in order."""
-    return list(range(call.axis.size * call.layout.chunks))

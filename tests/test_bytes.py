@@ -68,6 +68,15 @@ def test_folded_schedules(schedule: str) -> None:
     assert total(backward, "activations", "AllGather", "ReduceScatter") == pytest.approx(2 * F * kv)
 
 
+def test_one_kv_head_is_exchanged_once() -> None:
+    graph, forward, backward = step("broadcast", 1)
+    rows = graph.layout.chunks * graph.rows() * RANKS
+    kv = 2 * 2 * BATCH * rows * (HIDDEN // 8)
+    assert total(forward, "activations", "AllGather") == pytest.approx(F * kv)
+    again = total(backward, "activations", "AllGather", "ReduceScatter")
+    assert again == pytest.approx(2 * F * kv)
+
+
 def test_stationary() -> None:
     graph, forward, backward = step("stationary", 4)
     _, _, _, n = sizes(graph)

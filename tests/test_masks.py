@@ -56,6 +56,11 @@ def window(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return (causal_tril(q, pad) & near)[None, None]
 
 
+def nearest(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(q.shape[2])
+    return causal_compare(q, pad) & (at[:, None] - at[None, :] < 4)
+
+
 def packed(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     document = (pad == 0).cumsum(-1)
     return causal_compare(q, pad) & (document[:, None, :, None] == document[:, None, None, :])
@@ -111,6 +116,7 @@ def decision(graph: Simulated) -> set[tuple[bool, bool]]:
         (padding, False, True),
         (causal_and_padding, True, True),
         (window, False, True),
+        (nearest, False, True),
         (packed, False, True),
     ],
 )
@@ -131,6 +137,20 @@ def test_masks(mask: Mask, causal: bool, kept: bool, ranks: int, schedule: str) 
             if graph.rewritten.typed.program.type_of(r).dtype == torch.bool
         }
         assert shapes == {"(3, 1, 1, 13)"}  # one row, never [S, S]
+
+
+@pytest.mark.parametrize("mask", [nearest, packed])
+def test_a_kept_mask_is_made_on_the_rows_of_its_rank(mask: Mask) -> None:
+    torch.manual_seed(0)
+    typed = tspc.plan(Attention(mask), inputs(13), ranks=3).rewritten.typed
+    assert typed.leaf is not None
+    length = typed.leaf.size
+    squares = [
+        typed.places[n.name, 0]
+        for n in typed.program.nodes
+        if n.is_call and n.type.dtype == torch.bool and n.type.shape[-2:] == (length, length)
+    ]
+    assert squares and set(squares) == {"S"}  # nobody makes [S, S]
 
 
 def test_rows_without_a_key_stay_as_the_model_has_them() -> None:

@@ -52,14 +52,24 @@ class Layout:
         pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
         return pos < length
 
+    def in_order(self, blocks: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+        """[..., D * chunks * rows, ...] in rank order along `dim` -> in order, pads at the end."""
+        if self.chunks == 1:
+            return blocks
+        parts = blocks.split(rows, dim)
+        at = {g: i for i, g in enumerate(self.all_chunk_ids())}
+        return torch.cat([parts[at[g]] for g in range(len(at))], dim)
+
+    def by_rank(self, ordered: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+        """The inverse of `in_order`."""
+        if self.chunks == 1:
+            return ordered
+        parts = ordered.split(rows, dim)
+        return torch.cat([parts[g] for g in self.all_chunk_ids()], dim)
+
     def whole(self, blocks: torch.Tensor, dim: int, rows: int, length: int) -> torch.Tensor:
-        """[..., D * chunks * rows, ...] in rank order along `dim` -> the sequence in order,
-        narrowed to `length`."""
-        if self.chunks > 1:
-            parts = blocks.split(rows, dim)
-            at = {g: i for i, g in enumerate(self.all_chunk_ids())}
-            blocks = torch.cat([parts[at[g]] for g in range(len(at))], dim)
-        return blocks.narrow(dim, 0, length)
+        """Rank order -> the sequence in order, narrowed to `length`."""
+        return self.in_order(blocks, dim, rows).narrow(dim, 0, length)
 
     def blocks(self, whole: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
         """The transpose of `whole`: the sequence -> rank order, zero rows in place of pads."""
@@ -68,7 +78,4 @@ class Layout:
             pad = list(whole.shape)
             pad[dim] = n - whole.shape[dim]
             whole = torch.cat([whole, whole.new_zeros(pad)], dim)
-        if self.chunks > 1:
-            parts = whole.split(rows, dim)
-            whole = torch.cat([parts[g] for g in self.all_chunk_ids()], dim)
-        return whole
+        return self.by_rank(whole, dim, rows)
