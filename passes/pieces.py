@@ -9,6 +9,7 @@ logits of pad units are
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from tspc.passes.propagate import Typed
 
 from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
 from tspc.factor import Factor, Factors
+from tspc.hardware import Hardware
 from tspc.placement import indices
 from tspc.program import Node, Ref
 
@@ -63,6 +65,7 @@ def make_body(
     symbols: Sequence[sympy.Symbol],
     ranks: int,
     order: str,
+    hardware: Hardware,
 ) -> Body:
     """Operands: (tokens, invariants, sliced, weights) as converted.
 
@@ -106,7 +109,9 @@ def make_body(
         name = names[e.ref]
         k, lead = _where(maker, e.dims, symbols)
         outs.append(Out(name, e.kind, k, lead, e.type.requires_grad))
-    text = _text(maker, names, values, tables, symbols, (tokens, outs, ranks, order, fold.schedule))
+    text = _text(
+        maker, names, values, tables, symbols, (tokens, outs, ranks, order, fold.schedule, hardware)
+    )
     key = f"{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     if key not in BODIES:
         BODIES[key] = Body(
@@ -125,8 +130,24 @@ def make_body(
             tuple(shards),
             tuple(outs),
             fold.schedule,
+            *_products(fold, names, values),
+            hardware,
         )
     return BODIES[key]
+
+
+def _products(fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Value]) -> tuple[Any, Any]:
+    """(FLOPs, elements of the results that stay inside) of the matrix products of one step."""
+    flops: Any = 0
+    inner: Any = 0
+    leaving = {e.ref.name for e in fold.exits if e.kind == "sum"}
+    for n in fold.body:
+        if n.op in WEIGHTED:
+            left = n.refs()[1] if n.op == aten.addmm.default else n.refs()[0]
+            made = math.prod(values[names[Ref(n.name)]].shape)
+            flops += 2 * made * values[names[left]].shape[-1]
+            inner += made if n.name not in leaving else 0
+    return flops, inner
 
 
 def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any]:

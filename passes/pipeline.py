@@ -21,6 +21,7 @@ from tspc.passes.propagate import Typed, propagate
 from tspc.passes.verify import check_program, check_typed
 
 from tspc.body import Body
+from tspc.hardware import HARDWARE, Hardware
 from tspc.program import FOLD, Node, Program, Ref
 
 
@@ -53,6 +54,7 @@ def rewrite(
     schedule: str | Mapping[str, str] = "auto",
     layout: str = "auto",
     outputs: str = "auto",
+    hardware: Hardware = HARDWARE["cpu"],
 ) -> Rewritten:
     """Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
@@ -76,7 +78,9 @@ def rewrite(
     nodes, bodies = [], []
     for n in typed.program.nodes:
         if n.op == FOLD:
-            body = make_body(n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order)
+            body = make_body(
+                n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order, hardware
+            )
             bodies.append(body)
             n = replace(n, kwargs={**n.kwargs, "body": body})
         nodes.append(n)

@@ -16,9 +16,6 @@ import torch
 from tspc.runtime.requests import Steps
 from tspc.runtime.stationary import stationary_backward, stationary_forward
 from tspc.runtime.step import (
-    BROADCAST,
-    RING,
-    STATIONARY,
     Call,
     Exchange,
     Values,
@@ -28,7 +25,8 @@ from tspc.runtime.step import (
 )
 from tspc.runtime.travel import Gradients, Weights
 
-from tspc.body import Body, Piece, numel, symbol_values
+from tspc.body import Body, Piece
+from tspc.cost import RING, STATIONARY, fastest, folded
 from tspc.layout import Layout
 
 Tensor = torch.Tensor
@@ -135,27 +133,12 @@ def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Value
 
 
 def choose(body: Body, ranks: int, sizes: Sequence[int], rows: int) -> str:
-    """The schedule of a call: what the options ask for, else the one that moves fewest elements in
-    a step.
+    """The schedule of a call: what the options ask for, else the fastest by the cost model.
 
-    Closed forms of DESIGN section 10 over forward and backward, f = (D-1)/D dropped: ring and
-    broadcast 3w (+3k with an
-    exchange), stationary 5n; a function of rank-independent sizes only.
+    rows: c of the layout.
     """
-    folded = BROADCAST if body.attentions else RING
-    asked = body.schedule
-    if asked == RING and body.attentions:
-        return BROADCAST
-    if asked != "auto":
-        return asked
-    layout = Layout(ranks, body.order)
-    symbols = symbol_values(body, sizes, layout.chunks * rows * ranks)
-    weights = 3 * body.weight_elements * ranks
-    for a in body.attentions:
-        weights += 3 * 2 * body.real_steps() * numel(body.values[a.k].shape, symbols)
-    live = [t for t in body.tokens if body.values[t.name].requires_grad]
-    tokens = 3 * sum(numel(body.values[t.name].shape, symbols) for t in live)
-    tokens += 2 * sum(
-        numel(body.values[o.name].shape, symbols) for o in body.outs if o.kind == "sum"
-    )
-    return STATIONARY if tokens < weights else folded
+    if body.schedule == RING:
+        return folded(body)
+    if body.schedule != "auto":
+        return body.schedule
+    return fastest(body, tuple(sizes), Layout(ranks, body.order).chunks * rows * ranks)

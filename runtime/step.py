@@ -16,7 +16,6 @@ from tspc.layout import Layout
 
 Tensor = torch.Tensor
 Values = dict[str, Tensor]
-RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
 
 
 class Pieces(Protocol):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import torch
 from tspc.runtime.requests import AllGather, Broadcast, Handle, Reduce, ReduceScatter, Shift, Steps
-from tspc.runtime.step import BROADCAST, GATHER, RING, Call, Values
+from tspc.runtime.step import Call, Values
+
+from tspc.cost import BROADCAST, GATHER, RING
 
 Tensor = torch.Tensor
 

@@ -17,6 +17,7 @@ from tspc.body import evaluate
 from tspc.capture import capture
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.errors import CaptureError, ParityError, PlanError
+from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import parse
 from tspc.passes.pipeline import Rewritten, rewrite
@@ -72,6 +73,15 @@ class Verification:
         return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
 
 
+def _device(example_inputs: Sequence[Any], mesh: DeviceMesh | None) -> torch.device:
+    """Where the plan would run."""
+    if mesh is not None:
+        return torch.device(mesh.device_type)
+    return next(
+        (x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu")
+    )
+
+
 class _Stop(Exception):
     pass
 
@@ -99,7 +109,14 @@ def plan(
         captured = capture(gm, example_inputs)
         symbols = tuple(sorted(captured.symbols, key=str))
         rewritten = rewrite(
-            captured.program, symbols, count, "tsp", chosen.schedule, chosen.layout, chosen.outputs
+            captured.program,
+            symbols,
+            count,
+            "tsp",
+            chosen.schedule,
+            chosen.layout,
+            chosen.outputs,
+            hardware(chosen.hardware, device_name(_device(example_inputs, mesh))),
         )
         found.append(Plan(count, rewritten, dict(captured.program.hints)))
         raise _Stop

@@ -20,6 +20,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
 from tspc.errors import CaptureError, PlanError, UnsupportedError
+from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
@@ -86,6 +87,7 @@ def tsp(
         chosen.schedule,
         chosen.layout,
         "full" if captured.whole_outputs else chosen.outputs,
+        hardware(chosen.hardware, device_name(_device(example_inputs))),
     )
     _report(rewritten, chosen)
     if any(

@@ -14,6 +14,8 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.hardware import HARDWARE, Hardware
+
 Size = Any  # int or sympy.Expr
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
 
@@ -103,6 +105,9 @@ class Body:
     shards: tuple[str, ...]
     outs: tuple[Out, ...]
     schedule: str = "auto"
+    flops: Size = 0  # of the pieces' matrix products in one step's forward, over symbols and ROWS
+    inner: Size = 0  # elements of their results that stay inside
+    hardware: Hardware = HARDWARE["cpu"]
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property

@@ -15,6 +15,7 @@ import torch
 
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
+from tspc.hardware import hardware
 from tspc.layout import Layout
 from tspc.options import Options
 from tspc.passes.pipeline import Rewritten, rewrite
@@ -70,6 +71,7 @@ def simulated_backend(
             chosen.schedule,
             chosen.layout,
             "full" if captured.whole_outputs else chosen.outputs,
+            hardware(chosen.hardware, "cpu"),
         )
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)

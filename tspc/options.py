@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tspc.errors import OptionError
+from tspc.hardware import hardware
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -31,7 +32,9 @@ class Options:
         whole.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
-        strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
+        hardware: the cost model's table for schedule "auto": a name of `tspc.hardware` or a dict of
+        its fields; default the device's.
+    strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
         graphs without Inductor.
     """
 
@@ -44,6 +47,7 @@ class Options:
     check_inputs: str | bool = "auto"
     strict: bool = False
     compiler: str = "inductor"
+    hardware: Any = None
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
@@ -63,4 +67,6 @@ def parse(given: Mapping[str, Any] | None) -> Options:
     for v in values:
         if v not in SCHEDULES:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
+    if given.get("hardware") is not None:
+        hardware(given["hardware"], "")
     return Options(**given)

@@ -1,0 +1,149 @@
+"""What a fold costs under each schedule: elements moved, FLOPs, transient memory, and from these
+the time of a training step.
+
+Closed forms of DESIGN section 10 over a body's shapes, f = (D-1)/D included; with sympy sizes they
+are sympy expressions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+
+from tspc.body import ROWS, Body, evaluate, numel
+from tspc.hardware import Hardware
+
+RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
+SAME = 1.05  # times that differ by less are a tie; ties go to the least transient memory
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one rank, elements on average over the ranks.
+
+    exposed: moved while nothing is computed. behind: moved behind the steps' computation, all steps
+    together. calls: communications that are waited for. flops: of matrix products and attention.
+    """
+
+    exposed: Any
+    behind: Any
+    calls: Any
+    flops: Any
+
+    @property
+    def elements(self) -> Any:
+        """All that moves."""
+        return self.exposed + self.behind
+
+    def seconds(self, on: Hardware, itemsize: int) -> float:
+        """Steps overlap: the greater of computing and moving, then what is exposed."""
+        computing = self.flops * itemsize / 2 / on.flops
+        moving = self.behind * itemsize / on.bandwidth
+        exposed = self.exposed * itemsize / on.bandwidth + self.calls * on.latency
+        return sympy.Max(computing, moving) + exposed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a region, whole: weights (pads and duplicates included), tokens with a gradient,
+    summed outputs, K and V, what the pieces of one shard make inside.
+
+    flops: of one forward on all ranks together.
+    """
+
+    weights: Any
+    tokens: Any
+    sums: Any
+    keys: Any
+    inner: Any
+    flops: Any
+    steps: int
+
+
+def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
+    """rows: token rows of all ranks together (the sequence with its pads)."""
+    values = {**symbols, ROWS: rows}
+    steps = body.real_steps()
+
+    def total(names: list[str]) -> Any:
+        return sum((numel(body.values[n].shape, values) for n in names), 0)
+
+    keys = flops = 0
+    for a in body.attentions:
+        once = a.k in {t.name for t in body.tokens}
+        keys += total([a.k, a.v]) * (1 if once else steps)
+        width = body.values[a.k].shape[-1] + body.values[a.v].shape[-1]
+        flops += 2 * numel(body.values[a.q].shape[:-1], values) * rows * width * steps
+        flops = flops / 2 if a.causal else flops
+    flops += evaluate(body.flops, values) * steps
+    live = [t.name for t in body.tokens if body.values[t.name].requires_grad]
+    return Sizes(
+        body.weight_elements * body.ranks,
+        total(live),
+        total([o.name for o in body.outs if o.kind == "sum"]),
+        keys,
+        evaluate(body.inner, values),
+        flops,
+        steps,
+    )
+
+
+def forward(s: Sizes, schedule: str, ranks: int) -> Cost:
+    """DESIGN section 10: ring and broadcast w (+ k), stationary n in and n out."""
+    f = sympy.Rational(ranks - 1, ranks)
+    flops, met = s.flops / ranks, s.steps if s.keys != 0 else 0
+    if schedule == STATIONARY:
+        return Cost(f * (s.tokens + s.sums), 0, 2, flops)
+    if schedule == GATHER:
+        return Cost(f * (s.weights + s.keys), 0, 1 + met, flops)
+    return Cost(f * s.keys, f * s.weights, 1 + met, flops)
+
+
+def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
+    """The forward again (recompute), and the gradients: tokens 2n in and n out, weights w out."""
+    f = sympy.Rational(ranks - 1, ranks)
+    flops, met = 3 * s.flops / ranks, 2 * s.steps if s.keys != 0 else 0
+    if schedule == STATIONARY:
+        return Cost(f * (2 * s.tokens + s.sums), 0, 3, flops)
+    if schedule == GATHER:
+        return Cost(2 * f * (s.weights + s.keys), 0, 2 + met, flops)
+    moved = s.weights if schedule == RING else f * s.weights  # the gradient goes home, one hop more
+    return Cost(2 * f * s.keys, f * s.weights + moved, 2 + met, flops)
+
+
+def transient(s: Sizes, schedule: str, ranks: int) -> Any:
+    """Elements beside storage and saved values at the worst time, the gradients of all included."""
+    if schedule == STATIONARY:
+        return 2 * (s.tokens + s.sums + s.keys / ranks + s.inner)
+    within = 2 * (s.keys / s.steps + s.inner / ranks)
+    if schedule == GATHER:
+        return 2 * s.weights + within
+    return 4 * s.weights / ranks + within  # two shards and two gradients in flight
+
+
+def folded(body: Body) -> str:
+    """The published schedule: broadcast where something is exchanged inside, else ring."""
+    return BROADCAST if body.attentions else RING
+
+
+@lru_cache(maxsize=4096)
+def fastest(body: Body, values: tuple[int, ...], rows: int) -> str:
+    """The schedule of least time for a training step; of those within 5% the one of least transient
+    memory.
+
+    values: of body.symbols. rows: of all ranks together. Rank-independent sizes only.
+    """
+    s = sizes(body, dict(zip(body.symbols, values)), rows)
+    ranks, itemsize = body.ranks, body.values[body.shards[0]].dtype.itemsize
+    times, memory = {}, {}
+    for name in (folded(body), STATIONARY):
+        both = (way(s, name, ranks).seconds(body.hardware, itemsize) for way in (forward, backward))
+        times[name] = float(sum(both))
+        memory[name] = float(transient(s, name, ranks))
+    least = min(times.values())
+    close = [n for n, t in times.items() if t <= SAME * least]
+    return min(close, key=lambda n: memory[n])
