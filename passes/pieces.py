@@ -66,8 +66,11 @@ def make_body(
     ranks: int,
     order: str,
     hardware: Hardware,
+    save: bool,
 ) -> Body:
     """Operands: (tokens, invariants, sliced, weights) as converted.
+
+    save: the results of matrix products are kept for the backward, not made again.
 
     Registers the body under its structural key.
     """
@@ -103,14 +106,19 @@ def make_body(
     for w in fold.weights:
         names[Ref(w)] = known(Ref(w), fold.dims[Ref(w)], "shard", local=True)
         shards.append(names[Ref(w)])
-    steps = _cut(maker, typed, names, values, symbols, tables)
+    steps = _cut(maker, typed, names, values, symbols, tables, save)
     outs = []
     for e in fold.exits:
         name = names[e.ref]
         k, lead = _where(maker, e.dims, symbols)
         outs.append(Out(name, e.kind, k, lead, e.type.requires_grad))
     text = _text(
-        maker, names, values, tables, symbols, (tokens, outs, ranks, order, fold.schedule, hardware)
+        maker,
+        names,
+        values,
+        tables,
+        symbols,
+        (tokens, outs, ranks, order, fold.schedule, hardware, save),
     )
     key = f"{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     if key not in BODIES:
@@ -178,6 +186,7 @@ def _cut(
     values: dict[str, Value],
     symbols: Sequence[sympy.Symbol],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    save: bool,
 ) -> tuple[Piece | Attention, ...]:
     """Level of a node: how many exchanges its operands have behind them."""
     level: dict[str, int] = {}
@@ -214,10 +223,45 @@ def _cut(
             dict.fromkeys(names[r] for n in nodes for r in n.refs() if names[r] not in made)
         )
         if writes:
-            steps.append(Piece(reads, writes, _runner(m, nodes, names, tables)))
+            saves = (
+                _saves(m, nodes, names, values, {names[e.ref] for e in m.fold.exits})
+                if save
+                else ()
+            )
+            steps.append(Piece(reads, writes, _runner(m, nodes, names, tables), saves))
         for n in exchanges.get(depth, []):
             steps.append(_attention(n, names, values))
     return tuple(steps)
+
+
+def _saves(
+    m: _Maker,
+    nodes: Sequence[Node],
+    names: Mapping[Ref, str],
+    values: Mapping[str, Value],
+    leaving: set[str],
+) -> tuple[str, ...]:
+    """Results of matrix products, each of one shard; what leaves the body is not saved twice."""
+    out = []
+    for n in nodes:
+        name = names[Ref(n.name)]
+        record = m.fold.records[n.name]
+        carried = any(m.fold.factor in m.factors.leaves(d) for d in record.outs[0])
+        if n.op in WEIGHTED and carried and values[name].requires_grad and name not in leaving:
+            out.append(name)
+    return tuple(out)
+
+
+class _Kept(torch.autograd.Function):
+    """A saved value in the place of the one made again; the gradient goes on to what made it."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return None, g
 
 
 def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> Attention:
@@ -253,7 +297,10 @@ def _runner(
     sliced = {names[r]: t for r, t in tables.items()}
 
     def run(
-        symbols: Mapping[sympy.Symbol, Any], step: torch.Tensor, given: dict[str, torch.Tensor]
+        symbols: Mapping[sympy.Symbol, Any],
+        step: torch.Tensor,
+        given: dict[str, torch.Tensor],
+        kept: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         sizes = m.sizes(symbols, symbols[ROWS])
         env = dict(given)
@@ -265,7 +312,8 @@ def _runner(
             record = m.fold.records[n.name]
             result = _one(m, n, record, sizes, step, lambda r: env[names[r]])
             for item, value in enumerate(result if isinstance(result, (list, tuple)) else [result]):
-                env[names[Ref(n.name, item)]] = value
+                name = names[Ref(n.name, item)]
+                env[name] = _Kept.apply(kept[name], value) if name in kept else value
         return env
 
     return run

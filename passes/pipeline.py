@@ -55,8 +55,11 @@ def rewrite(
     layout: str = "auto",
     outputs: str = "auto",
     hardware: Hardware = HARDWARE["cpu"],
+    save: bool = True,
 ) -> Rewritten:
-    """Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
+    """save: keep the results of a region's matrix products for its backward.
+
+    Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
     program = _pass("normalize", normalize, program)
     program = _pass("masks", recognise_masks, program)
@@ -79,7 +82,7 @@ def rewrite(
     for n in typed.program.nodes:
         if n.op == FOLD:
             body = make_body(
-                n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order, hardware
+                n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order, hardware, save
             )
             bodies.append(body)
             n = replace(n, kwargs={**n.kwargs, "body": body})

@@ -29,10 +29,20 @@ class EagerPieces:
     def forward(
         self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
     ) -> Values:
-        """What the piece writes."""
+        """What the piece writes and saves."""
         piece = self._piece(index)
         with torch.no_grad():
-            made = piece.run(symbols, step, {n: values[n] for n in piece.reads})
+            made = piece.run(symbols, step, {n: values[n] for n in piece.reads}, {})
+        return {n: made[n] for n in (*piece.writes, *piece.saves)}
+
+    def again(
+        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
+    ) -> Values:
+        """What the piece writes, made from what it reads and saved."""
+        piece = self._piece(index)
+        kept = {n: values[n] for n in piece.saves}
+        with torch.no_grad():
+            made = piece.run(symbols, step, {n: values[n] for n in piece.reads}, kept)
         return {n: made[n] for n in piece.writes}
 
     def backward(
@@ -47,8 +57,10 @@ class EagerPieces:
         piece = self._piece(index)
         wanted = [n for n in piece.reads if self.body.values[n].requires_grad]
         leaves = {n: values[n].detach().requires_grad_() for n in wanted}
+        kept = {n: values[n] for n in piece.saves}
         with torch.enable_grad():
-            made = piece.run(symbols, step, {n: leaves.get(n, values[n]) for n in piece.reads})
+            reads = {n: leaves.get(n, values[n]) for n in piece.reads}
+            made = piece.run(symbols, step, reads, kept)
         outs = [n for n in cotangents if made[n].requires_grad]
         if not outs or not wanted:
             return {}
@@ -87,7 +99,9 @@ class InductorPieces:
 
     def __init__(self, body: Body, hints: Mapping[Any, int], rows: int, device: torch.device):
         self.body, self.guards = body, []
+        self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
         self.forwards: dict[int, Any] = {}
+        self.agains: dict[int, Any] = {}
         self.backwards: dict[int, tuple[Any, list[str]]] = {}
         for index, step in enumerate(body.steps):
             if isinstance(step, Piece):
@@ -104,15 +118,23 @@ class InductorPieces:
 
         def forward(*given: Any) -> list[torch.Tensor]:
             symbols, step, tensors = self._split(given, piece.reads)
-            made = piece.run(symbols, step, tensors)
+            made = piece.run(symbols, step, tensors, {})
+            return [made[n] for n in (*piece.writes, *piece.saves)]
+
+        def again(*given: Any) -> list[torch.Tensor]:
+            symbols, step, tensors = self._split(given, (*piece.reads, *piece.saves))
+            kept = {n: tensors.pop(n) for n in piece.saves}
+            made = piece.run(symbols, step, tensors, kept)
             return [made[n] for n in piece.writes]
 
         def backward(*given: Any) -> list[torch.Tensor]:
-            symbols, step, tensors = self._split(given, (*piece.reads, *cotangents))
-            gs = [tensors.pop(n) for n in cotangents]
+            names_of = (*piece.reads, *piece.saves, *(f"cotangent of {n}" for n in cotangents))
+            symbols, step, tensors = self._split(given, names_of)
+            gs = [tensors.pop(f"cotangent of {n}") for n in cotangents]
+            kept = {n: tensors.pop(n) for n in piece.saves}
             leaves = {n: tensors[n].detach().requires_grad_() for n in wanted}
             with torch.enable_grad():
-                made = piece.run(symbols, step, {**tensors, **leaves})
+                made = piece.run(symbols, step, {**tensors, **leaves}, kept)
                 grads = torch.autograd.grad(
                     [made[n] for n in cotangents], list(leaves.values()), gs, allow_unused=True
                 )
@@ -120,8 +142,11 @@ class InductorPieces:
             return [g for g in grads if g is not None]
 
         self.forwards[index] = self._lower(forward, sizes, piece.reads, device, False)
+        if piece.saves and index < self.last:
+            reads = (*piece.reads, *piece.saves)
+            self.agains[index] = self._lower(again, sizes, reads, device, True)
         if cotangents and wanted:
-            reads = (*piece.reads, *cotangents)
+            reads = (*piece.reads, *piece.saves, *cotangents)
             self.backwards[index] = self._lower(backward, sizes, reads, device, True), names
 
     def _split(
@@ -167,11 +192,22 @@ class InductorPieces:
     def forward(
         self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
     ) -> Values:
-        """What the piece writes."""
+        """What the piece writes and saves."""
         piece = self.body.steps[index]
         assert isinstance(piece, Piece)
         given = self._given(symbols, step, [values[n] for n in piece.reads])
-        return dict(zip(piece.writes, self.forwards[index](given)))
+        return dict(zip((*piece.writes, *piece.saves), self.forwards[index](given)))
+
+    def again(
+        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
+    ) -> Values:
+        """What the piece writes, made from what it reads and saved."""
+        piece = self.body.steps[index]
+        assert isinstance(piece, Piece)
+        if index not in self.agains:
+            return self.forward(index, symbols, step, values)
+        given = self._given(symbols, step, [values[n] for n in (*piece.reads, *piece.saves)])
+        return dict(zip(piece.writes, self.agains[index](given)))
 
     def backward(
         self,
@@ -195,5 +231,7 @@ class InductorPieces:
             else:
                 shape = [evaluate(s, symbols) for s in v.shape]
                 gs.append(torch.zeros(shape, dtype=v.dtype, device=step.device))
-        given = self._given(symbols, step, [*(values[n] for n in piece.reads), *gs])
+        given = self._given(
+            symbols, step, [*(values[n] for n in (*piece.reads, *piece.saves)), *gs]
+        )
         return dict(zip(names, compiled(given)))

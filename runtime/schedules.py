@@ -54,7 +54,6 @@ def forward(call: Call) -> Steps:
             else:
                 out, lse = yield from exchange.forward(s, values)
                 values[s.out], values[s.lse] = out, lse
-                stacks[s.out][j], stacks[s.lse][j] = out, lse
         _collect(body, values, sums, stacks, j)
     return _results(body, sums, stacks)
 
@@ -66,7 +65,7 @@ def _empty_stacks(call: Call) -> Values:
     names = [
         (o.name, -torch.inf if o.kind == "lse" else 0.0) for o in call.body.outs if o.kind != "sum"
     ]
-    names += [(n, 0.0) for a in call.body.attentions for n in (a.out, a.lse)]
+    names += [(n, 0.0) for n in call.body.saves]
     for name, fill in names:
         shape = [call.axis.size, *call.shape(name, call.local_rows)]
         dtype = call.body.values[name].dtype
@@ -83,8 +82,10 @@ def _collect(body: Body, values: Values, sums: Values, stacks: Values, j: int) -
         x = values[o.name]
         if o.kind == "sum":
             add_up(sums, o.name, x)
-        elif o.name not in {n for a in body.attentions for n in (a.out, a.lse)}:
+        elif o.name not in body.saves:
             stacks[o.name][j] = x
+    for name in body.saves:
+        stacks[name][j] = values[name]
 
 
 def _results(body: Body, sums: Values, stacks: Values) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,7 +93,7 @@ def _results(body: Body, sums: Values, stacks: Values) -> tuple[list[Tensor], li
         sums[o.name].to(body.values[o.name].dtype) if o.kind == "sum" else stacks[o.name]
         for o in body.outs
     ]
-    return outs, [stacks[n] for a in body.attentions for n in (a.out, a.lse)]
+    return outs, [stacks[n] for n in body.saves]
 
 
 def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Steps:
@@ -103,7 +104,7 @@ def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | 
     body, axis = call.body, call.axis
     fixed = {**call.local_tokens(), **call.invariant_values()}
     symbols = call.symbols(call.local_rows)
-    stored = dict(zip([n for a in body.attentions for n in (a.out, a.lse)], saved))
+    stored = dict(zip(body.saves, saved))
     total: Values = {}
     source, sink, exchange = Weights(call), Gradients(call), Exchange(call)
     yield from exchange.start(fixed)

@@ -73,8 +73,7 @@ def stationary_forward(call: Call) -> Steps:
         else:
             handle = yield AllToAll(blocks)
             outs.append(handle.wait())
-    saved = [_by_rank(call, values[n], 2, 1) for a in body.attentions for n in (a.out, a.lse)]
-    return outs, saved
+    return outs, call.saved(values)
 
 
 def stationary_backward(
@@ -85,9 +84,7 @@ def stationary_backward(
     values = yield from _gather_tokens(call)
     values.update(call.invariant_values())
     values.update(call.unpack(call.flat()))
-    names = [n for a in body.attentions for n in (a.out, a.lse)]
-    for n, t in zip(names, saved):
-        values[n] = join(t, 2, 1)
+    values.update(call.restored(saved))
     given: Values = {}
     for o, g in zip(body.outs, cotangents):
         if g is None:

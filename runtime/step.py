@@ -25,6 +25,10 @@ class Pieces(Protocol):
         self, index: int, symbols: Mapping[Any, Any], step: Tensor, values: Values
     ) -> Values: ...
 
+    def again(
+        self, index: int, symbols: Mapping[Any, Any], step: Tensor, values: Values
+    ) -> Values: ...
+
     def backward(
         self,
         index: int,
@@ -94,6 +98,19 @@ class Call:
 
     def invariant_values(self) -> Values:
         return dict(zip(self.body.invariants, self.invariants))
+
+    def saved(self, values: Values) -> list[Tensor]:
+        """What the backward takes, of the rows of all ranks: as D blocks of the local shape."""
+        blocks = []
+        for n in self.body.saves:
+            shape = [self.axis.size, *self.shape(n, self.local_rows)]
+            blocks.append(values[n].reshape(shape))
+        return blocks
+
+    def restored(self, saved: Sequence[Tensor]) -> Values:
+        """The inverse of `saved`."""
+        rows = self.axis.size * self.local_rows
+        return {n: t.view(self.shape(n, rows)) for n, t in zip(self.body.saves, saved)}
 
     def shape(self, name: str, rows: int) -> list[int]:
         symbols = self.symbols(rows)
@@ -206,13 +223,13 @@ class Resident(Exchange):
 def step_backward(
     call: Call, symbols: dict[Any, Any], j: int, values: Values, given: Values, exchange: Exchange
 ) -> Steps:
-    """Gradients of all operands of one step; pieces before the last are recomputed."""
+    """Gradients of all operands of one step; pieces before the last run again."""
     body, step = call.body, call.step(j)
     last = max(i for i, s in enumerate(body.steps) if isinstance(s, Piece))
     for index, s in enumerate(body.steps):
         if isinstance(s, Piece) and index < last:
             kept = {a.out for a in body.attentions}
-            made = call.pieces.forward(index, symbols, step, values)
+            made = call.pieces.again(index, symbols, step, values)
             values.update({n: t for n, t in made.items() if n not in kept})
     grads: Values = {}
     for n, g in given.items():

@@ -117,6 +117,7 @@ def plan(
             chosen.layout,
             chosen.outputs,
             hardware(chosen.hardware, device_name(_device(example_inputs, mesh))),
+            chosen.save,
         )
         found.append(Plan(count, rewritten, dict(captured.program.hints)))
         raise _Stop

@@ -88,6 +88,7 @@ def tsp(
         chosen.layout,
         "full" if captured.whole_outputs else chosen.outputs,
         hardware(chosen.hardware, device_name(_device(example_inputs))),
+        chosen.save and torch.is_grad_enabled(),
     )
     _report(rewritten, chosen)
     if any(

@@ -19,8 +19,10 @@ from tspc.hardware import HARDWARE, Hardware
 Size = Any  # int or sympy.Expr
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
 
-# run(symbol -> value, step index as a 0-d tensor, read values by name) -> written values by name
-Run = Callable[[Mapping[sympy.Symbol, Any], torch.Tensor, dict[str, torch.Tensor]], dict[str, Any]]
+# run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
+# made inside) -> all values by name
+Named = dict[str, torch.Tensor]
+Run = Callable[[Mapping[sympy.Symbol, Any], torch.Tensor, Named, Named], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What runs between two exchanges."""
+    """What runs between two exchanges.
+
+    saves: values made inside that the backward takes from the forward; it makes the others again.
+    """
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     run: Run
+    saves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,17 @@ class Body:
     @property
     def attentions(self) -> tuple[Attention, ...]:
         return tuple(s for s in self.steps if isinstance(s, Attention))
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Piece))
+
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """What the forward leaves for the backward, one block per j: attention's output and
+        log-sum-exp, and what the pieces save."""
+        attended = [n for a in self.attentions for n in (a.out, a.lse)]
+        return (*attended, *(n for p in self.pieces for n in p.saves))
 
     @property
     def weight_elements(self) -> int:

@@ -72,6 +72,7 @@ def simulated_backend(
             chosen.layout,
             "full" if captured.whole_outputs else chosen.outputs,
             hardware(chosen.hardware, "cpu"),
+            chosen.save,
         )
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)

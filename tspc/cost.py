@@ -62,6 +62,7 @@ class Sizes:
     inner: Any
     flops: Any
     steps: int
+    saved: bool
 
 
 def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
@@ -89,6 +90,7 @@ def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
         evaluate(body.inner, values),
         flops,
         steps,
+        any(p.saves for p in body.pieces),
     )
 
 
@@ -104,9 +106,12 @@ def forward(s: Sizes, schedule: str, ranks: int) -> Cost:
 
 
 def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
-    """The forward again (recompute), and the gradients: tokens 2n in and n out, weights w out."""
+    """Tokens and cotangents come in and gradients go out (3n), or weights come and go (2w).
+
+    What the forward saved is not computed again.
+    """
     f = sympy.Rational(ranks - 1, ranks)
-    flops, met = 3 * s.flops / ranks, 2 * s.steps if s.keys != 0 else 0
+    flops, met = (2 if s.saved else 3) * s.flops / ranks, 2 * s.steps if s.keys != 0 else 0
     if schedule == STATIONARY:
         return Cost(f * (2 * s.tokens + s.sums), 0, 3, flops)
     if schedule == GATHER:

@@ -51,8 +51,7 @@ LIB.define(
     "Tensor lse, bool causal, "
     "float scale, SymInt rows, SymInt length, str order, str axis) -> (Tensor, Tensor, Tensor)"
 )
-# one region, D steps: `key` names its `Body`; results: body.outs, then each attention's out and
-# log-sum-exp
+# one region, D steps: `key` names its `Body`; results: body.outs, then body.saves
 LIB.define(
     "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, "
     "SymInt length, "
@@ -254,7 +253,7 @@ _register("attention", _attention_setup, _attention_grad)
 def _results(body: Body) -> list[tuple[str, bool]]:
     """(value, one block per j) of every result of a fold."""
     outs = [(o.name, o.kind != "sum") for o in body.outs]
-    return outs + [(n, True) for a in body.attentions for n in (a.out, a.lse)]
+    return outs + [(n, True) for n in body.saves]
 
 
 @_fake("fold")

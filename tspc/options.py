@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "check_inputs": ("auto", True, False),
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
+    "memory_budget": ("max-speed", "min"),
 }
 
 
@@ -32,6 +33,8 @@ class Options:
         whole.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
+        memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
+        share; "min" makes them again.
         hardware: the cost model's table for schedule "auto": a name of `tspc.hardware` or a dict of
         its fields; default the device's.
     strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
@@ -48,6 +51,12 @@ class Options:
     strict: bool = False
     compiler: str = "inductor"
     hardware: Any = None
+    memory_budget: str = "max-speed"
+
+    @property
+    def save(self) -> bool:
+        """A region's backward takes the results of its matrix products from the forward."""
+        return self.memory_budget == "max-speed"
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
