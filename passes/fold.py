@@ -81,7 +81,7 @@ def outline(
         for i, e in enumerate(fold.exits):
             types.append(e.type)
             moved[e.ref] = Ref(node_name, i)
-            bias = _added_once(analysis.program.node(e.ref.name)) if e.kind == SUM else None
+            bias = added_once(analysis.program.node(e.ref.name)) if e.kind == SUM else None
             if bias is not None:
                 added = Node(
                     f"{e.ref.name}_bias",
@@ -179,7 +179,7 @@ def _fold(
     )
 
 
-def _added_once(node: Node) -> Ref | None:
+def added_once(node: Node) -> Ref | None:
     """The operand that is added after the sum."""
     if node.op == aten.linear.default and len(node.args) > 2:
         return node.args[2]
@@ -190,7 +190,7 @@ def _added_once(node: Node) -> Ref | None:
 
 def _summand(node: Node) -> Node:
     """The node without what is added after the sum."""
-    if _added_once(node) is None:
+    if added_once(node) is None:
         return node
     if node.op == aten.linear.default:
         return replace(node, args=node.args[:2])
