@@ -10,8 +10,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from tspc.passes.factorize import Analysis, Record, factorize
 from tspc.passes.fold import added_once
-from tspc.passes.localize import Sizes, call, constant
+from tspc.passes.localize import call, constant
 from tspc.passes.normalize import normalize
+from tspc.passes.sizes import Sizes
 
 from tspc.capture import Captured, capture_model, convert
 from tspc.factor import Factor
