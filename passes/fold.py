@@ -120,7 +120,7 @@ def _fold(
     body = []
     for r in records.values():
         summed = any(role == "reduce" for role, *_ in r.roles.get(f, ()))
-        body.append(_summand(r.node) if summed else r.node)
+        body.append(summand(r.node) if summed else r.node)
     inside = set(records)
     kinds = {n.name: n.op for n in a.program.nodes}
     tokens: dict[Ref, None] = {}
@@ -188,7 +188,7 @@ def added_once(node: Node) -> Ref | None:
     return None
 
 
-def _summand(node: Node) -> Node:
+def summand(node: Node) -> Node:
     """The node without what is added after the sum."""
     if added_once(node) is None:
         return node

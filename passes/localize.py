@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from tspc.passes.factorize import Record
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -42,6 +43,7 @@ SHAPED = {  # op -> index of its shape argument
     aten.expand.default: 1,
     aten.broadcast_to.default: 1,
 }
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 UNFLATTEN = (aten.unflatten.int, aten.flatten.using_ints, aten.squeeze.default)
 SPLITS = (
     aten.split.Tensor,
@@ -80,9 +82,7 @@ def call(
     if cut_out or cut_in:
         if node.op in SHAPED:
             shape = [sizes.dim(d) for d in outs[0]]
-            if node.op == aten.view.default:
-                return args[0].reshape(shape)
-            return node.op(args[0], shape)
+            return args[0].reshape(shape) if node.op in VIEWS else node.op(args[0], shape)
         if node.op in UNFLATTEN:
             return args[0].reshape([sizes.dim(d) for d in outs[0]])
         if node.op in SPLITS:
@@ -104,7 +104,7 @@ def call(
                 return node.op(args[0], args[1], k, local, local + args[1].shape[k])
         if node.op in MEANS and _mean_cut(node, dims_in, sizes):
             return _mean(node, args, kwargs, dims_in, sizes)
-    if node.op == aten.view.default:  # the clone that made it viewable may be gone
+    if node.op in VIEWS:  # the clone that made it viewable may be gone
         return args[0].reshape(args[1])
     return node.op(*args, **kwargs)
 
@@ -288,9 +288,9 @@ class _Run:
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
             return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
-        if n.op == SDPA and self.typed.places[n.name, 0] == "S":
-            return self.attention(n)
         record = self.typed.records.get(n.name)
+        if n.op == SDPA and record is not None and self.exchanges(record):
+            return self.attention(n)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
         if base is None:
@@ -298,6 +298,12 @@ class _Run:
             ins: list[Any] = [self.dims(r) for r in n.refs()]
             return call(n, ins, dims, sizes, self.get)
         return call(n, base.ins, base.outs, sizes, self.get)
+
+    def exchanges(self, record: Record) -> bool:
+        """The op is cut along the sequence and meets it across ranks."""
+        roles = record.roles.get(self.typed.leaf, ())
+        here = self.typed.places[record.node.name, 0] == "S"
+        return here and any(role == "exchange" for role, *_ in roles)
 
     def attention(self, n: Node) -> Any:
         names = [a.name for a in n.op._schema.arguments]

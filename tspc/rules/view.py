@@ -199,9 +199,12 @@ def cat(op: Op) -> list:
     out = []
     for j in range(n):
         if j == k:
+            ranges = [(i, d[k]) for i, d in enumerate(ins) if trimmed(op, d[k])]
+            for i, d in ranges:
+                op.event("whole", d, i, "joined")
             out.append(
-                op.new(op.node.types[0].shape[k], "stacked")
-                if all(not d[k] for d in ins)
+                op.new(op.node.types[0].shape[k], "joined")
+                if ranges or all(not d[k] for d in ins)
                 else op.F.concat([d[k] or (op.F.new(1, op.node.name),) for d in ins], op.node.name)
             )
             continue
@@ -212,6 +215,11 @@ def cat(op: Op) -> list:
     return [out]
 
 
+def trimmed(op: Op, dim) -> bool:
+    """The dim is a range of another: what it is made part of is not made of segments."""
+    return any(f.part_of for f in op.F.expand(dim))
+
+
 @computed(aten.pad.default, aten.constant_pad_nd.default)
 def pad(op: Op) -> list:
     """A constant is laid at the ends of a dim; other pads, and those that cut, need it whole."""
@@ -220,8 +228,8 @@ def pad(op: Op) -> list:
         k, (lo, hi) = len(out) - 1 - j, p[2 * j : 2 * j + 2]
         if (lo, hi) == (0, 0):
             continue
-        constant = op.args.get("mode", "constant") == "constant"
-        if not constant or not all(const(m) and m >= 0 for m in (lo, hi)):
+        laid = op.args.get("mode", "constant") == "constant" and not trimmed(op, out[k])
+        if not laid or not all(const(m) and m >= 0 for m in (lo, hi)):
             op.event("whole", out[k], 0, "pad")
             out[k] = op.new(op.node.types[0].shape[k], "pad")
             continue
