@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from tspc.passes.factorize import Analysis, Record
-from tspc.passes.regions import Region, Regions, find_regions, is_view, sequence
+from tspc.passes.factorize import Analysis, Record, in_segment
+from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view, sequence
 
 from tspc.errors import OptionError, UnsupportedError
 from tspc.factor import Factor
@@ -54,17 +54,16 @@ def choose(
     a: Analysis, ranks: int, schedule: str | Mapping[str, str] = "auto", layout: str = "auto"
 ) -> Choice:
     """Schedule: one name for all regions, or a dict from region name or glob."""
-    regions, leaf = find_regions(a), sequence(a)
-    users = _users(a)
-    lookups = _lookups(a, regions, leaf)
-    chosen: list[Region] = []
+    leaf, users = sequence(a), _users(a)
     refused: list[tuple[Region, str]] = []
-    for g in regions.chosen:
-        why = _why_not(a, g, leaf, users, lookups, regions)
-        if why:
-            refused.append((g, why))
-        else:
-            chosen.append(g)
+    while True:  # a refused region makes way for others, and may take some with it
+        regions = find_regions(a, {g.key for g, _ in refused})
+        lookups = _lookups(a, regions, leaf)
+        found = [(g, _why_not(a, g, leaf, users, lookups, regions)) for g in regions.chosen]
+        refused += [(g, why) for g, why in found if why]
+        if not any(why for _, why in found):
+            break
+    chosen = regions.chosen
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)
     schedules = _schedules(names, schedule)
@@ -126,16 +125,40 @@ def _why_not(
                 "dropout to 0"
             )
         for k, dims in enumerate(r.outs):
-            carried = a.F.leaves(())
-            for d in dims:
-                carried = [*carried, *a.F.leaves(tuple(d))]
             view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, users, a)
-            if leaf not in carried and not view and r.node.types[k] is not None:
+            if leaf not in r.carried_out[k] and not view and r.node.types[k] is not None:
                 return f"{r.node.name} has no sequence"
+            if in_segment(a.F, dims, leaf):
+                return f"the sequence is part of a dim of {r.node.name}"
+        why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, same)
+        if why:
+            return why
         if r.node.op == SDPA:
             mask = r.refs[3] if len(r.refs) > 3 else None
             if mask is not None and (mask.name not in a.replicated or g.factor in r.carried_in[3]):
                 return f"the mask of {r.node.name} is computed from weights or differs by head"
+    return ""
+
+
+def _needs_sequence(r: Record, g: Region, leaf: Factor) -> str:
+    """What the op needs of other ranks' tokens, which only attention may."""
+    roles = {role for role, *_ in r.roles.get(leaf, ())}
+    if r.node.op == SDPA:
+        if roles - {"at"} != {"exchange"} or len(r.node.type.shape) != 4:
+            return f"{r.node.name} does not attend along the sequence"
+        if g.factor not in r.carried_in[0]:
+            return f"{r.node.name} would compute the same weights for every piece of its values"
+        return ""
+    return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
+
+
+def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], same: set[int]) -> str:
+    """Where a value of the region that still carries the factor is used outside of it."""
+    if any(role in ENDS for role, *_ in r.roles.get(g.factor, ())):
+        return ""
+    for user in users.get(r.node.name, []):
+        if user.node.op != OUTPUT and user.index not in same:
+            return f"{r.node.name} is also used by {user.node.name}"
     return ""
 
 

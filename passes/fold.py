@@ -81,7 +81,7 @@ def outline(
         for i, e in enumerate(fold.exits):
             types.append(e.type)
             moved[e.ref] = Ref(node_name, i)
-            bias = _added_once(analysis.program.node(e.ref.name)) if e.kind == SUM else None
+            bias = added_once(analysis.program.node(e.ref.name)) if e.kind == SUM else None
             if bias is not None:
                 added = Node(
                     f"{e.ref.name}_bias",
@@ -120,7 +120,7 @@ def _fold(
     body = []
     for r in records.values():
         summed = any(role == "reduce" for role, *_ in r.roles.get(f, ()))
-        body.append(_summand(r.node) if summed else r.node)
+        body.append(summand(r.node) if summed else r.node)
     inside = set(records)
     kinds = {n.name: n.op for n in a.program.nodes}
     tokens: dict[Ref, None] = {}
@@ -179,7 +179,7 @@ def _fold(
     )
 
 
-def _added_once(node: Node) -> Ref | None:
+def added_once(node: Node) -> Ref | None:
     """The operand that is added after the sum."""
     if node.op == aten.linear.default and len(node.args) > 2:
         return node.args[2]
@@ -188,9 +188,9 @@ def _added_once(node: Node) -> Ref | None:
     return None
 
 
-def _summand(node: Node) -> Node:
+def summand(node: Node) -> Node:
     """The node without what is added after the sum."""
-    if _added_once(node) is None:
+    if added_once(node) is None:
         return node
     if node.op == aten.linear.default:
         return replace(node, args=node.args[:2])

@@ -9,14 +9,13 @@ is the global one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
+from tspc.passes.factorize import Record
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -27,8 +26,9 @@ from tspc.passes.propagate import (
     WHOLE,
     Typed,
 )
+from tspc.passes.sizes import Sizes
 
-from tspc.factor import Factor, Factors
+from tspc.factor import Factor
 from tspc.ops import local_rows
 from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 
@@ -43,71 +43,19 @@ SHAPED = {  # op -> index of its shape argument
     aten.expand.default: 1,
     aten.broadcast_to.default: 1,
 }
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 UNFLATTEN = (aten.unflatten.int, aten.flatten.using_ints, aten.squeeze.default)
 SPLITS = (
     aten.split.Tensor,
     aten.split_with_sizes.default,
+    aten.split.sizes,
     aten.chunk.default,
+    aten.tensor_split.sections,
 )
 MEANS = {
     aten.mean.dim: aten.sum.dim_IntList,
     aten.mean.default: aten.sum.default,
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Local sizes: symbols -> values (ints or SymInts), cut factors -> local size."""
-
-    factors: Factors
-    symbols: Mapping[sympy.Symbol, Any]
-    cut: Mapping[Factor, Any]
-
-    def value(self, size: Any) -> Any:
-        """A global size."""
-        if not isinstance(size, sympy.Expr):
-            return size
-        if not size.free_symbols:
-            return int(size) if size.is_integer else float(size)
-        return sympy_interp(PythonReferenceAnalysis, dict(self.symbols), size)
-
-    def leaf(self, f: Factor) -> Any:
-        """Of one resolved factor."""
-        if f in self.cut:
-            return self.cut[f]
-        if f.cat:
-            return sum(self.dim(d) for d in self.factors.flat(f.cat))
-        return self.value(f.size)
-
-    def dim(self, dim: Sequence[Factor]) -> Any:
-        """The local size of a dim."""
-        return math.prod(self.leaf(f) for f in self.factors.expand(tuple(dim)))
-
-    def is_cut(self, dim: Sequence[Factor]) -> bool:
-        return any(f in self.cut for f in self.factors.leaves(tuple(dim)))
-
-    def around(self, dim: Sequence[Factor], f: Factor) -> tuple[Any, Any]:
-        """(lead, trail): local sizes of what is major and minor of `f` in a dim that is a plain
-        product."""
-        leaves = self.factors.expand(tuple(dim))
-        at = leaves.index(f)
-        return self.dim(leaves[:at]), self.dim(leaves[at + 1 :])
-
-    def before(self, dim: Sequence[Factor], start: int) -> Any:
-        """Local elements of a dim before global element `start`, which lies on a segment
-        bound."""
-        leaves = self.factors.expand(tuple(dim))
-        if not start or not leaves or not leaves[0].cat:
-            return start
-        rest = tuple(leaves[1:])
-        minor, at, local = self.factors.size(rest), 0, 0
-        for segment in self.factors.flat(leaves[0].cat):
-            if at == start:
-                break
-            at += self.value(self.factors.size(segment) * minor)
-            local += self.dim((*segment, *rest))
-        assert at == start, f"a slice from {start} falls inside of a segment"
-        return local
 
 
 def call(
@@ -134,9 +82,7 @@ def call(
     if cut_out or cut_in:
         if node.op in SHAPED:
             shape = [sizes.dim(d) for d in outs[0]]
-            if node.op == aten.view.default:
-                return args[0].reshape(shape)
-            return node.op(args[0], shape)
+            return args[0].reshape(shape) if node.op in VIEWS else node.op(args[0], shape)
         if node.op in UNFLATTEN:
             return args[0].reshape([sizes.dim(d) for d in outs[0]])
         if node.op in SPLITS:
@@ -146,15 +92,28 @@ def call(
         if node.op == aten.slice.Tensor:
             k = (args[1] if len(args) > 1 else 0) % len(dims_in)
             if sizes.is_cut(dims_in[k]):
-                start = args[2] if len(args) > 2 and args[2] is not None else 0
-                if isinstance(start, int) and start < 0:
-                    start += sizes.value(sizes.factors.size(tuple(dims_in[k])))
+                if len(args) > 4 and args[4] != 1:
+                    return node.op(args[0], k, args[2], None, args[4])
+                start = _start(args[2] if len(args) > 2 else None, dims_in[k], sizes)
                 return args[0].narrow(k, sizes.before(dims_in[k], start), sizes.dim(outs[0][k]))
+        if node.op == aten.slice_scatter.default:
+            k = (args[2] if len(args) > 2 else 0) % len(outs[0])
+            if sizes.is_cut(outs[0][k]):
+                start = _start(args[3] if len(args) > 3 else None, outs[0][k], sizes)
+                local = sizes.before(outs[0][k], start)
+                return node.op(args[0], args[1], k, local, local + args[1].shape[k])
         if node.op in MEANS and _mean_cut(node, dims_in, sizes):
             return _mean(node, args, kwargs, dims_in, sizes)
-    if node.op == aten.view.default:  # the clone that made it viewable may be gone
+    if node.op in VIEWS:  # the clone that made it viewable may be gone
         return args[0].reshape(args[1])
     return node.op(*args, **kwargs)
+
+
+def _start(start: Any, dim: Sequence[Factor], sizes: Sizes) -> Any:
+    """Where a slice of a dim starts, counted from the front."""
+    if isinstance(start, int) and start < 0:
+        return start + sizes.value(sizes.factors.size(tuple(dim)))
+    return start or 0
 
 
 def _reduced(node: Node, rank: int) -> list[int]:
@@ -329,9 +288,9 @@ class _Run:
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
             return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
-        if n.op == SDPA and self.typed.places[n.name, 0] == "S":
-            return self.attention(n)
         record = self.typed.records.get(n.name)
+        if n.op == SDPA and record is not None and self.exchanges(record):
+            return self.attention(n)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
         if base is None:
@@ -339,6 +298,12 @@ class _Run:
             ins: list[Any] = [self.dims(r) for r in n.refs()]
             return call(n, ins, dims, sizes, self.get)
         return call(n, base.ins, base.outs, sizes, self.get)
+
+    def exchanges(self, record: Record) -> bool:
+        """The op is cut along the sequence and meets it across ranks."""
+        roles = record.roles.get(self.typed.leaf, ())
+        here = self.typed.places[record.node.name, 0] == "S"
+        return here and any(role == "exchange" for role, *_ in roles)
 
     def attention(self, n: Node) -> Any:
         names = [a.name for a in n.op._schema.arguments]

@@ -13,10 +13,17 @@ import sympy
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.program import CONSTANT, Node, Program, Ref, Type
+from tspc.program import CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
+SDPA = aten.scaled_dot_product_attention.default
+FILLED = (
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
 BIG = 2**40
 
 
@@ -49,6 +56,12 @@ def normalize(program: Program) -> Program:
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
+        if n.op in (aten.addmm.default, aten.baddbmm.default):
+            n = _scaled(b, n)
+        if n.op == SDPA and len(n.type.shape) == 3:
+            n = _with_a_head(b, n)
+        if n.op in FILLED:
+            n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
             n = _constant_index(b, n)
         same = _identity(b, n)
@@ -85,6 +98,51 @@ def _one_part(b: _Builder, n: Node) -> Ref | None:
     """A concatenation of which all but one operand are empty (a cache at its first call)."""
     parts = [r for r in n.args[0] if 0 not in b.type(r).shape]
     return parts[0] if len(parts) == 1 and b.type(parts[0]).dtype == n.type.dtype else None
+
+
+def _scaled(b: _Builder, n: Node) -> Node:
+    """beta * bias + alpha * (x @ y), spelled out where a factor is not 1."""
+    beta, alpha = n.kwargs.get("beta", 1), n.kwargs.get("alpha", 1)
+    if (beta, alpha) == (1, 1):
+        return n
+    bias, *factors = n.args
+    product = aten.mm.default if n.op == aten.addmm.default else aten.bmm.default
+    terms = []
+    for name, op, args, scale in (
+        ("product", product, tuple(factors), alpha),
+        ("bias", aten.mul.Scalar, (bias, beta), 1),
+    ):
+        t = n.type if name == "product" else b.type(bias)
+        made = b.add(Node(f"{n.name}.{name}", op, args, {}, (t,), n.source))
+        if scale != 1:
+            times = Node(f"{n.name}.scaled", aten.mul.Scalar, (made, scale), {}, (t,), n.source)
+            made = b.add(times)
+        terms.append(made)
+    return replace(n, op=aten.add.Tensor, args=tuple(terms), kwargs={})
+
+
+def _with_a_head(b: _Builder, n: Node) -> Node:
+    """Attention without a dim of heads: with one head."""
+    args = list(n.args)
+    for k in range(min(len(args), 4)):
+        if args[k] is not None and len(b.type(args[k]).shape) == 3:
+            args[k] = b.add(_unsqueezed(f"{n.name}.{k}", args[k], b.type(args[k]), n))
+    t = replace(n.type, shape=(n.type.shape[0], 1, *n.type.shape[1:]))
+    made = b.add(Node(f"{n.name}.head", n.op, tuple(args), n.kwargs, (t,), n.source))
+    return replace(n, op=aten.squeeze.dim, args=(made, 1), kwargs={})
+
+
+def _unsqueezed(name: str, x: Ref, t: Type, n: Node) -> Node:
+    shape = (t.shape[0], 1, *t.shape[1:])
+    return Node(name, aten.unsqueeze.default, (x, 1), {}, (replace(t, shape=shape),), n.source)
+
+
+def _on_a_placeholder(b: _Builder, n: Node) -> Node:
+    """A filled tensor takes only dtype and device of its operand: of a placeholder, then."""
+    placeholders = [m for m in b.nodes if m.op in PLACEHOLDERS]
+    kept = [m for m in placeholders if m.op != PARAM] or placeholders
+    args = (Ref(kept[0].name), *n.args[1:])
+    return replace(n, args=args, kwargs={**n.kwargs, "dtype": n.type.dtype})
 
 
 def _constant_index(b: _Builder, n: Node) -> Node:

@@ -17,8 +17,9 @@ from typing import Any
 import sympy
 import torch
 from tspc.passes.fold import Fold
-from tspc.passes.localize import Sizes, call
+from tspc.passes.localize import call
 from tspc.passes.propagate import Typed
+from tspc.passes.sizes import Sizes
 
 from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
 from tspc.factor import Factor, Factors

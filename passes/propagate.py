@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from tspc.passes.cut import Cutter
-from tspc.passes.factorize import Analysis, Record
-from tspc.passes.fold import Fold
+from tspc.passes.factorize import Analysis, Record, in_segment
+from tspc.passes.fold import Fold, added_once, summand
 
 from tspc.factor import Factor, Factors
 from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
@@ -29,9 +29,11 @@ GATHER_WEIGHT, EMBED, ATTENTION = "gather_weight", "embed", "attention"
 CONVERSIONS = (LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR, GATHER_WEIGHT, EMBED, ATTENTION)
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 MEANS = (aten.mean.dim, aten.mean.default)
+SDPA = aten.scaled_dot_product_attention.default
 CONTRACTIONS = (
     aten.linear.default,
     aten.addmm.default,
+    aten.baddbmm.default,
     aten.mm.default,
     aten.bmm.default,
     aten.matmul.default,
@@ -118,6 +120,8 @@ class _State:
         """The value cut along the sequence."""
         if self.place(ref) == "S":
             return ref
+        if ref.name in self.cut_weights:
+            ref = self.replicated(ref, source)
         return self.convert(ref, LOCAL, "S", source, dims)
 
     def replicated(self, ref: Ref, source: str) -> Ref:
@@ -229,9 +233,13 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if not touched or not (active or weighted):
         _replicate(s, n, outs)
         return
-    if n.name in s.lookups:
+    if s.leaf is not None and any(
+        in_segment(s.analysis.F, d, s.leaf) for d in (*operands.values(), *outs)
+    ):
+        _fall_back(s, n, outs, "the sequence is part of a dim")
+    elif n.name in s.lookups:
         _lookup(s, n, outs)
-    elif n.op == aten.scaled_dot_product_attention.default and kinds <= {"exchange", "at"}:
+    elif n.op == SDPA and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
         _attention(s, n, outs, operands)
     elif not kinds:
         renamed = {
@@ -244,15 +252,18 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
         _reduce(s, n, outs, operands, cut)
     else:
-        why = ", ".join(sorted(kinds))
-        s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
-        _replicate(s, n, outs)
+        _fall_back(s, n, outs, ", ".join(sorted(kinds)))
 
 
 def _is_param(s: _State, ref: Ref) -> bool:
     return any(
         m.name == ref.name and m.op == PARAM for m in s.nodes[: len(s.analysis.program.nodes)]
     )
+
+
+def _fall_back(s: _State, n: Node, outs: Sequence[Dims], why: str) -> None:
+    s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
+    _replicate(s, n, outs)
 
 
 def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
@@ -305,16 +316,20 @@ def _reduce(
     s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any], cut: list[Ref]
 ) -> None:
     """A sum over the sequence: pads cleared on one operand, then the partial sums are all-
-    reduced."""
+    reduced; what is added once is added after that."""
     renamed: dict[Ref, Ref] = {}
-    for r in operands:
+    bias, plain = added_once(n), summand(n)
+    for r in plain.refs():
         if r in cut:
             renamed[r] = s.sequence(r, n.source, operands[r])
         else:
             renamed[r] = s.varying(s.replicated(r, n.source), n.source)
     first = renamed[cut[0]]
     renamed[cut[0]] = s.convert(first, CLEAR, "S", n.source)
-    partial = replace(n, name=f"{n.name}.partial", args=n.args).map_refs(lambda r: renamed[r])
+    partial = replace(plain, name=f"{n.name}.partial").map_refs(lambda r: renamed[r])
     s.emit(partial, outs, "P")
-    whole = Node(n.name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source)
-    s.emit(whole, outs, "R")
+    name = n.name if bias is None else f"{n.name}.sum"
+    s.emit(Node(name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source), outs, "R")
+    if bias is not None:
+        args = (Ref(name), s.replicated(bias, n.source))
+        s.emit(Node(n.name, aten.add.Tensor, args, types=n.types, source=n.source), outs, "R")

@@ -73,8 +73,13 @@ def _and_causal(mask: Tensor, at: Tensor) -> Tensor:
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
 
 
+def _is_fused(q: Tensor, v: Tensor) -> bool:
+    """The fused kernel of the CPU takes one head size."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
 def _kernel(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if _is_fused(q, v):
         return aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
         )
@@ -88,7 +93,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[T
 def _kernel_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: _Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if _is_fused(q, v):
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
         )

@@ -52,7 +52,7 @@ def clear(
     """Zero in the pads."""
     valid = layout.valid(rank, rows, length).to(x.device)
     parts = _split(x, dim, lead, layout.chunks * rows)
-    return torch.where(valid[None, :, None], parts, 0).reshape(x.shape)
+    return torch.where(valid[None, :, None], parts, 0).reshape(x.shape).contiguous()
 
 
 def join(blocks: torch.Tensor, dim: int, lead: int) -> torch.Tensor:

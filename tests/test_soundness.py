@@ -1,127 +1,21 @@
-"""Rules by brute force: every op of captured models, every factor that its rule leaves cuttable,
-run on pieces and rejoined.
+"""Rules by brute force on captured models, and factor classes that do not depend on sizes.
 
 The same programs captured with all sizes equal must have the same factor classes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from tspc.passes.factorize import Analysis, Record, factorize
-from tspc.passes.localize import Sizes, call, constant
-from tspc.passes.normalize import normalize
+from tspc.passes.factorize import Analysis
 from tspc.passes.regions import find_regions, sequence
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
-from tspc.capture import Captured, capture_model
+from tests.brute import analysed, check, values
 from tspc.factor import Factor
-from tspc.placement import indices
-from tspc.program import CONSTANT, OUTPUT, PLACEHOLDERS, Program, Ref
 
 aten = torch.ops.aten
-# run whole on pieces of their positions, or with another count: the compiler has its own way for
-# these
-SPECIAL = (aten.mean.dim, aten.mean.default, aten.scaled_dot_product_attention.default)
-
-
-def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, dict[str, Any]]:
-    """The analysis of a static capture and the value of every placeholder."""
-    found: list[tuple[Captured, list[Any]]] = []
-
-    def use(captured: Captured, gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        found.append((captured, list(inputs)))
-        return gm.forward
-
-    capture_model(model, (), kwargs, use)
-    captured, inputs = found[0]
-    program = normalize(captured.program)
-    given = {n: inputs[i].detach() for n, i in captured.positions.items()}
-    return factorize(program), given
-
-
-def values(program: Program, given: dict[str, Any], a: Analysis) -> dict[tuple[str, int], Any]:
-    """Every node's value on one device."""
-    env: dict[tuple[str, int], Any] = {}
-    plain = Sizes(a.F, {}, {})
-    for n in program.nodes:
-        if n.op in PLACEHOLDERS:
-            env[n.name, 0] = given[n.name]
-        elif n.op == CONSTANT:
-            env[n.name, 0] = constant(n, torch.device("cpu"))
-        elif n.op != OUTPUT:
-            out = call(n, [[]], [[]], plain, lambda r: env[r.name, r.item or 0])
-            for i, v in enumerate(out if isinstance(out, (list, tuple)) else [out]):
-                env[n.name, i] = v
-    return env
-
-
-def take(a: Analysis, x: torch.Tensor, dims: Any, f: Factor, piece: list[int]) -> torch.Tensor:
-    for k, d in enumerate(dims):
-        if f in a.F.leaves(tuple(d)):
-            x = x.index_select(k, torch.tensor(indices(a.F, tuple(d), f, piece)))
-    return x
-
-
-def cuttable(r: Record) -> list[tuple[Factor, str]]:
-    """(factor, "keep" | "reduce"): what the rule says may be cut."""
-    out = []
-    for f in set().union(*r.carried_in, *r.carried_out):
-        kinds = {role for role, *_ in r.roles.get(f, ())}
-        if not isinstance(f.size, int) or f.size < 2:
-            continue
-        if not kinds and any(f in c for c in r.carried_out):
-            out.append((f, "keep"))
-        elif kinds == {"reduce"}:
-            out.append((f, "reduce"))
-    return out
-
-
-def run(
-    a: Analysis,
-    r: Record,
-    env: dict[tuple[str, int], Any],
-    f: Factor,
-    piece: list[int],
-    first: bool,
-) -> list[Any]:
-    """The op on one piece of a factor; what is added after a sum only in the first."""
-    sizes = Sizes(a.F, {}, {f: len(piece)})
-    dims = {x: d for x, d in zip(r.refs, r.ins) if x is not None}
-    linear = r.node.op == aten.linear.default and len(r.node.args) > 2
-    once = r.node.args[2] if linear and f not in r.carried_out[0] else None
-
-    def get(x: Ref) -> Any:
-        v = take(a, env[x.name, x.item or 0], dims[x], f, piece)
-        return torch.zeros_like(v) if x == once and not first else v
-
-    out = call(r.node, r.ins, r.outs, sizes, get)
-    return list(out) if isinstance(out, (list, tuple)) else [out]
-
-
-def check(a: Analysis, env: dict[tuple[str, int], Any]) -> int:
-    """Compares every piece; returns how many cuts were tried."""
-    done = 0
-    for r in a.records:
-        if r.node.op in (OUTPUT, *SPECIAL, torch.ops.tspc.pick.default):
-            continue
-        for f, how in cuttable(r):
-            n = int(f.size)
-            pieces = [list(range(n // 3 + 1)), list(range(n // 3 + 1, n))]
-            parts = [run(a, r, env, f, p, first) for p, first in zip(pieces, (True, False))]
-            for i, dims in enumerate(r.outs):
-                whole = env[r.node.name, i]
-                where = f"{r.node.name} {r.node.op} cut along {f}"
-                if how == "reduce":
-                    torch.testing.assert_close(parts[0][i] + parts[1][i], whole, msg=where)
-                    continue
-                for piece, p in zip(pieces, parts):
-                    torch.testing.assert_close(p[i], take(a, whole, dims, f, piece), msg=where)
-            done += 1
-    return done
 
 
 def library(name: str, h: int, ffn: int, heads: int, kv: int, d: int, v: int) -> torch.nn.Module:
@@ -153,7 +47,7 @@ def test_pieces_rejoin(name: str) -> None:
     ids = "tokens" if name.endswith("like") else "input_ids"
     a, given = analysed(model, {ids: tokens, "labels": tokens})
     assert not a.fallbacks
-    assert check(a, values(a.program, given, a)) > 60
+    assert sum(check(a, values(a.program, given, a)).values()) > 60
 
 
 def signature(a: Analysis) -> list[tuple]:

@@ -12,6 +12,7 @@ must say how:
   op
   lse     reduced by a log-sum-exp merge                   once=i  operand i is added after the
   sum, so only once
+A letter only on the right that a piece cannot make has the role whole.
 A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its
 offset
 """
@@ -129,8 +130,16 @@ class Op:
         if dim:
             self.events.append(Event(self.node.name, operand, tuple(dim), role, why))
 
-    def fresh(self, item=0):
-        return [self.F.dim(n, self.node.name) for n in self.node.types[item].shape]
+    def new(self, size, why):
+        """A dim that the op makes as a whole."""
+        dim = self.F.dim(size, self.node.name)
+        self.event("whole", dim, None, why)
+        return dim
+
+    def fresh(self, why, item=0):
+        """The dims of a result that is made as a whole."""
+        t = self.node.types[item]
+        return [self.new(n, why) for n in t.shape] if t else []
 
     def join(self, a, b, i=None, j=None):
         """Unify operand i's dim with b (met in operand j); the dim to go on with.
@@ -240,6 +249,8 @@ def apply(r, op):
             for l in tok:
                 if l not in env:
                     env[l] = F.dim(n, op.node.name) if len(tok) == 1 else ()
+                    if l in roles:
+                        op.event(roles[l], env[l])
                 twice = {f for f in F.leaves(env[l]) if f in seen}
                 if twice:  # S x S: the later one is exchanged
                     for i, it in seen_as.items():
@@ -273,9 +284,9 @@ def pointwise(op):
     return apply(Rule(tuple(ins), (tuple((l,) for l in letters),)), op)
 
 
-def fallback(op):
-    """An op without a rule: every dim whole, outputs new."""
+def fallback(op, why="no rule"):
+    """An op that runs as a whole: every dim whole, outputs new."""
     for i, dims in enumerate(op.ins):
         for d in dims or ():
-            op.event("whole", d, i, "no rule")
-    return [[op.F.dim(n, op.node.name) for n in t.shape] if t else [] for t in op.node.types]
+            op.event("whole", d, i, why)
+    return [op.fresh(why, item) for item in range(len(op.node.types))]

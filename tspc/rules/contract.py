@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-from tspc.rule import Op, Rule, apply, computed, rule
+from tspc.rule import Op, Rule, apply, computed, fallback, rule
 
 aten = torch.ops.aten
 
 rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
-rule(aten.addmm.default, "n, m k, k n -> m n", reduce="k", once=0)
 rule(aten.mm.default, "m k, k n -> m n", reduce="k")
 rule(aten.bmm.default, "b m k, b k n -> b m n", reduce="k")
 rule(aten.baddbmm.default, "b m n, b m k, b k n -> b m n", reduce="k", once=0)
 rule(aten.embedding.default, "v d, ... -> ... d", select="v")
-rule(aten.conv2d.default, "b c y x, o c k l, o -> b o p q", reduce="c", whole="y x k l", once=2)
+
+
+@computed(aten.addmm.default)
+def addmm(op: Op) -> list:
+    bias = "m n" if len(op.ins[0]) > 1 else "n"
+    return apply(Rule.parse(f"{bias}, m k, k n -> m n", reduce="k", once=0), op)
+
+
+@computed(aten.conv2d.default)
+def conv2d(op: Op) -> list:
+    """The channels are summed where nothing is added after the sum."""
+    window = "y x k l p q"
+    if op.args["groups"] != 1:
+        return apply(Rule.parse("b c y x, o i k l, o -> b o p q", whole=f"c i o {window}"), op)
+    roles = {"whole": window, "reduce": "c"}
+    if op.ins[2] is not None:
+        roles = {"whole": f"{window} c"}
+    return apply(Rule.parse("b c y x, o c k l, o -> b o p q", **roles), op)
 
 
 @computed(aten.scaled_dot_product_attention.default)
 def attention(op: Op) -> list:
     h = "(k g)" if op.args["enable_gqa"] else "k"
-    mask = "... q t" if op.ins[3] and len(op.ins[3]) < 4 else f"b {h} q t"
+    n = len(op.ins[0])
+    lead = [f"b{i}" for i in range(n - 3)]
+    kv, query = ([*lead, k] if n > 2 else [] for k in ("k", h))
+    mask = [*query, "q", "t"][-len(op.ins[3] or op.ins[0]) :]
+    kv, query, mask = map(" ".join, (kv, query, mask))
     return apply(
         Rule.parse(
-            f"b {h} q d, b k t d, b k t e, {mask} -> b {h} q e",
+            f"{query} q d, {kv} t d, {kv} t e, {mask} -> {query} q e",
             exchange="t",
             whole="d",
             at="q" if op.args["is_causal"] else "",
@@ -53,15 +75,13 @@ def matmul(op: Op) -> list:
 
 @computed(aten.einsum.default)
 def einsum(op: Op) -> list:
-    left, right = op.args["equation"].replace(" ", "").split("->")
-
-    def sp(t):
-        return " ".join(t)
-
-    return apply(
-        Rule.parse(
-            ", ".join(map(sp, left.split(","))) + " -> " + sp(right),
-            reduce=sp(sorted(set(left) - set(right) - {","})),
-        ),
-        op,
-    )
+    left, arrow, right = op.args["equation"].replace(" ", "").partition("->")
+    tensors = [re.findall(r"\.\.\.|\w", t) for t in left.split(",")]
+    letters = [l for t in tensors for l in t if l != "..."]
+    out = re.findall(r"\.\.\.|\w", right)
+    if not arrow:
+        out = ["..."] * ("..." in left) + sorted(l for l in letters if letters.count(l) == 1)
+    if any(len(set(t)) < len(t) for t in tensors) or ("..." in left and "..." not in out):
+        return fallback(op, "einsum of a diagonal or a sum over leading dims")
+    text = ", ".join(map(" ".join, tensors)) + " -> " + " ".join(out)
+    return apply(Rule.parse(text, reduce=" ".join(sorted(set(letters) - set(out)))), op)

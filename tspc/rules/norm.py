@@ -26,7 +26,7 @@ def norm(op: Op) -> list:
 def along(op, role, keep):
     """Ops along args['dim']: the dim gets the role and stays, or goes."""
     n = len(op.ins[0])
-    dims = op.args.get("dim")
+    dims = op.args.get("dim", op.args.get("dims"))
     dims = (
         range(n)
         if dims in (None, ())
@@ -40,9 +40,9 @@ def along(op, role, keep):
     ]
     if keep:
         out = ls
+    outs = ", ".join([" ".join(out)] * len(op.node.types))
     return apply(
-        Rule.parse(f"{' '.join(ls)} -> {' '.join(out)}", **{role: " ".join(ls[d] for d in dims)}),
-        op,
+        Rule.parse(f"{' '.join(ls)} -> {outs}", **{role: " ".join(ls[d] for d in dims)}), op
     )
 
 
@@ -57,6 +57,7 @@ def reduction(op: Op) -> list:
     aten.log_softmax.int,
     aten.cumsum.default,
     aten.flip.default,
+    aten.roll.default,
 )
 def whole_dim(op: Op) -> list:
     return along(op, "whole", True)

@@ -30,23 +30,7 @@ computed(
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
-    aten.rand_like.default,
+    aten.empty_like.default,
 )
 def same(op: Op) -> list:
     return [list(op.ins[0])]
-
-
-@computed(
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.new_ones.default,
-    aten.new_zeros.default,
-    aten.scalar_tensor.default,
-    aten.rand.default,
-)
-def make(op: Op) -> list:
-    return [op.fresh()]

@@ -13,7 +13,7 @@ aten = torch.ops.aten
 rule(aten.numpy_T.default, "a b -> b a")
 rule(aten.t.default, "a b -> b a")
 rule(aten.view_as_complex.default, "... c -> ...", whole="c")
-rule(aten.view_as_real.default, "... -> ... c")
+rule(aten.view_as_real.default, "... -> ... c", whole="c")
 
 
 @computed(
@@ -34,7 +34,7 @@ def view(op: Op) -> list:
         for d in op.ins[0]:
             op.event("whole", d, 0, "view does not divide")
         op.F.mismatch.append((op.node.name, " ".join(map(op.F.show, op.ins[0])), str(shape)))
-        return [op.fresh()]
+        return [op.fresh("view does not divide")]
     return [out]
 
 
@@ -62,19 +62,17 @@ def expand(op: Op) -> list:
 @computed(aten.repeat.default)
 def repeat(op: Op) -> list:
     n = len(op.args["repeats"]) - len(op.ins[0])
-    return [
-        [
-            op.F.dim(k, op.node.name) + d
-            for k, d in zip(op.args["repeats"], [()] * n + list(op.ins[0]))
-        ]
-    ]
+    old = [()] * n + list(op.ins[0])
+    return [[op.new(k, "copies") + d for k, d in zip(op.args["repeats"], old)]]
 
 
 @computed(aten.repeat_interleave.self_int)
 def repeat_interleave(op: Op) -> list:
+    if op.args["dim"] is None:
+        return fallback(op, "repeats a flat tensor")
     k = at(op, op.args["dim"])
     d = list(op.ins[0])
-    d[k] = d[k] + op.F.dim(op.args["repeats"], op.node.name)
+    d[k] = d[k] + op.new(op.args["repeats"], "copies")
     return [d]
 
 
@@ -90,8 +88,19 @@ def split(op: Op) -> list:
     segs = op.F.cut(op.ins[0][k], [t.shape[k] for t in op.node.types])
     if segs is None:
         op.event("whole", op.ins[0][k], 0, "split inside of a factor")
-        segs = [op.F.dim(t.shape[k], op.node.name) for t in op.node.types]
+        segs = [op.new(t.shape[k], "split inside of a factor") for t in op.node.types]
     return [[*op.ins[0][:k], s, *op.ins[0][k + 1 :]] for s in segs]
+
+
+def bounds(args, n):
+    """(start, end, step) of a slice of n elements, counted from the front."""
+    lo, hi = args.get("start") or 0, args.get("end")
+    hi = n if hi is None or (const(hi) and (hi > n if const(n) else hi > 2**40)) else hi
+
+    def front(v):
+        return n + v if const(v) and v < 0 else v
+
+    return front(lo), front(hi), args.get("step", 1)
 
 
 @computed(aten.slice.Tensor)
@@ -100,16 +109,6 @@ def slice_(op: Op) -> list:
 
     A step, or slices that together tile the dim: refine. Else the dim is needed whole.
     """
-
-    def bounds(args, n):
-        lo, hi = args.get("start") or 0, args.get("end")
-        hi = n if hi is None or (const(hi) and (hi > n if const(n) else hi > 2**40)) else hi
-
-        def fix(v):
-            return n + v if const(v) and v < 0 else v
-
-        return fix(lo), fix(hi), args.get("step", 1)
-
     k = at(op, op.args["dim"])
     d = op.ins[0][k]
     n = op.F.size(d)
@@ -151,9 +150,9 @@ def slice_(op: Op) -> list:
                 out[k] = op.F.concat(segs[cuts.index(lo) : cuts.index(hi)], op.node.name)
                 return [out]
     out[k] = op.F.dim(op.node.types[0].shape[k], op.node.name)
-    op.event(
-        "trim" if step == 1 and out[k] and len(op.F.expand(d)) == 1 else "whole", d, 0, "slice"
-    )
+    role = "trim" if step == 1 and out[k] and len(op.F.expand(d)) == 1 else "whole"
+    op.event(role, d, 0, "slice")
+    op.event(role, out[k], None, "slice")
     for g in out[k]:
         g.part_of = op.F.expand(d)[0]  # a range of d: local ranges of any layout, no exchange
     return [out]
@@ -163,27 +162,21 @@ def slice_(op: Op) -> list:
 def slice_scatter(op: Op) -> list:
     k, F = at(op, op.args["dim"]), op.F
     n = op.node.types[0].shape[k]
-    lo = op.args["start"] or 0
-    hi = op.args["end"]
-    hi = n if hi is None or hi > n else hi
-    sizes = [lo, hi - lo, n - hi]
+    lo, hi, step = bounds(op.args, n)
     x, src = op.ins[0], op.ins[1]
-    segs = (
-        [F.dim(m, op.node.name) or (F.new(1),) for m in sizes if m]
-        if op.weak[0]
-        else F.cut(x[k], [m for m in sizes if m])
-    )
+    sizes = [m for m in (lo, hi - lo, n - hi) if m]
+    if step != 1:
+        return fallback(op, "strided slice")
+    made = [op.new(m, "slice") or (F.new(1),) for m in sizes] if op.weak[0] else None
+    segs = made or F.cut(x[k], sizes)
     if segs is None:
-        return fallback(op)
-    if op.weak[0]:
-        op.ins[0] = [F.concat(list(segs), op.node.name) if j == k else d for j, d in enumerate(src)]
-    segs[1 if lo else 0] = src[k]
-    return [
-        [
-            F.concat(segs, op.node.name) if j == k else op.join(x[j], d, 0, 1)
-            for j, d in enumerate(src)
-        ]
-    ]
+        return fallback(op, "slice inside of a factor")
+    at_src = 1 if lo else 0
+    joined = [op.join(segs[at_src] if j == k else x[j], d, 0, 1) for j, d in enumerate(src)]
+    segs[at_src] = joined[k]
+    out = [F.concat(segs, op.node.name) if j == k else d for j, d in enumerate(joined)]
+    op.ins = [out if op.weak[0] else x, joined if op.weak[1] else src]
+    return [out]
 
 
 @computed(aten.select.int, aten.unbind.int)
@@ -206,9 +199,12 @@ def cat(op: Op) -> list:
     out = []
     for j in range(n):
         if j == k:
+            ranges = [(i, d[k]) for i, d in enumerate(ins) if trimmed(op, d[k])]
+            for i, d in ranges:
+                op.event("whole", d, i, "joined")
             out.append(
-                op.F.dim(op.node.types[0].shape[k], op.node.name)
-                if all(not d[k] for d in ins)
+                op.new(op.node.types[0].shape[k], "joined")
+                if ranges or all(not d[k] for d in ins)
                 else op.F.concat([d[k] or (op.F.new(1, op.node.name),) for d in ins], op.node.name)
             )
             continue
@@ -219,21 +215,26 @@ def cat(op: Op) -> list:
     return [out]
 
 
+def trimmed(op: Op, dim) -> bool:
+    """The dim is a range of another: what it is made part of is not made of segments."""
+    return any(f.part_of for f in op.F.expand(dim))
+
+
 @computed(aten.pad.default, aten.constant_pad_nd.default)
 def pad(op: Op) -> list:
-    out, p, F = list(op.ins[0]), op.args["pad"], op.F
+    """A constant is laid at the ends of a dim; other pads, and those that cut, need it whole."""
+    out, p = list(op.ins[0]), op.args["pad"]
     for j in range(len(p) // 2):
-        k = len(out) - 1 - j
-        lo, hi = p[2 * j], p[2 * j + 1]
-        if (lo, hi) != (0, 0):
-            out[k] = F.concat(
-                [
-                    (F.new(n, op.node.name),) if i != 1 else out[k]
-                    for i, n in enumerate((lo, 1, hi))
-                    if n
-                ],
-                op.node.name,
-            )
+        k, (lo, hi) = len(out) - 1 - j, p[2 * j : 2 * j + 2]
+        if (lo, hi) == (0, 0):
+            continue
+        laid = op.args.get("mode", "constant") == "constant" and not trimmed(op, out[k])
+        if not laid or not all(const(m) and m >= 0 for m in (lo, hi)):
+            op.event("whole", out[k], 0, "pad")
+            out[k] = op.new(op.node.types[0].shape[k], "pad")
+            continue
+        ends = [[op.new(m, "pad") or (op.F.new(1),)] if m else [] for m in (lo, hi)]
+        out[k] = op.F.concat([*ends[0], out[k] or (op.F.new(1),), *ends[1]], op.node.name)
     return [out]
 
 
@@ -241,42 +242,48 @@ def pad(op: Op) -> list:
 def index(op: Op) -> list:
     """X[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
     place."""
-    idx = list(op.args["indices"])
-    x = op.ins[0]
-    pos = [k for k, r in enumerate(idx) if r is not None]
-    ops_ = [d for d in op.ins[1:] if d is not None]
-    m = max(len(d) for d in ops_)
-    got = []
-    for j in range(m):
-        d = ()
-        for i, o in enumerate(ops_, 1):
-            if m - j <= len(o):
-                d = op.join(d, o[len(o) - (m - j)], i, i)
-        got.append(d)
+    pos = [k for k, r in enumerate(op.args["indices"]) if r is not None]
+    given = [i for i in range(1, len(op.ins)) if op.ins[i] is not None]
+    got = [()] * max(len(op.ins[i]) for i in given)
+    for i in sorted(given, key=lambda i: op.weak[i]):
+        start = len(got) - len(op.ins[i])
+        for j, d in enumerate(op.ins[i], start):
+            got[j] = op.join(d, got[j], i)
+    for i in given:
+        start = len(got) - len(op.ins[i])
+        op.ins[i] = [d and got[j] for j, d in enumerate(op.ins[i], start)]
     for k in pos:
-        op.event("select", x[k], 0)
+        op.event("select", op.ins[0][k], 0)
     adjacent = pos == list(range(pos[0], pos[-1] + 1))
-    rest = [d for k, d in enumerate(x) if k not in pos]
+    rest = [d for k, d in enumerate(op.ins[0]) if k not in pos]
     return [rest[: pos[0]] + got + rest[pos[0] :] if adjacent else got + rest]
 
 
 @computed(aten.gather.default)
 def gather(op: Op) -> list:
+    """The index and the operand run in step along the other dims, over a range of the longer."""
     k = at(op, op.args["dim"])
-    op.event("select", op.ins[0][k], 0)
-    return [
-        [
-            d if j == k else op.join(d, op.ins[0][j], 1, 0) if op.ins[0][j] else d
-            for j, d in enumerate(op.ins[1])
-        ]
-    ]
+    x, out = op.ins
+    op.event("select", x[k], 0)
+    out = list(out)
+    for j, d in enumerate(x):
+        if j == k:
+            continue
+        if op.F.size(d) == op.F.size(out[j]):
+            out[j] = op.join(out[j], d, 1, 0)
+        else:
+            op.event("whole", d, 0, "gather from a range")
+            op.event("whole", out[j], 1, "gather from a range")
+    op.ins[1] = out
+    return [out]
 
 
 @computed(aten.diff.default)
 def diff(op: Op) -> list:
+    if len([d for d in op.ins if d is not None]) > 1:
+        return fallback(op, "diff with a prefix")
     k = at(op, op.args["dim"])
     op.event("whole", op.ins[0][k], 0, "diff")
     out = list(op.ins[0])
-    if op.node.types[0].shape[k] != op.F.size(out[k]):
-        out[k] = op.F.dim(op.node.types[0].shape[k], op.node.name)
+    out[k] = op.new(op.node.types[0].shape[k], "diff")
     return [out]

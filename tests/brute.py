@@ -1,0 +1,136 @@
+"""Rules by brute force: an op on the pieces of every factor that its rule leaves cuttable, rejoined
+by concatenation, sum or log-sum-exp, must equal the op on the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from tspc.passes.factorize import Analysis, Record, factorize
+from tspc.passes.fold import added_once
+from tspc.passes.localize import call, constant
+from tspc.passes.normalize import normalize
+from tspc.passes.sizes import Sizes
+
+from tspc.capture import Captured, capture_model, convert
+from tspc.factor import Factor
+from tspc.placement import indices
+from tspc.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
+
+PICK = torch.ops.tspc.pick.default
+Values = dict[tuple[str, int], Any]
+
+
+def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, dict[str, Any]]:
+    """The analysis of a static capture and the value of every placeholder."""
+    found: list[tuple[Captured, list[Any]]] = []
+
+    def use(captured: Captured, gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append((captured, list(inputs)))
+        return gm.forward
+
+    capture_model(model, (), kwargs, use)
+    captured, inputs = found[0]
+    program = normalize(captured.program)
+    given = {n: inputs[i].detach() for n, i in captured.positions.items()}
+    return factorize(program), given
+
+
+def traced(fn: Callable[..., Any], *tensors: torch.Tensor) -> tuple[Analysis, Values]:
+    """The analysis of a function of tensors, its ops as they are written, and every value."""
+    gm = make_fx(fn, pre_dispatch=True)(*tensors)
+    kinds = [(INPUT, f"x{i}") for i in range(len(tensors))]
+    program, positions = convert("sample", gm, kinds, [False] * len(tensors), {})
+    a = factorize(program)
+    return a, values(program, {n: tensors[i] for n, i in positions.items()}, a)
+
+
+def values(program: Program, given: dict[str, Any], a: Analysis) -> Values:
+    """Every node's value on one device."""
+    env: Values = {}
+    plain = Sizes(a.F, {}, {})
+    for n in program.nodes:
+        if n.op in PLACEHOLDERS:
+            env[n.name, 0] = given[n.name]
+        elif n.op == CONSTANT:
+            env[n.name, 0] = constant(n, torch.device("cpu"))
+        elif n.op != OUTPUT:
+            out = call(n, [[]], [[]], plain, lambda r: env[r.name, r.item or 0])
+            for i, v in enumerate(out if isinstance(out, (list, tuple)) else [out]):
+                env[n.name, i] = v
+    return env
+
+
+def take(a: Analysis, x: torch.Tensor, dims: Any, f: Factor, piece: list[int]) -> torch.Tensor:
+    """The part of a value that a piece of a factor has."""
+    for k, d in enumerate(dims):
+        if f in a.F.leaves(tuple(d)):
+            x = x.index_select(k, torch.tensor(indices(a.F, tuple(d), f, piece)))
+    return x
+
+
+def cuttable(r: Record) -> list[tuple[Factor, str]]:
+    """(factor, "keep" | "reduce" | "lse"): what the rule says may be cut."""
+    out = []
+    for f in set().union(*r.carried_in, *r.carried_out):
+        kinds = {role for role, *_ in r.roles.get(f, ())}
+        if not isinstance(f.size, int) or f.size < 2:
+            continue
+        if not kinds and any(f in c for c in r.carried_out):
+            out.append((f, "keep"))
+        elif kinds in ({"reduce"}, {"lse"}):
+            out.append((f, *kinds))
+    return sorted(out, key=lambda x: x[0].id)
+
+
+def pieces(f: Factor) -> list[list[int]]:
+    """Two uneven pieces."""
+    n = int(f.size)
+    return [list(range(n // 3 + 1)), list(range(n // 3 + 1, n))]
+
+
+def run(a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[int]) -> list[Any]:
+    """The op on one piece of a factor; what is added after a sum only in the first."""
+    sizes = Sizes(a.F, {}, {f: len(piece)})
+    dims = {x: d for x, d in zip(r.refs, r.ins) if x is not None}
+    once = added_once(r.node) if how == "reduce" and piece[0] else None
+
+    def get(x: Ref) -> Any:
+        v = take(a, env[x.name, x.item or 0], dims[x], f, piece)
+        return torch.zeros_like(v) if x == once else v
+
+    if r.node.op == PICK and how == "reduce":
+        logits, labels = (get(x) for x in r.refs[:2] if x is not None)
+        return [r.node.op(logits, labels, torch.tensor(piece[0]))]
+    out = call(r.node, r.ins, r.outs, sizes, get)
+    return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
+    """The pieces of one factor, rejoined, are the whole."""
+    split = pieces(f)
+    parts = [run(a, r, env, f, how, p) for p in split]
+    for i, dims in enumerate(r.outs):
+        whole = env[r.node.name, i]
+        where = f"{r.node.name} {r.node.op} cut along {f}"
+        if how == "keep":
+            for piece, p in zip(split, parts):
+                torch.testing.assert_close(p[i], take(a, whole, dims, f, piece), msg=where)
+            continue
+        both = torch.stack([p[i] for p in parts])
+        joined = both.sum(0) if how == "reduce" else both.logsumexp(0)
+        torch.testing.assert_close(joined, whole, msg=where)
+
+
+def check(a: Analysis, env: Values) -> dict[Any, int]:
+    """Compares every piece; returns how many cuts were tried per op."""
+    done: dict[Any, int] = {}
+    for r in a.records:
+        if r.node.op == OUTPUT:
+            continue
+        for f, how in cuttable(r):
+            check_cut(a, r, env, f, how)
+            done[r.node.op] = done.get(r.node.op, 0) + 1
+    return done

@@ -1,0 +1,366 @@
+"""One-op samples: every registered rule is tried by brute force, and roles that forbid a cut are
+needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tspc.passes.factorize import EXTRA_POINTWISE, Analysis
+
+import tspc.rules  # noqa: F401  fills the registries
+from tests.brute import check, check_cut, traced
+from tspc.program import OUTPUT
+from tspc.rule import COMPUTED, RULES
+
+aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
+Sample = tuple[Callable[..., Any], Sequence[torch.Tensor]]
+
+
+def x(*shape: int) -> torch.Tensor:
+    """Random numbers, the same for the same shape and order of calls."""
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def ids(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=GENERATOR)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def of(op: Any, *args: Any, **kwargs: Any) -> Sample:
+    """A sample of one op: tensors among the arguments are the operands."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+
+    def fn(*given: torch.Tensor) -> Any:
+        rest = iter(given)
+        return op(*(next(rest) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    return fn, tensors
+
+
+def pointwise_samples() -> list[Sample]:
+    a, b, row, one = x(3, 5, 7), x(3, 5, 7), x(7), x(3, 1, 7)
+    yes = lambda *t: t[0] > 0  # noqa: E731
+    return [
+        of(aten.add.Tensor, a, row),
+        of(aten.mul.Tensor, a, one),
+        of(aten.mul.Scalar, a, 2.0),
+        of(aten.silu.default, a),
+        of(aten.gelu.default, a, approximate="tanh"),
+        of(aten.pow.Tensor_Scalar, a, 2),
+        of(aten.neg.default, a),
+        of(aten.clamp.default, a, 0.0),
+        (lambda p, q, r: aten.where.self(yes(p), q, r), (a, b, row)),
+        (lambda p, q: aten.where.ScalarOther(yes(p), q, 0.0), (a, b)),
+        (lambda p, q: aten.where.ScalarSelf(yes(p), 0.0, q), (a, b)),
+        (lambda p: aten.where.Scalar(yes(p), 0.0, 1.0), (a,)),
+        (lambda p, q: aten.masked_fill.Scalar(q, yes(p), -1.0), (row, a)),
+        of(aten.to.dtype, a, torch.float32),
+        of(aten.to.dtype_layout, a, dtype=torch.float32),
+        of(aten.to.device, a, "cpu", torch.float32),
+        of(aten._to_copy.default, a, dtype=torch.float32),
+        of(aten.contiguous.default, a),
+        of(aten.clone.default, a),
+        of(aten.dropout.default, a, 0.5, False),
+        of(aten.alias.default, a),
+        of(aten.detach.default, a),
+        of(aten.lift_fresh_copy.default, a),
+        of(aten.type_as.default, a, row),
+        of(aten.copy.default, a, row),
+        of(aten.zeros_like.default, a),
+        of(aten.ones_like.default, a),
+        of(aten.full_like.default, a, 2.0),
+        (lambda p, q: aten.__and__.Tensor(yes(p), yes(q)), (a, b)),
+        (lambda p, q: aten.__or__.Tensor(yes(p), yes(q)), (a, b)),
+    ]
+
+
+def contraction_samples() -> list[Sample]:
+    attend = aten.scaled_dot_product_attention.default
+    q, k, v = x(3, 4, 5, 6), x(3, 4, 7, 6), x(3, 4, 7, 11)
+    return [
+        of(aten.linear.default, x(3, 5, 7), x(11, 7), x(11)),
+        of(aten.linear.default, x(7), x(11, 7)),
+        of(aten.addmm.default, x(11), x(5, 7), x(7, 11)),
+        of(aten.addmm.default, x(5, 11), x(5, 7), x(7, 11), beta=0.5, alpha=2.0),
+        of(aten.addmm.default, x(5, 1), x(5, 7), x(7, 11)),
+        of(aten.mm.default, x(5, 7), x(7, 11)),
+        of(aten.bmm.default, x(3, 5, 7), x(3, 7, 11)),
+        of(aten.baddbmm.default, x(3, 5, 11), x(3, 5, 7), x(3, 7, 11), beta=0.5),
+        of(aten.baddbmm.default, x(1, 5, 11), x(3, 5, 7), x(3, 7, 11)),
+        of(aten.matmul.default, x(7), x(7)),
+        of(aten.matmul.default, x(7), x(7, 5)),
+        of(aten.matmul.default, x(3, 5, 7), x(7)),
+        of(aten.matmul.default, x(7), x(3, 7, 5)),
+        of(aten.matmul.default, x(2, 3, 5, 7), x(3, 7, 11)),
+        of(aten.matmul.default, x(2, 1, 5, 7), x(3, 7, 11)),
+        (lambda p, q: aten.einsum.default("bsd, btd -> bst", [p, q]), (x(3, 5, 7), x(3, 11, 7))),
+        (lambda p, q: aten.einsum.default("ij,jk", [p, q]), (x(3, 5), x(5, 7))),
+        (lambda p: aten.einsum.default("ijk->kj", [p]), (x(3, 5, 7),)),
+        (lambda p, q: aten.einsum.default("...ij,jk->...ik", [p, q]), (x(2, 3, 5), x(5, 7))),
+        (lambda p: aten.einsum.default("ii->i", [p]), (x(5, 5),)),
+        (lambda p, q, r: aten.einsum.default("a,b,ab->", [p, q, r]), (x(3), x(5), x(3, 5))),
+        of(aten.conv2d.default, x(2, 3, 9, 11), x(5, 3, 4, 2), x(5), [2, 3], [1, 0]),
+        of(aten.conv2d.default, x(2, 3, 9, 11), x(5, 3, 4, 2)),
+        of(aten.conv2d.default, x(2, 6, 9, 11), x(4, 3, 2, 2), x(4), groups=2),
+        of(aten.conv2d.default, x(2, 6, 9, 11), x(6, 1, 2, 2), groups=6),
+        of(aten.embedding.default, x(13, 7), ids(13, 3, 5)),
+        of(attend, q, k, v),
+        of(attend, q, k, v, is_causal=True),
+        of(attend, q, k, v, x(3, 4, 5, 7)),
+        of(attend, q, k, v, x(3, 1, 5, 7)),
+        of(attend, q, k, v, x(5, 7)),
+        of(attend, q, k, v, x(5, 1)),
+        of(attend, x(3, 6, 5, 7), x(3, 2, 11, 7), x(3, 2, 11, 7), enable_gqa=True),
+        of(attend, x(3, 6, 5, 7), x(3, 2, 5, 7), x(3, 2, 5, 7), x(3, 6, 5, 5), enable_gqa=True),
+        of(attend, x(3, 5, 6), x(3, 7, 6), x(3, 7, 6)),
+        of(pick, x(3, 5, 7), ids(7, 3, 5)),
+    ]
+
+
+def positive(op: Any, p: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return op(p > 0, 1, **kwargs)
+
+
+def reduction_samples() -> list[Sample]:
+    a = x(3, 5, 7)
+    out = [
+        of(aten.rms_norm.default, a, [7], x(7)),
+        of(aten.rms_norm.default, a, [5, 7]),
+        of(aten.layer_norm.default, a, [7], x(7), x(7)),
+        of(aten.layer_norm.default, a, [7]),
+        of(aten.sum.default, a),
+        of(aten.mean.default, a),
+        of(aten.cumsum.default, a, 1),
+        of(aten.flip.default, a, [1, 2]),
+        of(aten.flip.default, a, [-1]),
+        of(aten.max.dim, a, 1),
+        of(aten.argmax.default, a, 1),
+        of(aten.argmax.default, a, 1, True),
+        of(aten.argmax.default, a),
+    ]
+    for op in (aten.softmax.int, aten.log_softmax.int):
+        out += [of(op, a, 1), of(op, a, -1, torch.float32)]
+    out.append(of(aten._softmax.default, a, -2, False))
+    for op in (aten.sum.dim_IntList, aten.mean.dim, aten.logsumexp.default, aten.amax.default):
+        out += [of(op, a, [1]), of(op, a, [0, -1]), of(op, a, [-2], True)]
+    out += [of(aten.sum.dim_IntList, a, []), of(aten.mean.dim, a, None)]
+    for op in (aten.var.dim, aten.std.dim):
+        out += [of(op, a, [1]), of(op, a, [0, 2], False, True)]
+    for op in (aten.any.dim, aten.all.dim):
+        out += [(partial(positive, op), (a,)), (partial(positive, op, keepdim=True), (a,))]
+    return out
+
+
+def view_samples() -> list[Sample]:
+    a, b = x(3, 10, 7), x(3, 10, 7)
+    return [
+        of(aten.t.default, x(3, 5)),
+        of(aten.numpy_T.default, x(3, 5)),
+        of(aten.view_as_complex.default, x(3, 5, 2)),
+        (lambda p: aten.view_as_real.default(aten.view_as_complex.default(p)), (x(3, 5, 2),)),
+        of(aten.view.default, a, [3, 2, 5, 7]),
+        of(aten.view.default, a, [30, 7]),
+        of(aten.view.default, a, [3, 70]),
+        of(aten.view.default, x(3, 10), [6, 5]),
+        of(aten.reshape.default, a, [3, 5, -1]),
+        of(aten._unsafe_view.default, a, [3, 5, 14]),
+        of(aten.flatten.using_ints, a, 1, 2),
+        of(aten.flatten.using_ints, a, 0, 1),
+        of(aten.unflatten.int, a, 1, [2, 5]),
+        of(aten.unsqueeze.default, a, -1),
+        of(aten.unsqueeze.default, a, 1),
+        of(aten.squeeze.dim, x(3, 1, 7), 1),
+        of(aten.squeeze.dim, a, 1),
+        of(aten.squeeze.dims, x(1, 5, 1), [0, 2]),
+        of(aten.squeeze.default, x(1, 5, 1, 7)),
+        of(aten.transpose.int, a, -1, 0),
+        of(aten.permute.default, a, [2, 0, -2]),
+        of(aten.expand.default, x(3, 1, 7), [2, 3, 5, -1]),
+        of(aten.expand.default, a, [2, -1, 10, 7]),
+        of(aten.broadcast_to.default, x(5, 1), [3, 5, 7]),
+        of(aten.repeat.default, a, [2, 1, 3, 1]),
+        of(aten.repeat.default, x(3, 5), [2, 3]),
+        of(aten.repeat_interleave.self_int, a, 2, 1),
+        of(aten.repeat_interleave.self_int, a, 3, -1),
+        of(aten.chunk.default, a, 2, 1),
+        of(aten.chunk.default, a, 3, 1),
+        of(aten.split.Tensor, a, 5, 1),
+        of(aten.split.Tensor, a, 4, 1),
+        of(aten.split_with_sizes.default, a, [4, 6], -2),
+        of(aten.split.sizes, a, [3, 7], 1),
+        of(aten.tensor_split.sections, a, 3, 1),
+        of(aten.slice.Tensor, a, 1, 2, 8),
+        of(aten.slice.Tensor, a, 1, -4),
+        of(aten.slice.Tensor, a, 1, 0, 9223372036854775807, 2),
+        of(aten.slice.Tensor, a, 1, 1, 9223372036854775807, 2),
+        of(aten.slice.Tensor, a, 1, 1, 8, 3),
+        of(aten.slice.Tensor, a, -1, 0, -1),
+        of(aten.select.int, a, 1, 3),
+        of(aten.unbind.int, a, 1),
+        of(aten.slice_scatter.default, a, x(3, 4, 7), 1, 2, 6),
+        of(aten.slice_scatter.default, a, x(3, 4, 7), 1, 0, 4),
+        of(aten.slice_scatter.default, a, x(3, 4, 7), 1, -4),
+        of(aten.slice_scatter.default, a, x(3, 5, 7), 1, 0, 10, 2),
+        (lambda p: aten.slice_scatter.default(torch.zeros(3, 10, 7), p, 1, 3, 7), (x(3, 4, 7),)),
+        (lambda p, q: aten.cat.default([p, q], 1), (a, x(3, 4, 7))),
+        (lambda p, q: aten.cat.default([p, q], -1), (a, b)),
+        (lambda p, q: aten.cat.default([p, q], 1), (x(0), a)),
+        (lambda p, q: aten.stack.default([p, q], 1), (a, b)),
+        (lambda p, q: aten.stack.default([p, q], -1), (a, b)),
+        (lambda p: aten.stack.default([p, p], 0), (a,)),
+        of(aten.pad.default, a, [1, 2]),
+        of(aten.pad.default, a, [0, 0, 2, 1], "constant", 3.0),
+        of(aten.pad.default, a, [0, -2]),
+        of(aten.pad.default, a, [2, -1, -3, 0]),
+        of(aten.pad.default, a, [2, 2], "reflect"),
+        of(aten.pad.default, a, [2, 2], "circular"),
+        of(aten.constant_pad_nd.default, a, [1, 0, 0, 3], 1.0),
+        of(aten.constant_pad_nd.default, a, [-1, -1], 1.0),
+        (lambda p, i: aten.index.Tensor(p, [None, i]), (a, ids(10, 4))),
+        (lambda p, i, j: aten.index.Tensor(p, [i, j]), (a, ids(3, 11, 1), ids(10, 4))),
+        (lambda p, i, j: aten.index.Tensor(p, [i, None, j]), (a, ids(3, 11), ids(7, 11))),
+        of(aten.gather.default, a, 1, ids(10, 3, 4, 7)),
+        of(aten.gather.default, a, 1, ids(10, 2, 4, 5)),
+        of(aten.diff.default, a, 1, 1),
+        of(aten.diff.default, a, 2, -1),
+        of(aten.roll.default, a, [1], [1]),
+    ]
+
+
+def composite_samples() -> list[Sample]:
+    """A few ops in a row: factors refined by an earlier or later op."""
+
+    def rotate(p: torch.Tensor) -> torch.Tensor:
+        first = aten.slice.Tensor(p, 2, 0, 5)
+        second = aten.slice.Tensor(p, 2, 5, 10)
+        return aten.cat.default([aten.neg.default(second), first], 2)
+
+    def heads(p: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q, k = aten.chunk.default(aten.linear.default(p, w), 2, 2)
+        q, k = (aten.view.default(aten.clone.default(t), [3, 5, 2, 7]) for t in (q, k))
+        return aten.mul.Tensor(q, k)
+
+    def repeated(p: torch.Tensor) -> torch.Tensor:
+        wide = aten.expand.default(aten.unsqueeze.default(p, 2), [3, 2, 4, 5, 7])
+        return aten.reshape.default(wide, [3, 8, 5, 7])
+
+    def interleaved(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return aten.matmul.default(q, aten.repeat_interleave.self_int(p, 4, 1))
+
+    def tiled(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return aten.mul.Tensor(aten.repeat.default(p, [1, 3]), q)
+
+    def padded(p: torch.Tensor) -> torch.Tensor:
+        return aten.mul.Tensor(aten.pad.default(p, [0, 0, 1, 0]), 2.0)
+
+    def shifted(p: torch.Tensor) -> torch.Tensor:
+        return aten.sub.Tensor(aten.slice.Tensor(p, 1, 1), aten.slice.Tensor(p, 1, 0, -1))
+
+    def scores(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        s = aten.softmax.int(aten.matmul.default(p, aten.transpose.int(q, 1, 2)), -1)
+        return aten.matmul.default(s, q)
+
+    def written(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return aten.mul.Tensor(aten.slice_scatter.default(p, q, 2, 3, 7), 2.0)
+
+    return [
+        (rotate, (x(3, 5, 10),)),
+        (heads, (x(3, 5, 11), x(28, 11))),
+        (repeated, (x(3, 2, 5, 7),)),
+        (interleaved, (x(3, 2, 5, 7), x(3, 8, 11, 5))),
+        (tiled, (x(3, 5), x(3, 15))),
+        (padded, (x(3, 5, 7),)),
+        (shifted, (x(3, 5, 7),)),
+        (scores, (x(3, 5, 7), x(3, 5, 7))),
+        (written, (x(3, 5, 7), x(3, 5, 4))),
+    ]
+
+
+GROUPS = {
+    "pointwise": pointwise_samples,
+    "contractions": contraction_samples,
+    "reductions": reduction_samples,
+    "views": view_samples,
+    "composites": composite_samples,
+}
+
+# registered, but no cut can be tried
+UNTRIED = {aten.empty_like.default: "its values are undefined"}
+
+
+@pytest.fixture(scope="module")
+def reached() -> dict[str, dict[Any, int]]:
+    """Cuts tried per op, by group."""
+    return {}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pieces_rejoin(group: str, reached: dict[str, dict[Any, int]]) -> None:
+    cuts: dict[Any, int] = reached.setdefault(group, {})
+    for fn, tensors in GROUPS[group]():
+        a, env = traced(fn, *tensors)
+        vanished(a)
+        for op, n in check(a, env).items():
+            cuts[op] = cuts.get(op, 0) + n
+
+
+def vanished(a: Analysis) -> None:
+    """Every factor of an operand is in an output or has a role; a slice may leave segments out."""
+    for r in a.records:
+        if r.node.op in (OUTPUT, aten.slice.Tensor):
+            continue
+        kept = set().union(*r.carried_out, r.roles)
+        lost = {f for f in set().union(*r.carried_in) - kept if f.size}
+        assert not lost, f"{r.node.op} {r.node.args}"
+
+
+def test_every_rule_is_reached(reached: dict[str, dict[Any, int]]) -> None:
+    for group in set(GROUPS) - set(reached):
+        test_pieces_rejoin(group, reached)
+    tried = set().union(*reached.values())
+    missed = {*RULES, *COMPUTED, *EXTRA_POINTWISE} - tried - set(UNTRIED)
+    assert not missed, f"no cut of these was tried: {sorted(map(str, missed))}"
+    assert not tried & set(UNTRIED)
+
+
+def forbidden() -> list[tuple[str, Sample]]:
+    """(role, sample): cutting the factors that have the role changes the values."""
+    q, k = x(3, 4, 7, 6), x(3, 4, 7, 6)
+    attend = aten.scaled_dot_product_attention.default
+    a = x(3, 5, 7)
+    return [
+        ("whole", of(aten.softmax.int, a, -1)),
+        ("whole", of(aten.cumsum.default, a, 1)),
+        ("whole", of(aten.flip.default, a, [1])),
+        ("whole", of(aten.roll.default, a, [1], [1])),
+        ("whole", of(aten.amax.default, a, [1])),
+        ("whole", of(aten.var.dim, a, [1])),
+        ("whole", of(aten.rms_norm.default, a, [7], x(7))),
+        ("whole", of(aten.layer_norm.default, a, [7], x(7), x(7))),
+        ("whole", of(aten.repeat.default, a, [1, 3, 1])),
+        ("whole", of(aten.conv2d.default, x(2, 3, 9, 11), x(5, 3, 4, 2), x(5))),
+        ("whole", of(aten.constant_pad_nd.default, a, [2, 3], 1.0)),
+        ("exchange", of(attend, q, k, k)),
+        ("at", of(attend, q, k, k, None, 0.0, True)),
+        ("select", of(aten.select.int, a, 1, 3)),
+        ("select", of(aten.embedding.default, x(13, 7), ids(13, 3, 5))),
+        ("trim", of(aten.slice.Tensor, a, 1, 1)),
+        ("twice", (lambda p: aten.mm.default(p, p), [x(5, 5)])),
+    ]
+
+
+@pytest.mark.parametrize("role,sample", forbidden())
+def test_a_role_is_needed(role: str, sample: Sample) -> None:
+    a, env = traced(sample[0], *sample[1])
+    cuts = [(r, f) for r in a.records for f, rs in r.roles.items() if role in {x[0] for x in rs}]
+    assert cuts
+    for r, f in cuts:
+        for how in ("keep", "reduce"):
+            with pytest.raises((AssertionError, RuntimeError, IndexError)):
+                check_cut(a, r, env, f, how)
