@@ -41,6 +41,7 @@ from tspc.program import (
     Type,
     refs_in,
 )
+from tspc.runtime import storage
 
 _SKIPPED = ("sym_size", "_assert", "_enter_autocast", "_exit_autocast")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -284,7 +285,7 @@ def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
 def source_line(node: torch.fx.Node) -> str:
     """ "file:line" of the innermost frame of the model's own code."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(f, l) for f, l in found if "/torch/" not in f]
+    own = [(f, l) for f, l in found if "/torch/" not in f and f != storage.__file__]
     if not own:
         return ""
     file, line = own[-1]
