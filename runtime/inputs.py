@@ -5,7 +5,7 @@ for."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,5 +90,5 @@ def digests(tensors: Mapping[str, torch.Tensor], floats: bool) -> dict[str, str]
 
 
 def _digest(t: torch.Tensor) -> str:
-    data: Callable[[], bytes] = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy
-    return hashlib.blake2b(data().tobytes(), digest_size=8).hexdigest()
+    data = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

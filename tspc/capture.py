@@ -74,6 +74,7 @@ def capture(
     own fake mode."""
     context = TracingContext.get()
     assert context.fake_mode is not None
+    _specialize_floats(gm)
     kinds = _kinds(gm, example_inputs)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
@@ -104,6 +105,14 @@ def capture(
     symbols, outer = _symbols(fakes)
     reason = getattr(gm, "compile_subgraph_reason", None)
     return Captured(program, positions, symbols, outer, bool(reason and reason.graph_break))
+
+
+def _specialize_floats(gm: torch.fx.GraphModule) -> None:
+    """A float of the model that Dynamo traces as a symbol becomes its value, with a guard."""
+    for n in gm.graph.nodes:
+        value = n.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            float(value)
 
 
 def _fake(context: TracingContext, x: Any) -> Any:
