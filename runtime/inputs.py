@@ -1,63 +1,94 @@
-"""Ranks of one axis must get the same data: a 64-bit hash of the inputs is compared on the first
-calls and now and then."""
+"""Ranks of one axis must compile the same graph and get the same data: before anything else is
+sent, 64-bit hashes go round on a group of their own, so a rank that differs is told, never waited
+for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Steps
 
 from tspc.errors import RankMismatchError
 
-FIRST, EVERY = 3, 100  # calls that "auto" checks
+FIRST, EVERY = 3, 100  # calls of a graph whose contents "auto" compares
+LISTED = 4  # inputs that a message names
+ADVICE = (
+    "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
+    "(DistributedSampler with rank = the data-parallel rank)"
+)
 
 
 class Checker:
-    """Called with the inputs of each call.
+    """Called with the inputs of each call: shapes are compared at every call, contents now and
+    then.
 
-    mode: "auto", True (every call, floats too) or False.
+    mode: "auto", True (contents at every call, floats too) or False (nothing).
     """
 
     def __init__(self, place: Place, mode: str | bool, names: Sequence[str]):
         self.place, self.mode, self.names, self.calls = place, mode, names, 0
 
     def __call__(self, tensors: Sequence[Any]) -> None:
-        self.calls += 1
         if self.mode is False:
             return
-        if self.mode == "auto" and self.calls > FIRST and self.calls % EVERY:
-            return
-        mine = digest(tensors, floats=self.mode is True)
-        device = next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
-        steps = _gather(torch.tensor([mine], dtype=torch.int64, device=device))
-        found = distributed(steps, self.place.axis, self.place.groups).view(-1).tolist()
-        wrong = [r for r, h in enumerate(found) if h != found[0]]
-        if wrong:
-            raise RankMismatchError(
-                f"ranks {wrong} of axis {self.place.axis.name!r} were given other inputs than "
-                "rank 0: all ranks of the "
-                "TSP axis take the same, full batch; use one sampler seed (DistributedSampler "
-                "with rank = the data-parallel rank)"
-            )
+        self.calls += 1
+        contents = self.mode is True or self.calls <= FIRST or self.calls % EVERY == 0
+        given = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
+        shapes = {n: text(x.dtype, x.shape) for n, x in given.items()}
+        agree(self.place, shapes, "was called with")
+        if contents:
+            agree(self.place, digests(given, self.mode is True), "was given other values in")
+
+
+def agree(place: Place, told: Mapping[str, str], verb: str) -> None:
+    """Compare what each rank tells, by name; collective.
+
+    Raises `RankMismatchError` on all ranks, with what differs.
+    """
+    mine = hashlib.blake2b(repr((verb, sorted(told.items()))).encode(), digest_size=8).digest()
+    steps = _gather(torch.tensor([int.from_bytes(mine, "little", signed=True)]))
+    found = distributed(steps, place.axis, place.groups).view(-1).tolist()
+    if all(h == found[0] for h in found):
+        return
+    said: list[Any] = [None] * place.axis.size
+    dist.all_gather_object(said, (verb, dict(told)), place.groups["checks"])
+    wrong = [r for r, h in enumerate(found) if h != found[0]]
+    lines = "; ".join(f"rank {r} {_differs(said, r)}" for r in (0, wrong[0]))
+    raise RankMismatchError(
+        f"ranks {wrong} of axis {place.axis.name!r} differ from rank 0: {lines}. Do this: {ADVICE}"
+    )
+
+
+def _differs(said: Sequence[tuple[str, dict[str, str]]], rank: int) -> str:
+    """What this rank tells otherwise than some other rank."""
+    verb, mine = said[rank]
+    common = [n for n, v in mine.items() if any(o.get(n, v) != v for _, o in said)]
+    alone = [n for n in mine if any(n not in o for _, o in said)]
+    listed = ", ".join(f"{n}: {mine[n]}" for n in (common or alone)[:LISTED])
+    return f"{verb} {listed or 'nothing'}"
 
 
 def _gather(x: torch.Tensor) -> Steps:
-    handle = yield AllGather(x)
+    handle = yield AllGather(x, "checks")
     return handle.wait()
 
 
-def digest(tensors: Sequence[Any], floats: bool) -> int:
-    """A signed 64-bit hash of all shapes and of the integer (and float) contents."""
-    h = hashlib.blake2b(digest_size=8)
-    for t in tensors:
-        if not isinstance(t, torch.Tensor):
-            continue
-        h.update(f"{tuple(t.shape)} {t.dtype}".encode())
-        if floats or not t.dtype.is_floating_point:
-            h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return int.from_bytes(h.digest(), "little", signed=True)
+def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:
+    """Dtype and shape: "int64[2, 8]"."""
+    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+
+
+def digests(tensors: Mapping[str, torch.Tensor], floats: bool) -> dict[str, str]:
+    """A 64-bit hash of each integer (and float) tensor's contents."""
+    return {n: _digest(t) for n, t in tensors.items() if floats or not t.dtype.is_floating_point}
+
+
+def _digest(t: torch.Tensor) -> str:
+    data = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

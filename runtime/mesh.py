@@ -1,5 +1,5 @@
-"""The TSP axis of a run: which mesh dim, this rank's place on it, and two process groups over the
-same ranks."""
+"""The TSP axis of a run: which mesh dim, this rank's place on it, and its process groups over the
+same ranks: weights, activations, and checks on the CPU."""
 
 from __future__ import annotations
 
@@ -25,22 +25,31 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
             raise PlanError("a mesh was given but no process group is initialized")
         return Place(Axis("tsp", 1, 0)), None
     mesh = options.mesh
+    move = f"model.to({mesh.device_type!r})" if mesh is not None else "model.to(device)"
+    if device.type == "meta":
+        move = move.replace("to(", "to_empty(device=") + " and load or initialise it"
     if mesh is None:
+        if device.type == "meta":
+            raise PlanError(f"the model is on meta, where nothing runs: {move} first")
         kind = device.type
         if kind not in _WORLD or _WORLD[kind].size() != dist.get_world_size():
             _WORLD[kind] = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tsp",))
         mesh = _WORLD[kind]
     mesh = _axis(mesh, options.axis)
     if mesh.device_type != device.type:
-        raise PlanError(f"the model is on {device.type}, the mesh on {mesh.device_type}")
+        raise PlanError(
+            f"the model is on {device.type}, the mesh on {mesh.device_type}: {move} first"
+        )
     group = mesh.get_group()
     ranks = dist.get_process_group_ranks(group)
     names = mesh.mesh_dim_names
     name = f"{names[0] if names else 'tsp'}_{'_'.join(map(str, ranks))}"
     if name not in PLACES:
         second: Any = dist.new_group(ranks, use_local_synchronization=True)
+        third: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         axis = Axis(name, len(ranks), dist.get_rank(group))
-        PLACES[name] = Place(axis, {"weights": second, "activations": group})
+        groups = {"weights": second, "activations": group, "checks": third}
+        PLACES[name] = Place(axis, groups)
     return PLACES[name], mesh
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import default_partition
@@ -83,7 +84,8 @@ class Partitioned:
 def partition(fn: Any, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
     with tracing(TracingContext(fakes.mode)), fakes.mode:
-        outs = fn(*fakes.inputs)
+        with enable_python_dispatcher():  # else aten.pad specializes its sizes
+            outs = fn(*fakes.inputs)
         tangents = tuple(
             i for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and o.requires_grad
         )

@@ -7,22 +7,57 @@ import importlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+WAIT = 120.0  # seconds for another rank's compile
 
-def _work(rank: int, ranks: int, store: str, pipe: Any) -> None:
+
+def _in_turn(rank: int, folder: str) -> Callable[[], None]:
+    """Inductor lowers each graph on rank 0 first, so that the others find it in its cache; -> to
+    be called before each task."""
+    from torch._inductor import compile_fx
+
+    lower, done = compile_fx._compile_fx_inner, [0, 0]
+
+    def compile_graph(*args: Any, **kwargs: Any) -> Any:
+        done[1] += 1
+        file = os.path.join(folder, f"{done[0]}_{done[1]}")
+        end = time.monotonic() + WAIT
+        while rank and not os.path.exists(file) and time.monotonic() < end:
+            time.sleep(0.01)
+        try:
+            return lower(*args, **kwargs)
+        finally:
+            if not rank:
+                open(file, "w").close()
+
+    def task() -> None:
+        done[:] = [done[0] + 1, 0]
+
+    compile_fx._compile_fx_inner = compile_graph
+    return task
+
+
+def _work(rank: int, ranks: int, folder: str, cache: str | None, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if cache is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch.set_num_threads(1)
+    store = os.path.join(folder, "store")
     dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{store}")
+    begin = _in_turn(rank, folder)
     while True:
         task = pipe.recv()
         if task is None:
             break
         module, name, kwargs = task
+        begin()
         try:
             torch._dynamo.reset()
             pipe.send((True, getattr(importlib.import_module(module), name)(**kwargs)))
@@ -33,16 +68,20 @@ def _work(rank: int, ranks: int, store: str, pipe: Any) -> None:
 
 class World:
     """run(function, **kwargs) on every rank; the results, or an error of the first rank that
-    failed."""
+    failed.
 
-    def __init__(self, ranks: int):
+    cache: Inductor's cache folder, default its own.
+    """
+
+    def __init__(self, ranks: int, cache: str | None = None):
         self.ranks = ranks
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        folder = tempfile.mkdtemp()
         self.pipes, self.processes = [], []
         for r in range(ranks):
             mine, theirs = context.Pipe()
-            p = context.Process(target=_work, args=(r, ranks, store, theirs), daemon=True)
+            args = (r, ranks, folder, cache, theirs)
+            p = context.Process(target=_work, args=args, daemon=True)
             p.start()
             self.pipes.append(mine)
             self.processes.append(p)

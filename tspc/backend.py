@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,8 @@ def tsp(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
     captured = capture(gm, example_inputs)
+    if chosen.check_inputs is not False:
+        input_check.agree(place, _signature(captured), "compiles a graph of")
     rewritten = rewrite(
         captured.program,
         tuple(sorted(captured.symbols, key=str)),
@@ -90,12 +93,18 @@ def tsp(
         hardware(chosen.hardware, device_name(_device(example_inputs))),
         chosen.save and torch.is_grad_enabled(),
     )
-    _report(rewritten, chosen)
+    found = _fallbacks(rewritten)
+    if chosen.strict and found:
+        raise UnsupportedError(
+            f"{found[0]}; use ops that have rules, add a rule, or allow it by strict=False"
+        )
     if any(
         isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
         convert_and_restart(gm, mesh, place.axis.name, dims)
+    for line in found if place.axis.rank == 0 else ():
+        log.warning(line)
     compiled = Compiled(captured, rewritten, place)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
@@ -112,22 +121,29 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(rewritten: Rewritten, options: Options) -> None:
-    for f in rewritten.typed.fallbacks:
-        text = (
-            f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); "
-            f"its operands of {f.shape} are gathered"
-        )
-        if options.strict:
-            raise UnsupportedError(text)
-        log.warning(text)
-    for name, op in rewritten.analysis.fallbacks:
-        text = (
-            f"{rewritten.analysis.program.node(name).source}: {op} has no rule and runs replicated"
-        )
-        if options.strict:
-            raise UnsupportedError(text)
-        log.warning(text)
+def _signature(captured: Captured) -> dict[str, str]:
+    """The graph that a rank compiles, to be compared over the axis: its inputs at their present
+    sizes, whether they want gradients, and its ops."""
+    program, out = captured.program, {}
+    for n in program.nodes:
+        if n.op in PLACEHOLDERS:
+            shape = [evaluate(s, program.hints) for s in n.type.shape]
+            frozen = " frozen" if n.op == PARAM and not n.type.requires_grad else ""
+            out[n.name] = input_check.text(n.type.dtype, shape) + frozen
+    ops = repr([str(n.op) for n in program.nodes])
+    return {**out, "ops": hashlib.blake2b(ops.encode(), digest_size=8).hexdigest()}
+
+
+def _fallbacks(rewritten: Rewritten) -> list[str]:
+    """A line for each op that runs replicated: where, what, why."""
+    return [
+        f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); its operands of {f.shape} "
+        "are gathered"
+        for f in rewritten.typed.fallbacks
+    ] + [
+        f"{rewritten.analysis.program.node(name).source}: {op} has no rule and runs replicated"
+        for name, op in rewritten.analysis.fallbacks
+    ]
 
 
 def _storage_dims(

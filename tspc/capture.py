@@ -41,6 +41,7 @@ from tspc.program import (
     Type,
     refs_in,
 )
+from tspc.runtime import storage
 
 _SKIPPED = ("sym_size", "_assert", "_enter_autocast", "_exit_autocast")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -73,6 +74,7 @@ def capture(
     own fake mode."""
     context = TracingContext.get()
     assert context.fake_mode is not None
+    _specialize_floats(gm)
     kinds = _kinds(gm, example_inputs)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
@@ -103,6 +105,14 @@ def capture(
     symbols, outer = _symbols(fakes)
     reason = getattr(gm, "compile_subgraph_reason", None)
     return Captured(program, positions, symbols, outer, bool(reason and reason.graph_break))
+
+
+def _specialize_floats(gm: torch.fx.GraphModule) -> None:
+    """A float of the model that Dynamo traces as a symbol becomes its value, with a guard."""
+    for n in gm.graph.nodes:
+        value = n.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            float(value)
 
 
 def _fake(context: TracingContext, x: Any) -> Any:
@@ -284,7 +294,7 @@ def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
 def source_line(node: torch.fx.Node) -> str:
     """ "file:line" of the innermost frame of the model's own code."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(f, l) for f, l in found if "/torch/" not in f]
+    own = [(f, l) for f, l in found if "/torch/" not in f and f != storage.__file__]
     if not own:
         return ""
     file, line = own[-1]
