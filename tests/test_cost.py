@@ -66,7 +66,7 @@ def test_closed_forms_of_a_step() -> None:
 
 
 def test_auto_changes_over_with_the_length() -> None:
-    slow = {"flops": 1e14, "bandwidth": 1e9, "latency": 0.0}
+    slow = {"flops": 1e14, "bandwidth": 1e9, "latency": 0.0, "overlap": 1.0}
     picked = {}
     for length in (8, 65536):
         for body in bodies(LlamaLike(256, 64, 1, 4, 2), length, {"hardware": slow}):
@@ -91,9 +91,9 @@ def test_a_table_of_hardware() -> None:
     assert hardware(None, "NVIDIA H100 80GB HBM3") == HARDWARE["h100"]
     assert hardware("mi300x", "cpu") == HARDWARE["mi300x"]
     assert hardware(None, "cpu") == HARDWARE["cpu"]
-    given = {"flops": 1, "bandwidth": 2, "latency": 3}
-    assert hardware(given, "cpu") == Hardware(1.0, 2.0, 3.0)
+    given = {"flops": 1, "bandwidth": 2, "latency": 3, "overlap": 1}
+    assert hardware(given, "cpu") == Hardware(1.0, 2.0, 3.0, 1.0)
     with pytest.raises(tspc.OptionError, match="hardware='h10'; valid: cpu, a100"):
         hardware("h10", "cpu")
-    with pytest.raises(tspc.OptionError, match="a table has bandwidth, flops, latency"):
+    with pytest.raises(tspc.OptionError, match="a table has bandwidth, flops, latency, overlap"):
         hardware({"flops": 1}, "cpu")

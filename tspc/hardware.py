@@ -17,21 +17,23 @@ class Hardware:
 
     flops: of matrix products of 2-byte numbers, a second; wider ones take in proportion.
     bandwidth: bytes a second that a rank sends while it receives as much. latency: seconds of one
-    communication.
+    communication. overlap: the share of moving that runs beside computing; on a CPU both take the same
+    cores.
     """
 
     flops: float
     bandwidth: float
     latency: float
+    overlap: float
 
 
 # sustained, not peak: about half of the data sheets' dense 16-bit figures and links
 HARDWARE = {
-    "cpu": Hardware(6e10, 1e9, 1e-4),
-    "a100": Hardware(1.6e14, 2e11, 2e-5),
-    "h100": Hardware(4.5e14, 3e11, 2e-5),
-    "h200": Hardware(4.5e14, 3e11, 2e-5),
-    "mi300x": Hardware(5.5e14, 2.5e11, 2e-5),
+    "cpu": Hardware(6e10, 5e8, 1e-4, 0.0),
+    "a100": Hardware(1.6e14, 2e11, 2e-5, 1.0),
+    "h100": Hardware(4.5e14, 3e11, 2e-5, 1.0),
+    "h200": Hardware(4.5e14, 3e11, 2e-5, 1.0),
+    "mi300x": Hardware(5.5e14, 2.5e11, 2e-5, 1.0),
 }
 
 
