@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.repack import repack, repack_backward
@@ -131,17 +131,32 @@ def default_dim(p: torch.Tensor) -> int | None:
     return max(range(p.dim()), key=lambda k: p.shape[k])
 
 
+def placed(m: ShardMap | None) -> Placement:
+    """How a parameter is stored for a shard map."""
+    return Replicate() if m is None else Shard(m.dim)
+
+
+def _exchanged(x: DTensor, wanted: Placement) -> DTensor:
+    """Collective, unless it is stored so already."""
+    return x if x.placements[0] == wanted else x.detach().redistribute(placements=[wanted])
+
+
 class Prologue(torch.autograd.Function):
     """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go
-    back as DTensors."""
+    back as DTensors.
+
+    A parameter stored otherwise than the program's map wants is exchanged, either way.
+    """
 
     @staticmethod
     def forward(ctx: Any, place: Place, maps: Sequence[ShardMap | None], *params: DTensor) -> Any:
         ctx.place, ctx.maps = place, maps
-        ctx.specs = [(p._spec, p._local_tensor.shape) for p in params]
+        ctx.stored = [p._spec for p in params]
+        given = [_exchanged(p, placed(m)) for p, m in zip(params, maps)]
+        ctx.specs = [(p._spec, p._local_tensor.shape) for p in given]
         ctx.set_materialize_grads(False)
         outs = []
-        for p, m in zip(params, maps):
+        for p, m in zip(given, maps):
             local = p._local_tensor
             if m is None:
                 outs.append(local.view_as(local))
@@ -153,9 +168,13 @@ class Prologue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         out = []
-        for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
-            if g is not None and m is not None:
+        for g, m, stored, (spec, shape) in zip(grads, ctx.maps, ctx.stored, ctx.specs):
+            if g is None:
+                out.append(None)
+                continue
+            if m is not None:
                 steps = repack_backward(ctx.place.axis, m, g, spec.shape[m.dim], shape[m.dim])
                 g = distributed(steps, ctx.place.axis, ctx.place.groups)
-            out.append(None if g is None else DTensor(g, spec, requires_grad=False))
+            g = DTensor(g, spec, requires_grad=False)
+            out.append(_exchanged(g, stored.placements[0]))
         return (None, None, *out)

@@ -35,7 +35,7 @@ from tspc.runtime.execute import Place
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
 from tspc.runtime.pieces import InductorPieces
-from tspc.runtime.storage import Prologue
+from tspc.runtime.storage import Prologue, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.torch_seams import compiled_roots
 
@@ -235,6 +235,12 @@ def _function(
     for i in sharded:
         storage = rewritten.choice.storages.get(nodes[i].name)
         maps.append(storage.map if storage is not None else None)
+        stored, wanted = example_inputs[at[i]].placements[0], placed(maps[-1])
+        if stored != wanted and place.axis.rank == 0:
+            log.warning(
+                f"{nodes[i].name} is stored as {stored}, this graph takes {wanted}: exchanged at "
+                "every call"
+            )
     check = input_check.Checker(place, options.check_inputs, [n.name for n in nodes])
 
     def run(*args: Any) -> Any:
