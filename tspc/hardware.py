@@ -17,8 +17,8 @@ class Hardware:
 
     flops: of matrix products of 2-byte numbers, a second; wider ones take in proportion.
     bandwidth: bytes a second that a rank sends while it receives as much. latency: seconds of one
-    communication. overlap: the share of moving that runs beside computing; on a CPU both take the same
-    cores.
+    communication. overlap: the share of moving that runs beside computing; on a CPU both take the
+    same cores.
     """
 
     flops: float
