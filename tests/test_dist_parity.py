@@ -75,14 +75,14 @@ def gradients(
 CASES = [
     (2, "llama_like", {}, [12, 13], 4, 2, 2),
     (2, "llama_like", {"schedule": "stationary"}, [7, 12], 4, 2, 3),
-    (2, "gpt2_like", {"schedule": "ring"}, [7, 10], 4, 4, 2),
-    (2, "gpt2_like", {"schedule": "gather"}, [9, 2], 4, 4, 3),
+    (2, "llama_like", {"schedule": "ring", "layout": "contiguous"}, [2, 9], 4, 2, 1),
+    (2, "gpt2_like", {"schedule": "ring"}, [3, 10], 4, 4, 3),
+    (2, "gpt2_like", {"schedule": "gather"}, [9], 4, 4, 2),
     (2, "hf_qwen3", {"schedule": "broadcast"}, [11, 8], 4, 2, 2),
-    (4, "hf_llama", {}, [16, 11], 6, 3, 2),
+    (2, "hf_llama", {}, [10], 4, 1, 2),
+    (4, "hf_llama", {}, [11], 6, 3, 2),
     (4, "gpt2_like", {"schedule": "gather"}, [9, 3], 6, 6, 2),
-    (4, "gpt2_like", {"schedule": "ring"}, [3, 13], 6, 6, 3),
-    (4, "llama_like", {"schedule": "broadcast"}, [3, 14], 4, 1, 2),
-    (4, "llama_like", {"schedule": "stationary", "layout": "contiguous"}, [14, 5], 4, 1, 3),
+    (4, "llama_like", {"schedule": "broadcast"}, [3, 14], 4, 1, 3),
 ]
 
 

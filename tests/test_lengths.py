@@ -33,3 +33,15 @@ def test_a_float_that_changes() -> None:
     fn, tokens = torch.compile(model, backend=simulated_backend(2)), tokens_of(9)
     for scale in (0.5, 0.25, 0.125):
         torch.testing.assert_close(fn(tokens, scale), model(tokens, scale), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_like", "gpt2_like"])
+def test_a_batch_as_long_as_the_sequence(name: str) -> None:
+    """Dynamo makes the two one symbol; the regions are the same nevertheless."""
+    torch._dynamo.reset()
+    model, made = make(name, layers=1), list[Simulated]()
+    fn = torch.compile(model, backend=simulated_backend(2, None, made), dynamic=True)
+    for length in (3, 7):
+        given = (tokens_of(length, 3), tokens_of(length, 3))
+        torch.testing.assert_close(fn(*given), model(*given), rtol=1e-9, atol=0)
+    assert [len(g.rewritten.folds) for g in made] == [3, 3]

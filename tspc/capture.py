@@ -27,6 +27,7 @@ from torch._subclasses.functional_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._sympy.functions import FloorDiv
 
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.program import (
@@ -225,12 +226,12 @@ def convert(
     def argument(a: Any) -> Any:
         if isinstance(a, torch.fx.Node):
             value = a.meta.get("val")
-            return value.node.expr if isinstance(value, _SYMBOLIC) else env[a]
+            return divided(value.node.expr) if isinstance(value, _SYMBOLIC) else env[a]
         if isinstance(a, (list, tuple)):
             return tuple(argument(x) for x in a)
         if isinstance(a, dict):
             return {k: argument(v) for k, v in a.items()}
-        return a.node.expr if isinstance(a, _SYMBOLIC) else a
+        return divided(a.node.expr) if isinstance(a, _SYMBOLIC) else a
 
     index = 0
     for n in traced.graph.nodes:
@@ -287,8 +288,23 @@ def constant(name: str, tensor: torch.Tensor) -> Node:
 
 def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
     """Sizes as ints or sympy expressions."""
-    shape = tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
+    shape = tuple(
+        divided(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
+    )
     return Type(shape, value.dtype, requires_grad and value.is_floating_point())
+
+
+def divided(size: sympy.Expr) -> sympy.Expr:
+    """Exact divisions are done: s**2 // s is s (a batch as long as the sequence is one symbol)."""
+
+    def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        exact = sympy.cancel(a / b)
+        whole = exact.is_polynomial() and all(
+            c.is_Integer for c in sympy.Poly(exact, *exact.free_symbols or [sympy.Dummy()]).coeffs()
+        )
+        return exact if whole else FloorDiv(a, b)
+
+    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size
 
 
 def source_line(node: torch.fx.Node) -> str:
