@@ -133,14 +133,12 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
         ]
         return _Pending(dist.batch_isend_irecv(transfers), out, x)
     if isinstance(request, Broadcast):
-        out = x.clone() if rank == request.source else x
         source = dist.get_global_rank(group, request.source)
-        return _Pending([dist.broadcast(out, source, group, async_op=True)], out)
+        return _Pending([dist.broadcast(x, source, group, async_op=True)], x)
     if isinstance(request, Reduce):
-        out = x.clone()
         target = dist.get_global_rank(group, request.target)
-        work = dist.reduce(out, target, group=group, async_op=True)
-        return _Pending([work], out if rank == request.target else None, out)
+        work = dist.reduce(x, target, group=group, async_op=True)
+        return _Pending([work], x if rank == request.target else None, x)
     if isinstance(request, AllReduce):
         out = x.clone()
         return _Pending([dist.all_reduce(out, group=group, async_op=True)], out)

@@ -44,8 +44,8 @@ class Weights:
         return turn, flat
 
     def broadcast(self, j: int) -> Broadcast:
-        own = self.call.flat()
-        mine = own if j == self.call.axis.rank else torch.empty_like(own)
+        call = self.call
+        mine = call.flat() if j == call.axis.rank else call.shards[0].new_empty(call.elements)
         return Broadcast(mine, "weights", source=j)
 
 
@@ -57,7 +57,6 @@ class Gradients:
         self.call = call
         self.names = [n for n in call.body.shards if call.body.values[n].requires_grad]
         self.handle: Handle | None = None
-        self.pending: list[Handle] = []
         self.mine: Tensor | None = None
         self.blocks: list[Tensor] = []
 
@@ -72,36 +71,43 @@ class Gradients:
                 )
         return torch.cat(parts)
 
+    def add(self, flat: Tensor, grads: Values) -> Tensor:
+        """What arrived and this rank's part, in place: no third buffer."""
+        shards = dict(zip(self.call.body.shards, self.call.shards))
+        for n, p in zip(self.names, flat.split([shards[n].numel() for n in self.names])):
+            if n in grads:
+                p += grads[n].reshape(-1)
+        return flat
+
     def put(self, j: int, grads: Values) -> Steps:
         call = self.call
         if not self.names:
             return
-        flat = self.pack(grads)
         if call.schedule == RING:
-            if self.handle is not None:
-                flat += self.handle.wait()
+            flat = self.pack(grads) if self.handle is None else self.add(self.arrived(), grads)
             self.handle = yield Shift(flat, "weights")
         elif call.schedule == BROADCAST:
-            handle = yield Reduce(flat, "weights", target=j)
-            self.pending.append(handle)
-            if len(self.pending) == 2:
-                self.take(self.pending.pop(0))
+            flat = self.pack(grads)
+            if self.handle is not None:
+                self.take(self.arrived())
+            self.handle = yield Reduce(flat, "weights", target=j)
         else:
-            self.blocks.append(flat)
+            self.blocks.append(self.pack(grads))
 
-    def take(self, handle: Handle) -> None:
-        got = handle.wait()
+    def arrived(self) -> Tensor:
+        assert self.handle is not None
+        handle, self.handle = self.handle, None
+        return handle.wait()
+
+    def take(self, got: Tensor | None) -> None:
         self.mine = self.mine if got is None else got
 
     def done(self) -> Steps:
         """Gradient of each of this rank's shards."""
         if not self.names:
             return {}
-        if self.call.schedule == RING:
-            assert self.handle is not None
-            self.mine = self.handle.wait()
-        for handle in self.pending:
-            self.take(handle)
+        if self.handle is not None:
+            self.take(self.arrived())
         if self.blocks:
             handle = yield ReduceScatter(torch.stack(self.blocks), "weights")
             self.mine = handle.wait()
