@@ -88,9 +88,10 @@ def draw_by_counter(program: Program) -> Program:
         else:
             d.start(n)
             make = _RULES.get(n.op)
-            if make is None or d.args.get("generator") is not None:
+            own = d.args.get("generator") is not None
+            if make is None or own or n.type.dtype.is_complex:
                 raise UnsupportedError(
-                    f"{n.source}: {n.op} draws random numbers in a way that the ranks cannot share; "
+                    f"{n.source}: {n.op} draws random numbers that the ranks cannot share; "
                     "make them of torch.rand, torch.randn or torch.bernoulli without a generator, "
                     "or pass them to the model"
                 )
@@ -152,9 +153,9 @@ def _like(d: _Drawer) -> Ref | None:
     return refs[0] if refs else None
 
 
-def _plain(op: Any) -> Callable[[_Drawer], None]:
+def _plain(op: Any) -> Callable[[_Drawer], object]:
     """A draw as torch's op has it."""
-    return lambda d: _done(d, d.draw(op, d.node.type.dtype, "drawn", _like(d)))
+    return lambda d: d.draw(op, d.node.type.dtype, "", _like(d))
 
 
 def _done(d: _Drawer, made: Ref) -> None:
@@ -197,12 +198,15 @@ def _bernoulli(d: _Drawer) -> None:
 
 
 def _exponential(d: _Drawer) -> None:
-    """-log(1 - u) / rate."""
-    t = replace(d.node.type, requires_grad=False)
-    made = d.draw(tspc.uniform.default, t.dtype, "drawn", _like(d))
+    """-log(1 - u) / rate, never zero: its logarithm is taken."""
+    dtype = torch.promote_types(d.node.type.dtype, torch.float32)
+    t = Type(d.node.type.shape, dtype)
+    made = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
     made = d.emit("negative", aten.neg.default, (made,), t)
     made = d.emit("log", aten.log1p.default, (made,), t)
-    d.emit("", aten.mul.Scalar, (made, -1.0 / d.args["lambd"]), t)
+    made = d.emit("positive", aten.neg.default, (made,), t)
+    made = d.emit("least", aten.clamp_min.default, (made, torch.finfo(dtype).eps / 4), t)
+    _done(d, d.emit("scaled", aten.mul.Scalar, (made, 1.0 / d.args["lambd"]), t))
 
 
 def _integers(d: _Drawer) -> None:
@@ -223,7 +227,7 @@ def _permutation(d: _Drawer) -> None:
     _done(d, made)
 
 
-_RULES: dict[Any, Callable[[_Drawer], None]] = {
+_RULES: dict[Any, Callable[[_Drawer], object]] = {
     aten.dropout.default: _dropout,
     SDPA: _attention,
     aten.rand.default: _plain(tspc.uniform.default),

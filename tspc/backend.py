@@ -25,7 +25,7 @@ from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
-from tspc.program import PARAM, PLACEHOLDERS, Type
+from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.runtime import inputs as input_check
 from tspc.runtime import seed
 from tspc.runtime.convert import convert_and_restart
@@ -161,15 +161,14 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
     hints = captured.program.hints
     types: list[tuple[Type, torch.device]] = []
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
-    no_seed = torch.zeros((), dtype=torch.int64, device=_device(example_inputs))
-    for n, x in zip(nodes, captured.given(nodes, example_inputs, no_seed)):
+    for n, x in zip(nodes, captured.given(nodes, example_inputs, None)):
         t = n.type
         storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
         if storage is not None and storage.map is not None:
             shape = list(t.shape)
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
-        types.append((t, x.device))
+        types.append((t, x.device if x is not None else _device(example_inputs)))
     return local_fakes(rewritten.symbols, hints, int(_rows(compiled, hints)), True, types)
 
 
@@ -230,8 +229,7 @@ def _function(
     _restate_guards(compiled, fakes)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     device = _device(example_inputs)
-    no_seed = torch.zeros((), dtype=torch.int64, device=device)
-    examples = captured.given(nodes, example_inputs, no_seed)
+    examples = captured.given(nodes, example_inputs, None)
     sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
     maps = []
     for i in sharded:
@@ -243,14 +241,15 @@ def _function(
                 f"{nodes[i].name} is stored as {stored}, this graph takes {wanted}: exchanged at "
                 "every call"
             )
-    check = input_check.Checker(place, options.check_inputs, [n.name for n in nodes])
+    plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
+    check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
 
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
-        given = captured.given(nodes, args, no_seed)
-        check([given[i] for i in range(len(given)) if i not in sharded])
+        given = captured.given(nodes, args, None)
+        check([given[i] for i in plain])
         if rewritten.draws:
             given = captured.given(nodes, args, seed.shared(place, device))
         if sharded:

@@ -62,7 +62,9 @@ class Captured:
     outer_symbols: dict[sympy.Symbol, torch.SymInt]
     whole_outputs: bool  # the graph ends in a graph break: every output comes back whole
 
-    def given(self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor) -> list[Any]:
+    def given(
+        self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
+    ) -> list[Any]:
         """What each of these placeholders is at a call."""
         return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
 
