@@ -56,15 +56,16 @@ class _Drawer:
         return Ref(name)
 
     def state(self, shape: Sequence[Any]) -> tuple[Ref, tuple[Ref, ...]]:
-        """The op's state and the index of every dim."""
+        """The op's state and the positions of every dim."""
         seed = Ref(SEED)
         state = Type((2,), torch.int64)
         own = self.emit("state", tspc.instance.default, (seed, self.number), state)
-        at = [
-            self.emit(f"at{k}", tspc.positions.default, (seed, n), Type((n,), torch.int64))
-            for k, n in enumerate(shape)
-        ]
-        return own, tuple(at)
+        at, stride = [], 1
+        for k, n in reversed(list(enumerate(shape))):
+            t = Type((n,), torch.int64)
+            at.append(self.emit(f"at{k}", tspc.positions.default, (seed, n, stride), t))
+            stride = stride * n
+        return own, tuple(reversed(at))
 
     def draw(self, op: Any, dtype: torch.dtype, suffix: str, like: Ref | None) -> Ref:
         """`op` of the node's shape, along the dims of `like`."""

@@ -1,8 +1,8 @@
 """Random numbers as pure functions of (seed, op, global position), so that ranks, schedules, blocks
 and whatever runs again see the same ones.
 
-In: the seed of a call, the number of the op, and an index tensor for every dim. A state is two
-32-bit words in int64 tensors; each dim's index is mixed in, major first. Integers only, and no
+In: the seed of a call, the number of the op, and for every dim the share of its indices in the
+place in the whole tensor. A state is two 32-bit words in int64 tensors. Integers only, and no
 product exceeds 63 bits: every device and compiler gives the same bits.
 """
 
@@ -20,8 +20,8 @@ State = tuple[Tensor, Tensor]
 _WORD = 0xFFFFFFFF
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
-# the index of every place of a dim
-LIB.define("positions(Tensor seed, SymInt size) -> Tensor")
+# [size]: 0, stride, 2 * stride, ...: how far the places of a dim are from its first, in elements
+LIB.define("positions(Tensor seed, SymInt size, SymInt stride) -> Tensor")
 # the state [2] of one op of the program
 LIB.define("instance(Tensor seed, int number) -> Tensor")
 # in [0, 1) and standard normal; `like` tells the dims, its values are not read
@@ -57,12 +57,12 @@ def instance(seed: Tensor, number: int) -> Tensor:
 
 
 def spread(state: Tensor, at: Sequence[Tensor]) -> State:
-    """The state at every place of the dims whose indices are `at`."""
-    words: State = (state[0], state[1])
+    """The state at every place of the tensor whose dims have these positions."""
+    place = state.new_zeros(())
     for index in at:
-        a, b = (w.unsqueeze(-1) for w in words)
-        words = absorb((a, b), index)
-    return words
+        place = place.unsqueeze(-1) + index
+    a = mix((place & _WORD) ^ state[0])
+    return a, mix(a ^ (place >> 32) ^ state[1])
 
 
 def _unit(words: State, dtype: torch.dtype) -> Tensor:
@@ -142,8 +142,8 @@ def dropout_attention(
     return torch.where(keep, weights * factor, 0.0).to(value.dtype) @ value
 
 
-def _positions(seed: Tensor, size: int) -> Tensor:
-    return torch.arange(size, device=seed.device)
+def _positions(seed: Tensor, size: int, stride: int) -> Tensor:
+    return torch.arange(size, device=seed.device) * stride
 
 
 for _name, _fn in (
