@@ -14,14 +14,14 @@ import torch
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view, sequence
 
-from tspc.errors import OptionError, UnsupportedError
+from tspc.counter import ATTENTIONS
+from tspc.errors import OptionError
 from tspc.factor import Factor
 from tspc.placement import indices
 from tspc.program import OUTPUT, PARAM, Node
 from tspc.shard import ShardMap, chunked
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 SMALL = 64 * 1024  # bytes: parameters of one dim below this are replicated
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 FOLD, GATHER, REPLICATE = "fold", "gather", "replicate"
@@ -67,7 +67,7 @@ def choose(
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)
     schedules = _schedules(names, schedule)
-    causal = any(n.op == SDPA and _is_causal(n) for n in a.program.nodes)
+    causal = any(n.op in ATTENTIONS and _is_causal(n) for n in a.program.nodes)
     order = layout if layout != "auto" else "zigzag" if causal else "contiguous"
     picked = tuple(zip(names, chosen, schedules))
     return Choice(leaf, order, picked, tuple(refused), storages, frozenset(lookups))
@@ -119,11 +119,6 @@ def _why_not(
                 return f"{w} is also used by {r.node.name}"
     for i in g.ops:
         r = a.records[i]
-        if _is_random(r.node):
-            raise UnsupportedError(
-                f"{r.node.source}: {r.node.op} draws random numbers inside of a region; set "
-                "dropout to 0"
-            )
         for k, dims in enumerate(r.outs):
             view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, users, a)
             if leaf not in r.carried_out[k] and not view and r.node.types[k] is not None:
@@ -131,9 +126,10 @@ def _why_not(
             if in_segment(a.F, dims, leaf):
                 return f"the sequence is part of a dim of {r.node.name}"
         why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, same)
+        why = why or _reads_both_ways(a, r, g, leaf)
         if why:
             return why
-        if r.node.op == SDPA:
+        if r.node.op in ATTENTIONS:
             mask = r.refs[3] if len(r.refs) > 3 else None
             if mask is not None and (mask.name not in a.replicated or g.factor in r.carried_in[3]):
                 return f"the mask of {r.node.name} is computed from weights or differs by head"
@@ -143,13 +139,21 @@ def _why_not(
 def _needs_sequence(r: Record, g: Region, leaf: Factor) -> str:
     """What the op needs of other ranks' tokens, which only attention may."""
     roles = {role for role, *_ in r.roles.get(leaf, ())}
-    if r.node.op == SDPA:
+    if r.node.op in ATTENTIONS:
         if roles - {"at"} != {"exchange"} or len(r.node.type.shape) != 4:
             return f"{r.node.name} does not attend along the sequence"
         if g.factor not in r.carried_in[0]:
             return f"{r.node.name} would compute the same weights for every piece of its values"
         return ""
     return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
+
+
+def _reads_both_ways(a: Analysis, r: Record, g: Region, leaf: Factor) -> str:
+    """An operand from outside that would have to be cut by rank and by shard at once."""
+    for ref, carried in zip(r.refs, r.carried_in):
+        if ref is not None and ref.name in a.replicated and {g.factor, leaf} <= carried:
+            return f"{r.node.name} reads {ref} along the sequence and the region's factor"
+    return ""
 
 
 def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], same: set[int]) -> str:
@@ -171,14 +175,6 @@ def _of_weight(r: Record, params: Mapping[str, Node], users: object, a: Analysis
             return False
         ref = producers[ref.name].refs[0]
     return ref is not None and ref.name in params
-
-
-def _is_random(n: Node) -> bool:
-    if n.op == SDPA:
-        return bool(n.args[4] if len(n.args) > 4 else n.kwargs.get("dropout_p", 0.0))
-    if n.op == aten.dropout.default:
-        return bool(n.args[2]) and n.args[1] > 0
-    return n.is_call and torch.Tag.nondeterministic_seeded in n.op.tags
 
 
 def _names(regions: list[Region]) -> list[str]:

@@ -28,13 +28,13 @@ from tspc.passes.propagate import (
 )
 from tspc.passes.sizes import Sizes
 
+from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
 from tspc.ops import local_rows
 from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 
 aten = torch.ops.aten
 Dims = Sequence[Sequence[Factor]]
-SDPA = aten.scaled_dot_product_attention.default
 
 SHAPED = {  # op -> index of its shape argument
     aten.view.default: 1,
@@ -290,7 +290,7 @@ class _Run:
             table, ids = map(self.get, n.args)
             return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
         record = self.typed.records.get(n.name)
-        if n.op == SDPA and record is not None and self.exchanges(record):
+        if n.op in ATTENTIONS and record is not None and self.exchanges(record):
             return self.attention(n)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
@@ -315,9 +315,10 @@ class _Run:
         scale = bound.get("scale")
         scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
         rest = (self.rows, self.length, self.program.order, self.program.axis)
-        out, _ = torch.ops.tspc.attention(
-            q, k, v, mask, bool(bound.get("is_causal", False)), scale, *rest
-        )
+        states = self.get(bound["states"]) if "states" in bound else None
+        dropout = float(bound["dropout_p"]) if states is not None else 0.0
+        causal = bool(bound.get("is_causal", False))
+        out, _ = torch.ops.tspc.attention(q, k, v, mask, states, causal, scale, dropout, *rest)
         return out
 
     def fold(self, n: Node) -> list[Any]:

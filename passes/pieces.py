@@ -22,13 +22,13 @@ from tspc.passes.propagate import Typed
 from tspc.passes.sizes import Sizes
 
 from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
+from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
 from tspc.hardware import Hardware
 from tspc.placement import indices
 from tspc.program import Node, Ref
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 PICK = torch.ops.tspc.pick.default
 WEIGHTED = (
     aten.linear.default,
@@ -195,7 +195,7 @@ def _cut(
     exchanges: dict[int, list[Node]] = {}
     for i, n in enumerate(m.fold.body):
         deepest = max((level.get(r.name, 0) for r in n.refs()), default=0)
-        if n.op == SDPA:
+        if n.op in ATTENTIONS:
             exchanges.setdefault(deepest, []).append(n)
             level[n.name] = deepest + 1
         else:
@@ -276,7 +276,9 @@ def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> A
     scale = bound["scale"]
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
-    return Attention(q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale))
+    states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
+    p = float(bound["dropout_p"])
+    return Attention(q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale), states, p)
 
 
 def _bind(n: Node) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 from tspc.passes.choose import GATHER, Choice, choose
+from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.fold import outline
 from tspc.passes.localize import LocalProgram, Result
@@ -22,7 +23,7 @@ from tspc.passes.verify import check_program, check_typed
 
 from tspc.body import Body
 from tspc.hardware import HARDWARE, Hardware
-from tspc.program import FOLD, Node, Program, Ref
+from tspc.program import FOLD, SEED, Node, Program, Ref
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Rewritten:
     bodies: tuple[Body, ...]
     symbols: tuple[sympy.Symbol, ...]
     results: tuple[Result | None, ...]
+
+    @property
+    def draws(self) -> bool:
+        """Its last placeholder is the seed of its random ops."""
+        return any(n.name == SEED for n in self.typed.program.nodes)
 
     @property
     def folds(self) -> tuple[Node, ...]:
@@ -61,8 +67,7 @@ def rewrite(
 
     Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
-    program = _pass("normalize", normalize, program)
-    program = _pass("masks", recognise_masks, program)
+    program = prepare(program)
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
     deferred = _deferred(program) if outputs == "auto" else frozenset()
@@ -93,6 +98,13 @@ def rewrite(
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
 
+def prepare(program: Program) -> Program:
+    """The program in the form that is analysed; on one device it runs as it stands."""
+    program = _pass("normalize", normalize, program)
+    program = _pass("masks", recognise_masks, program)
+    return _pass("draws", draw_by_counter, program)
+
+
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
     """Run one pass, check and dump what it made, say in which pass an error arose."""
     start = time.perf_counter()
@@ -115,7 +127,7 @@ def _dump(name: str, program: Program) -> None:
         print(program, file=sys.stderr)
     folder = os.environ.get("TSPC_DUMP")
     if folder:
-        number = ("normalize", "masks", "fold", "propagate").index(name)
+        number = ("normalize", "masks", "draws", "fold", "propagate").index(name)
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, f"{number}_{name}.txt"), "w") as f:
             f.write(f"{program}\n")

@@ -17,6 +17,7 @@ from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
 
+from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
 from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
 
@@ -29,7 +30,6 @@ GATHER_WEIGHT, EMBED, ATTENTION = "gather_weight", "embed", "attention"
 CONVERSIONS = (LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR, GATHER_WEIGHT, EMBED, ATTENTION)
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 MEANS = (aten.mean.dim, aten.mean.default)
-SDPA = aten.scaled_dot_product_attention.default
 CONTRACTIONS = (
     aten.linear.default,
     aten.addmm.default,
@@ -239,7 +239,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _fall_back(s, n, outs, "the sequence is part of a dim")
     elif n.name in s.lookups:
         _lookup(s, n, outs)
-    elif n.op == SDPA and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
+    elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
         _attention(s, n, outs, operands)
     elif not kinds:
         renamed = {
@@ -282,12 +282,15 @@ def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any
     mask = mask_of(n)
     if mask is not None:
         renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
+    if n.op == DROPOUT_ATTENTION:
+        states = n.args[6]
+        renamed[states] = s.sequence(states, n.source, operands[states])
     s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
 
 
 def mask_of(n: Node) -> Ref | None:
     """The mask operand of an attention."""
-    if n.op != aten.scaled_dot_product_attention.default:
+    if n.op not in ATTENTIONS:
         return None
     return n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
 
+from tspc.counter import kept_keys
 from tspc.layout import Layout
 
 aten = torch.ops.aten
@@ -22,12 +23,14 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Spec:
-    """What one attention is: the scale, causal or not, and the layout's sizes."""
+    """What one attention is: the scale, causal or not, the layout's sizes, and with which
+    probability a key is dropped."""
 
     causal: bool
     scale: float
     rows: int
     length: int
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class _Block:
     k1: int
     causal: bool
     mask: Tensor | None = None
+
+    def factors(self, states: Tensor | None, p: float, dtype: torch.dtype) -> Tensor | None:
+        """What dropout multiplies each weight by: zero or 1 / (1 - p)."""
+        if states is None:
+            return None
+        kept = kept_keys(states[:, :, self.q0 : self.q1], self.k0, self.k1, p)
+        return kept.to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
 def _blocks(
@@ -78,30 +88,45 @@ def _is_fused(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
-    if _is_fused(q, v):
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if factors is None and _is_fused(q, v):
         return aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
         )
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = _scores(q, k, b, scale).to(wide)
     lse = torch.logsumexp(scores, -1)
-    weights = torch.nan_to_num(torch.exp(scores - lse.unsqueeze(-1)), 0.0)
+    weights = _dropped(torch.nan_to_num(torch.exp(scores - lse.unsqueeze(-1)), 0.0), factors)
     return (weights.to(q.dtype) @ v), lse
 
 
 def _kernel_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: _Block, scale: float
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    b: _Block,
+    scale: float,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_fused(q, v):
+    if factors is None and _is_fused(q, v):
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
         )
     weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
-    dv = weights.to(g.dtype).transpose(-1, -2) @ g
+    dv = _dropped(weights, factors).to(g.dtype).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
-    ds = (weights * ((g @ v.transpose(-1, -2)) - delta) * scale).to(q.dtype)
+    dw = _dropped(g @ v.transpose(-1, -2), factors)
+    ds = (weights * (dw - delta) * scale).to(q.dtype)
     return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
+def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
+    return x if factors is None else x * factors
 
 
 def _scores(q: Tensor, k: Tensor, b: _Block, scale: float) -> Tensor:
@@ -128,25 +153,34 @@ def _summed(x: Tensor, groups: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int], spec: Spec, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: Sequence[int],
+    spec: Spec,
+    mask: Tensor | None = None,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Q: the rows of `chunks`; k, v: the whole sequence in order.
+    """Q: the rows of `chunks`; k, v: the whole sequence in order; states: [b, hq, n], from which
+    the dropped keys are drawn.
 
     -> out like q, lse [b, hq, n] in fp32 or wider.
     """
     groups = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     for run in _blocks(spec, chunks, mask, q.device):
         parts = []
         for b in run:
             keys = (_repeated(x[:, :, b.k0 : b.k1], groups) for x in (k, v))
-            parts.append(_kernel(q[:, :, b.q0 : b.q1], *keys, b, spec.scale))
+            factors = b.factors(states, spec.dropout, wide)
+            parts.append(_kernel(q[:, :, b.q0 : b.q1], *keys, b, spec.scale, factors))
         out, lse = parts[0]
         for more, other in parts[1:]:
             both = torch.logaddexp(lse, other)
-            wide = out.to(both.dtype) * (lse - both).exp().unsqueeze(-1)
-            wide = wide + more.to(both.dtype) * (other - both).exp().unsqueeze(-1)
-            out, lse = wide.to(q.dtype), both
+            merged = out.to(both.dtype) * (lse - both).exp().unsqueeze(-1)
+            merged = merged + more.to(both.dtype) * (other - both).exp().unsqueeze(-1)
+            out, lse = merged.to(q.dtype), both
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2).contiguous(), torch.cat(lses, 2).contiguous()
@@ -162,6 +196,7 @@ def attend_backward(
     chunks: Sequence[int],
     spec: Spec,
     mask: Tensor | None = None,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, and of k and v over the whole sequence, from the global out and lse."""
     groups = q.shape[1] // k.shape[1]
@@ -180,6 +215,7 @@ def attend_backward(
                 lse[:, :, at].contiguous(),
                 b,
                 spec.scale,
+                b.factors(states, spec.dropout, wide),
             )
             dq[:, :, at] += grads[0]
             dk[:, :, keys] += _summed(grads[1], groups)
@@ -214,14 +250,21 @@ def scatter(axis: Axis, layout: Layout, dk: Tensor, dv: Tensor, spec: Spec) -> S
 
 
 def attention(
-    axis: Axis, layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: Spec
+    axis: Axis,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    states: Tensor | None,
+    spec: Spec,
 ) -> Steps:
     """Local q, k, v -> (out, lse) of the local queries.
 
-    mask: [b, h, local or 1, S], the rows of the local queries.
+    mask: [b, h, local or 1, S], states: [b, h, local], of the local queries.
     """
     keys, values = yield from gather(axis, layout, k, v, spec)
-    return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask)
+    return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask, states)
 
 
 def attention_backward(
@@ -232,6 +275,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    states: Tensor | None,
     out: Tensor,
     lse: Tensor,
     spec: Spec,
@@ -240,6 +284,6 @@ def attention_backward(
     again."""
     keys, values = yield from gather(axis, layout, k, v, spec)
     chunks = layout.chunk_ids(axis.rank)
-    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask)
+    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
     dk, dv = yield from scatter(axis, layout, dk, dv, spec)
     return dq, dk, dv

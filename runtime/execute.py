@@ -144,15 +144,33 @@ def _embed_backward(axis, g, ids, units, rows, length, order, name):
 
 
 @_steps("attention")
-def _attention(axis, q, k, v, mask, causal, scale, rows, length, order, name):
-    spec = attn.Spec(causal, scale, rows, length)
-    return attn.attention(axis, Layout(axis.size, order), q, k, v, mask, spec)
+def _attention(axis, q, k, v, mask, states, causal, scale, dropout, rows, length, order, name):
+    spec = attn.Spec(causal, scale, rows, length, dropout)
+    return attn.attention(axis, Layout(axis.size, order), q, k, v, mask, states, spec)
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, out, lse, causal, scale, rows, length, order, name):
-    spec = attn.Spec(causal, scale, rows, length)
-    return attn.attention_backward(axis, Layout(axis.size, order), g, q, k, v, mask, out, lse, spec)
+def _attention_backward(
+    axis,
+    g,
+    q,
+    k,
+    v,
+    mask,
+    states,
+    out,
+    lse,
+    causal,
+    scale,
+    dropout,
+    rows,
+    length,
+    order,
+    name,
+):
+    spec = attn.Spec(causal, scale, rows, length, dropout)
+    layout = Layout(axis.size, order)
+    return attn.attention_backward(axis, layout, g, q, k, v, mask, states, out, lse, spec)
 
 
 @_steps("fold")

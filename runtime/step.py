@@ -73,7 +73,7 @@ class Call:
         return evaluate(size, self.symbols(self.local_rows))
 
     def spec(self, a: Attention) -> attn.Spec:
-        return attn.Spec(a.causal, a.scale, self.rows, self.length)
+        return attn.Spec(a.causal, a.scale, self.rows, self.length, a.dropout)
 
     def step(self, j: int) -> Tensor:
         return torch.tensor(j, device=self.shards[0].device)
@@ -154,16 +154,19 @@ class Exchange:
         """(out, lse) of one shard."""
         keys = self.given.get(a) or (yield from self._gather(a, values))
         call, mask = self.call, values[a.mask] if a.mask else None
+        states = values[a.states] if a.states else None
         chunks = call.layout.chunk_ids(call.axis.rank)
-        return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask)
+        return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask, states)
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         """Gradients of what the attention of one shard reads, by name."""
         call, mask = self.call, values[a.mask] if a.mask else None
+        states = values[a.states] if a.states else None
         keys = self.given.get(a) or (yield from self._gather(a, values))
         chunks = call.layout.chunk_ids(call.axis.rank)
+        done = values[a.out], values[a.lse]
         dq, dk, dv = attn.attend_backward(
-            g, values[a.q], *keys, values[a.out], values[a.lse], chunks, call.spec(a), mask
+            g, values[a.q], *keys, *done, chunks, call.spec(a), mask, states
         )
         if a in self.given:
             sums = self.sums.setdefault(a, {})
@@ -198,28 +201,31 @@ class Resident(Exchange):
     def _by_rank(self, x: Tensor) -> Tensor:
         return self.call.layout.by_rank(x, 2, self.call.rows)
 
-    def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], Tensor | None]:
-        """q, k, v in order, and the mask."""
+    def _operands(
+        self, a: Attention, values: Values
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """q, k, v in order, the mask, and the states of the queries."""
         qkv = [self._ordered(values[n], n != a.q) for n in (a.q, a.k, a.v)]
         mask = values[a.mask] if a.mask else None
         if mask is not None and mask.shape[-2] != 1:
             mask = self.call.layout.in_order(mask, mask.dim() - 2, self.call.rows)
-        return qkv, mask
+        return qkv, mask, self._ordered(values[a.states]) if a.states else None
 
     def _chunks(self) -> list[int]:
         return list(range(self.call.axis.size * self.call.layout.chunks))
 
     def forward(self, a: Attention, values: Values) -> Steps:
-        qkv, mask = self._operands(a, values)
-        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), mask)
+        qkv, *rest = self._operands(a, values)
+        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), *rest)
         return self._by_rank(out), self._by_rank(lse)
         yield
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
-        (q, k, v), mask = self._operands(a, values)
+        qkv, *rest = self._operands(a, values)
         g, out, lse = (self._ordered(x) for x in (g, values[a.out], values[a.lse]))
-        grads = attn.attend_backward(g, q, k, v, out, lse, self._chunks(), self.call.spec(a), mask)
-        missing = q.shape[2] - self.call.length
+        spec = self.call.spec(a)
+        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(), spec, *rest)
+        missing = qkv[0].shape[2] - self.call.length
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
         return dict(zip((a.q, a.k, a.v), map(self._by_rank, (grads[0], dk, dv))))
         yield

@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tspc
-from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
 from tspc.check import simulated_backend
 from tspc.options import parse
@@ -54,9 +53,24 @@ def test_a_plan_for_other_ranks() -> None:
         plan.apply(LlamaLike())
 
 
-def test_dropout_inside_of_a_region() -> None:
-    with pytest.raises(Exception, match=r"gpt2_like.py:\d+: aten.scaled_dot_product_attention"):
-        tspc.plan(GPT2Like(dropout=0.1), (TOKENS,), ranks=2)
+class Unshared(nn.Module):
+    """A random op that is no function of positions."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.embedding, self.out, self.op = nn.Embedding(8, 8), nn.Linear(8, 8), op
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = self.out(self.embedding(tokens))
+        if self.op == "rrelu":
+            return F.rrelu(y, training=True)
+        return torch.multinomial(y.softmax(-1).flatten(0, 1), 1)
+
+
+@pytest.mark.parametrize("op", ["rrelu", "multinomial"])
+def test_a_draw_that_ranks_cannot_share(op: str) -> None:
+    with pytest.raises(Exception, match=rf"test_errors.py:\d+: aten.{op}.default draws random"):
+        tspc.plan(Unshared(op), (TOKENS,), ranks=2)
 
 
 def test_explain_before_the_first_call() -> None:

@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = [p for p in (ROOT / "tspc").rglob("*.py")]
 PASSES, RUNTIME = list((ROOT / "passes").glob("*.py")), list((ROOT / "runtime").glob("*.py"))
-TOGETHER = {"__init__.py", "capture.py", "backend.py", "api.py", "check.py", "show.py", "cli.py"}
+TOGETHER = {
+    "__init__.py",
+    "capture.py",
+    "backend.py",
+    "api.py",
+    "check.py",
+    "reference.py",
+    "show.py",
+    "cli.py",
+}
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)
 
 

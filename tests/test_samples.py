@@ -282,7 +282,33 @@ def composite_samples() -> list[Sample]:
     ]
 
 
+def random_samples() -> list[Sample]:
+    tspc = torch.ops.tspc
+    a, state = x(3, 5, 7), ids(2**32, 2)
+    at = [torch.arange(n) for n in a.shape]
+    q, k, v, states = x(3, 4, 5, 6), x(3, 2, 7, 6), x(3, 2, 7, 11), ids(2**62, 3, 4, 5)
+    mask = x(4, 5, 7)
+
+    def attend(causal: bool) -> Sample:
+        def fn(*given: torch.Tensor) -> Any:
+            qkv, (m, s) = given[:3], given[3:]
+            op = tspc.dropout_attention.default
+            return op(*qkv, None if causal else m, 0.5, causal, s, enable_gqa=True)
+
+        return fn, (q, k, v, mask, states)
+
+    return [
+        (lambda p, s, *i: tspc.dropout.default(p, s, i, 0.5), (a, state, *at)),
+        (lambda p, s, *i: tspc.uniform.default(p, s, i, dtype=p.dtype), (a, state, *at)),
+        (lambda p, s, *i: tspc.normal.default(p, s, i, dtype=p.dtype), (a, state, *at)),
+        (lambda p, s, *i: tspc.query_states.default(p, s, i), (a, state, *at[:2])),
+        attend(False),
+        attend(True),
+    ]
+
+
 GROUPS = {
+    "random": random_samples,
     "pointwise": pointwise_samples,
     "contractions": contraction_samples,
     "reductions": reduction_samples,

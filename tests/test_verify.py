@@ -65,5 +65,11 @@ def test_programs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSPC_DUMP", str(tmp_path))
     typed()
     names = sorted(f.name for f in tmp_path.iterdir())
-    assert names == ["0_normalize.txt", "1_masks.txt", "2_fold.txt", "3_propagate.txt"]
-    assert "llama_like.py:" in (tmp_path / "2_fold.txt").read_text()
+    assert names == [
+        "0_normalize.txt",
+        "1_masks.txt",
+        "2_draws.txt",
+        "3_fold.txt",
+        "4_propagate.txt",
+    ]
+    assert "llama_like.py:" in (tmp_path / "3_fold.txt").read_text()

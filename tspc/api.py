@@ -21,6 +21,7 @@ from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import parse
 from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.reference import reference_backend
 from tspc.runtime.convert import convert
 from tspc.runtime.mesh import resolve
 from tspc.runtime.schedules import choose
@@ -183,8 +184,14 @@ def verify(
     made: list[Simulated] = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
-    one = _outcome(model, model, args, kwargs or {})
+    state = torch.random.get_rng_state()
     mine = _outcome(compiled, model, args, kwargs or {})
+    reference: Callable[..., Any] = model
+    if any(g.rewritten.draws for g in made):
+        torch._dynamo.reset()
+        reference = torch.compile(model, backend=reference_backend)
+    torch.random.set_rng_state(state)
+    one = _outcome(reference, model, args, kwargs or {})
     errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
     found = Verification(errors, tuple(made))
     wrong = {

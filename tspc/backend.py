@@ -25,8 +25,9 @@ from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
-from tspc.program import PARAM, PLACEHOLDERS, Type
+from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.runtime import inputs as input_check
+from tspc.runtime import seed
 from tspc.runtime.convert import convert_and_restart
 from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
@@ -159,17 +160,15 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
     captured, rewritten = compiled.captured, compiled.rewritten
     hints = captured.program.hints
     types: list[tuple[Type, torch.device]] = []
-    for n in rewritten.typed.program.nodes:
-        if n.op not in PLACEHOLDERS:
-            continue
+    nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    for n, x in zip(nodes, captured.given(nodes, example_inputs, None)):
         t = n.type
-        x = example_inputs[captured.positions[n.name]]
         storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
         if storage is not None and storage.map is not None:
             shape = list(t.shape)
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
-        types.append((t, x.device))
+        types.append((t, x.device if x is not None else _device(example_inputs)))
     return local_fakes(rewritten.symbols, hints, int(_rows(compiled, hints)), True, types)
 
 
@@ -229,26 +228,30 @@ def _function(
     run_local = compile_local(rewritten.local, fakes, options.compiler)
     _restate_guards(compiled, fakes)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
-    at = [captured.positions[n.name] for n in nodes]
-    sharded = [i for i, p in enumerate(at) if isinstance(example_inputs[p], DTensor)]
+    device = _device(example_inputs)
+    examples = captured.given(nodes, example_inputs, None)
+    sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
     maps = []
     for i in sharded:
         storage = rewritten.choice.storages.get(nodes[i].name)
         maps.append(storage.map if storage is not None else None)
-        stored, wanted = example_inputs[at[i]].placements[0], placed(maps[-1])
+        stored, wanted = examples[i].placements[0], placed(maps[-1])
         if stored != wanted and place.axis.rank == 0:
             log.warning(
                 f"{nodes[i].name} is stored as {stored}, this graph takes {wanted}: exchanged at "
                 "every call"
             )
-    check = input_check.Checker(place, options.check_inputs, [n.name for n in nodes])
+    plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
+    check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
 
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
-        given = [args[p] for p in at]
-        check([given[i] for i in range(len(given)) if i not in sharded])
+        given = captured.given(nodes, args, None)
+        check([given[i] for i in plain])
+        if rewritten.draws:
+            given = captured.given(nodes, args, seed.shared(place, device))
         if sharded:
             stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):

@@ -64,7 +64,8 @@ class Piece:
 class Attention:
     """K and V meet the queries of all ranks.
 
-    Names of values; mask is an operand, whole on every rank.
+    Names of values; mask is an operand, whole on every rank; states: of the queries, where keys are
+    dropped with probability `dropout`.
     """
 
     q: str
@@ -75,6 +76,8 @@ class Attention:
     lse: str
     causal: bool
     scale: float
+    states: str | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from tspc.program import (
     INPUT,
     OUTPUT,
     PARAM,
+    SEED,
     Node,
     Program,
     Ref,
@@ -60,6 +61,12 @@ class Captured:
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
     outer_symbols: dict[sympy.Symbol, torch.SymInt]
     whole_outputs: bool  # the graph ends in a graph break: every output comes back whole
+
+    def given(
+        self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
+    ) -> list[Any]:
+        """What each of these placeholders is at a call."""
+        return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""

@@ -24,6 +24,7 @@ from tspc.runtime import simulate
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.exchange import whole
 from tspc.runtime.requests import Axis
+from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
 
 AXIS = "simulated"
@@ -92,16 +93,15 @@ def _trace(
     length = 1 if leaf is None else evaluate(leaf.size, hints)
     rows = int(Layout(ranks, rewritten.choice.order).chunk_rows(int(length)))
     types: list[tuple[Type, torch.device]] = []
-    for n in rewritten.typed.program.nodes:
-        if n.op not in PLACEHOLDERS:
-            continue
+    nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
+    for n, x in zip(nodes, captured.given(nodes, example_inputs, torch.zeros(()))):
         t = n.type
         storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
         if storage is not None and storage.map is not None:
             shape = list(t.shape)
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
-        types.append((t, example_inputs[captured.positions[n.name]].device))
+        types.append((t, x.device))
     fakes = local_fakes(rewritten.symbols, hints, rows, True, types)
     return partition(rewritten.local, fakes)
 
@@ -109,7 +109,8 @@ def _trace(
 def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
     graph.sizes = graph.captured.sizes(args)
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
-    tensors = [args[graph.captured.positions[n.name]] for n in nodes]
+    drawn = draw() if graph.rewritten.draws else torch.zeros(())
+    tensors = graph.captured.given(nodes, args, drawn)
     return list(_Run.apply(graph, *tensors))
 
 

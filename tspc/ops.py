@@ -42,14 +42,14 @@ LIB.define(
     "str axis) -> Tensor"
 )
 LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, SymInt "
-    "rows, SymInt length, "
-    "str order, str axis) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, bool causal, "
+    "float scale, float dropout, SymInt rows, SymInt length, str order, str axis) -> "
+    "(Tensor, Tensor)"
 )
 LIB.define(
-    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-    "Tensor lse, bool causal, "
-    "float scale, SymInt rows, SymInt length, str order, str axis) -> (Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
+    "Tensor out, Tensor lse, bool causal, float scale, float dropout, SymInt rows, SymInt length, "
+    "str order, str axis) -> (Tensor, Tensor, Tensor)"
 )
 # one region, D steps: `key` names its `Body`; results: body.outs, then body.saves
 LIB.define(
@@ -155,7 +155,7 @@ def _embed_backward_fake(g, ids, units, rows, length, order, axis):
 
 
 @_fake("attention")
-def _attention_fake(q, k, v, mask, causal, scale, rows, length, order, axis):
+def _attention_fake(q, k, v, *_):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
@@ -236,15 +236,14 @@ _register("embed", _embed_setup, _embed_grad)
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, mask, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, mask, *output)
+    tensors, ctx.rest = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
-    q, k, v, mask, out, lse = ctx.saved_tensors
-    grads = torch.ops.tspc.attention_backward(g, q, k, v, mask, out, lse, *ctx.rest)
-    return (*grads, *[None] * 7)
+    grads = torch.ops.tspc.attention_backward(g, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, None, None, *(None for _ in ctx.rest))
 
 
 _register("attention", _attention_setup, _attention_grad)

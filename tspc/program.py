@@ -23,6 +23,7 @@ PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = (
     "fold",
 )
 PLACEHOLDERS = (PARAM, BUFFER, INPUT)
+SEED = "tspc.seed"  # the input that a program with random ops has besides its own
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""One device's run of a program with random ops, for `tspc.verify`: the same draws as on ranks,
+everything else as torch has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tspc.capture import Captured, capture
+from tspc.factor import Factors
+from tspc.passes.localize import call, constant
+from tspc.passes.pipeline import prepare
+from tspc.passes.sizes import Sizes
+from tspc.program import CONSTANT, OUTPUT, PLACEHOLDERS, SEED, Program, Ref
+from tspc.runtime.seed import draw
+
+
+def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """A Dynamo backend: graphs without random ops run as they are."""
+    captured = capture(gm, example_inputs)
+    program = prepare(captured.program)
+    if all(n.name != SEED for n in program.nodes):
+        return gm.forward
+    return _runner(captured, program)
+
+
+def _runner(captured: Captured, program: Program) -> Callable[..., list[Any]]:
+    placeholders = [n for n in program.nodes if n.op in PLACEHOLDERS]
+
+    def run(*args: Any) -> list[Any]:
+        given = captured.given(placeholders, args, draw())
+        sizes = Sizes(Factors(), captured.sizes(args), {})
+        env = {(n.name, 0): x for n, x in zip(placeholders, given)}
+
+        def get(r: Any) -> Any:
+            return env[r.name, r.item or 0] if isinstance(r, Ref) else sizes.value(r)
+
+        for n in program.nodes:
+            if n.op == OUTPUT:
+                return [get(a) for a in n.args]
+            if n.op == CONSTANT:
+                env[n.name, 0] = constant(n, given[0].device)
+            elif n.op not in PLACEHOLDERS:
+                made = call(n, [[]], [[]], sizes, get)
+                for i, v in enumerate(made if isinstance(made, (list, tuple)) else [made]):
+                    t = n.types[i]
+                    stops = t is not None and v.requires_grad and not t.requires_grad
+                    env[n.name, i] = v.detach() if stops else v
+        raise AssertionError("a program without output")
+
+    return run
