@@ -72,6 +72,9 @@ def tsp(
     the model.
     """
     chosen = parse(options)
+    if chosen.mesh is None:
+        meshes = [x.device_mesh for x in example_inputs if isinstance(x, DTensor)]
+        chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
     if place.axis.size == 1 or mesh is None:
         return compile_fx(gm, list(example_inputs))

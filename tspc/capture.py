@@ -117,7 +117,8 @@ def _specialize_floats(gm: torch.fx.GraphModule) -> None:
 
 
 def _fake(context: TracingContext, x: Any) -> Any:
-    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+    own = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
+    if own or not isinstance(x, torch.Tensor):
         return x
     symbolic = context.tensor_to_context[x]
     source = getattr(symbolic, "tensor_source", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tspc.errors import OptionError
@@ -60,7 +60,10 @@ class Options:
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
-    """Raises `OptionError` for an unknown name or a bad value, naming the valid ones."""
+    """What is not given is the plan's, if there is one.
+
+    Raises `OptionError` for an unknown name or a bad value, naming the valid ones.
+    """
     given = dict(given or {})
     valid = [f.name for f in fields(Options)]
     for name in given:
@@ -78,4 +81,4 @@ def parse(given: Mapping[str, Any] | None) -> Options:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
     if given.get("hardware") is not None:
         hardware(given["hardware"], "")
-    return Options(**given)
+    return replace(getattr(given.get("plan"), "options", Options()), **given)
