@@ -35,7 +35,7 @@ def _whole(p: DTensor, axis: str) -> torch.Tensor:
     (placement,) = p.placements
     local = p.to_local()
     if isinstance(placement, Replicate):
-        return torch.ops.tspc.whole_weight(local, 0, p.shape[0] if p.dim() else 1, axis)
+        return torch.ops.tspc.whole_weight(local, -1, 0, axis)
     return torch.ops.tspc.whole_weight(local, placement.dim, p.shape[placement.dim], axis)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._inductor.compile_fx import compile_fx
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -34,6 +35,7 @@ from tspc.runtime.exchange import whole
 from tspc.runtime.execute import Place
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
+from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, placed
 from tspc.runtime.trace import Fakes, local_fakes
@@ -52,6 +54,7 @@ class Compiled:
     captured: Captured
     rewritten: Rewritten
     place: Place
+    mesh: DeviceMesh
     sizes: dict[Any, int] = field(default_factory=dict)
 
 
@@ -108,7 +111,7 @@ def tsp(
         convert_and_restart(gm, mesh, place.axis.name, dims)
     for line in found if place.axis.rank == 0 else ():
         log.warning(line)
-    compiled = Compiled(captured, rewritten, place)
+    compiled = Compiled(captured, rewritten, place, mesh)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
     return _function(compiled, chosen, example_inputs, gm)
@@ -271,12 +274,16 @@ def _results(
         if r is None or r.kind == "whole":
             out.append(x)
             continue
+        shape = tuple(evaluate(s, sizes) for s in r.shape)
+        if r.kind == "sharded":
+            rest = (layout, r.dim, rows, length, shape)
+            out.append(sharded(x, place, compiled.mesh, *rest))
+            continue
 
         def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
             lead = evaluate(r.lead, sizes)
             steps = whole(place.axis, layout, x, r.dim, lead, rows, length)
             return distributed(steps, place.axis, place.groups)
 
-        shape = tuple(evaluate(s, sizes) for s in r.shape)
         out.append(defer(gather, shape, r.dtype, x.device))
     return out

@@ -14,7 +14,7 @@ from tspc.hardware import hardware
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ("auto", "contiguous", "zigzag"),
-    "outputs": ("auto", "full"),
+    "outputs": ("auto", "full", "sharded"),
     "check_inputs": ("auto", True, False),
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
@@ -30,7 +30,7 @@ class Options:
         schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or
         glob to one.
         outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
-        whole.
+        whole; "sharded" as DTensors.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
