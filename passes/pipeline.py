@@ -56,8 +56,10 @@ def rewrite(
     outputs: str = "auto",
     hardware: Hardware = HARDWARE["cpu"],
     save: bool = True,
+    writes: int = 0,
 ) -> Rewritten:
-    """save: keep the results of a region's matrix products for its backward.
+    """save: keep the results of a region's matrix products for its backward. writes: how many
+    of the last outputs are new values of inputs.
 
     Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole, "sharded" leaves them where they are."""
@@ -65,7 +67,7 @@ def rewrite(
     program = _pass("masks", recognise_masks, program)
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
-    left = _local(program, outputs)
+    left = _local(program, outputs, writes)
     cotangents = "deferred" not in left.values()
     leaves = frozenset([choice.leaf]) if choice.leaf is not None else frozenset()
 
@@ -122,7 +124,7 @@ def _dump(name: str, program: Program) -> None:
             f.write(f"{program}\n")
 
 
-def _local(program: Program, outputs: str) -> dict[int, str]:
+def _local(program: Program, outputs: str, writes: int) -> dict[int, str]:
     """Output -> how it is handed out where it lies, if it is cut: not a scalar, and for "auto"
     only where one is a differentiable scalar."""
     types = {n.name: n.types for n in program.nodes}
@@ -132,6 +134,7 @@ def _local(program: Program, outputs: str) -> dict[int, str]:
         return t is not None and not t.shape and (t.requires_grad or not differentiable)
 
     outs = program.output.args
+    outs = outs[: len(outs) - writes]
     if outputs == "full" or (outputs == "auto" and not any(scalar(a, True) for a in outs)):
         return {}
     kind = "sharded" if outputs == "sharded" else "deferred"

@@ -151,6 +151,7 @@ def plan(
             chosen.outputs,
             hardware(chosen.hardware, device_name(device)),
             chosen.save,
+            len(captured.writes),
         )
         found.append(Plan(count, rewritten, dict(captured.program.hints), chosen))
         raise _Stop
@@ -255,8 +256,8 @@ def verify(
     made: list[Simulated] = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
-    one = _outcome(model, model, args, kwargs or {})
-    mine = _outcome(compiled, model, args, kwargs or {})
+    start = {n: b.detach().clone() for n, b in model.named_buffers()}
+    one, mine = (_outcome(fn, model, args, kwargs or {}, start) for fn in (model, compiled))
     errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
     found = Verification(errors, tuple(made))
     wrong = {
@@ -269,9 +270,13 @@ def verify(
 
 
 def _outcome(
-    fn: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    fn: Callable[..., Any],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    start: Mapping[str, torch.Tensor],
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Outputs, and gradients of parameters and float inputs."""
+    """Outputs, gradients of parameters and float inputs, and what the buffers are then."""
     leaves = [
         x
         for x in tree_flatten((args, kwargs))[0]
@@ -293,10 +298,15 @@ def _outcome(
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     given = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
     model.zero_grad()
+    after = {n: b.detach().clone() for n, b in model.named_buffers()}
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            b.copy_(start[n])
     return {
         "output": {str(i): x.detach() for i, x in enumerate(outs)},
         "gradient of": grads,
         "input gradient": given,
+        "buffer": after,
     }
 
 

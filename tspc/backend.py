@@ -21,6 +21,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
+from tspc.check import written
 from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
@@ -98,6 +99,7 @@ def tsp(
         "full" if captured.whole_outputs else chosen.outputs,
         hardware(chosen.hardware, device_name(_device(example_inputs))),
         chosen.save and torch.is_grad_enabled(),
+        len(captured.writes),
     )
     found = _fallbacks(rewritten)
     if chosen.strict and found:
@@ -260,7 +262,7 @@ def _function(
             for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
                 given[i] = local
         outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
-        return _results(compiled, outs, sizes, rows, length)
+        return written(captured, args, _results(compiled, outs, sizes, rows, length))
 
     return run
 

@@ -73,6 +73,7 @@ def simulated_backend(
             "full" if captured.whole_outputs else chosen.outputs,
             hardware(chosen.hardware, "cpu"),
             chosen.save,
+            len(captured.writes),
         )
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
@@ -110,7 +111,16 @@ def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
     graph.sizes = graph.captured.sizes(args)
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     tensors = [args[graph.captured.positions[n.name]] for n in nodes]
-    return list(_Run.apply(graph, *tensors))
+    return written(graph.captured, args, list(_Run.apply(graph, *tensors)))
+
+
+def written(captured: Captured, args: Sequence[Any], outs: list[Any]) -> list[Any]:
+    """The last outputs are the new values of inputs; -> the others."""
+    count = len(outs) - len(captured.writes)
+    with torch.no_grad():
+        for i, x in zip(captured.writes, outs[count:]):
+            args[i].copy_(x)
+    return outs[:count]
 
 
 class _Run(torch.autograd.Function):
