@@ -9,7 +9,7 @@ is the global one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,8 +147,8 @@ def constant(node: Node, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Result:
-    """How an output of the program leaves the ranks: "whole" (equal on all), or "deferred":
-    local, gathered at first use."""
+    """How an output of the program leaves the ranks: "whole" (equal on all), or local:
+    "deferred", gathered at first use, or "sharded", a DTensor."""
 
     kind: str
     shape: tuple[Any, ...]
@@ -167,12 +167,13 @@ class LocalProgram(torch.nn.Module):
         symbols: Sequence[sympy.Symbol],
         order: str,
         axis: str,
-        deferred: frozenset[int],
+        local: Mapping[int, str],
     ):
         super().__init__()
         self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
-        self.deferred = deferred
+        self.local = local
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
+        self.kinds = [r.kind if r is not None else "whole" for r in self.results()]
 
     def forward(self, *args: Any) -> list[Any]:
         """Runs the nodes in order."""
@@ -202,12 +203,13 @@ class LocalProgram(torch.nn.Module):
                 continue
             t = types[a.name][a.item or 0]
             shape = tuple(t.shape)
-            if i in self.deferred and typed.places[a.name, a.item or 0] == "S":
+            kind, dim, lead = "whole", 0, 1
+            if i in self.local and typed.places[a.name, a.item or 0] == "S":
                 dims = typed.dims[a.name, a.item or 0]
                 dim, lead, _ = where(sizes, dims, typed.leaf)
-                out.append(Result("deferred", shape, t.dtype, dim, lead))
-            else:
-                out.append(Result("whole", shape, t.dtype))
+                # a DTensor cuts a dim as a whole, not the sequence inside of it
+                kind = "whole" if self.local[i] == "sharded" and lead != 1 else self.local[i]
+            out.append(Result(kind, shape, t.dtype, dim, lead))
         return out
 
 
@@ -350,12 +352,13 @@ class _Run:
         raise AssertionError("a stacked exit without its factor")
 
     def result(self, index: int, a: Any) -> Any:
-        """Deferred outputs leave local, all others whole."""
+        """As `results` says."""
         if not isinstance(a, Ref):
             return self.sizes.value(a)
         x = self.get(a)
         if self.typed.places[a.name, a.item or 0] != "S":
             return x
-        if index in self.program.deferred:
-            return x.detach()
+        kind = self.program.kinds[index]
+        if kind != "whole":
+            return x.detach() if kind == "deferred" else x.clone()  # no view of an input
         return torch.ops.tspc.whole(x, *self.sequence(self.dims(a)))

@@ -62,19 +62,22 @@ def rewrite(
     outputs: str = "auto",
     hardware: Hardware = HARDWARE["cpu"],
     save: bool = True,
+    writes: int = 0,
 ) -> Rewritten:
-    """save: keep the results of a region's matrix products for its backward.
+    """save: keep the results of a region's matrix products for its backward. writes: how many
+    of the last outputs are new values of inputs.
 
     Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
-    whole."""
+    whole, "sharded" leaves them where they are."""
     program = prepare(program)
     analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
-    deferred = _deferred(program) if outputs == "auto" else frozenset()
+    left = _local(program, outputs, writes)
+    cotangents = "deferred" not in left.values()
     leaves = frozenset([choice.leaf]) if choice.leaf is not None else frozenset()
 
     def fold(_: Program) -> Program:
-        return outline(analysis, choice.regions, leaves, ranks, not deferred)
+        return outline(analysis, choice.regions, leaves, ranks, cotangents)
 
     folded = _pass("fold", fold, program)
     gathered = {
@@ -93,7 +96,7 @@ def rewrite(
             n = replace(n, kwargs={**n.kwargs, "body": body})
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
-    local = LocalProgram(typed, symbols, choice.order, axis, deferred)
+    local = LocalProgram(typed, symbols, choice.order, axis, left)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
@@ -133,17 +136,19 @@ def _dump(name: str, program: Program) -> None:
             f.write(f"{program}\n")
 
 
-def _deferred(program: Program) -> frozenset[int]:
-    """Outputs to defer: all that are not scalars, where one is a differentiable scalar."""
+def _local(program: Program, outputs: str, writes: int) -> dict[int, str]:
+    """Output -> how it is handed out where it lies, if it is cut: not a scalar, and for "auto"
+    only where one is a differentiable scalar."""
     types = {n.name: n.types for n in program.nodes}
 
-    def scalar(a: object) -> bool:
-        if not isinstance(a, Ref):
-            return False
-        t = types[a.name][a.item or 0]
-        return t is not None and not t.shape and t.requires_grad
+    def scalar(a: object, differentiable: bool) -> bool:
+        t = types[a.name][a.item or 0] if isinstance(a, Ref) else None
+        return t is not None and not t.shape and (t.requires_grad or not differentiable)
 
     outs = program.output.args
-    if not any(map(scalar, outs)):
-        return frozenset()
-    return frozenset(i for i, a in enumerate(outs) if isinstance(a, Ref) and not scalar(a))
+    outs = outs[: len(outs) - writes]
+    if outputs == "full" or (outputs == "auto" and not any(scalar(a, True) for a in outs)):
+        return {}
+    kind = "sharded" if outputs == "sharded" else "deferred"
+    loss = kind == "deferred"
+    return {i: kind for i, a in enumerate(outs) if isinstance(a, Ref) and not scalar(a, loss)}

@@ -20,6 +20,7 @@ from tspc.runtime.requests import (
     AllToAll,
     Axis,
     Broadcast,
+    Exchange,
     Reduce,
     ReduceScatter,
     Request,
@@ -150,6 +151,11 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
         out = x.new_empty(x.shape[1:])
         work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
         return _Pending([work], out, x)
+    if isinstance(request, Exchange):
+        out = x.new_empty((sum(request.received), *x.shape[1:]))
+        received, sent = list(request.received), list(request.sent)
+        work = dist.all_to_all_single(out, x, received, sent, group, async_op=True)
+        return _Pending([work], out, x)
     assert isinstance(request, AllToAll)
     out = torch.empty_like(x)
     work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
@@ -185,7 +191,8 @@ def lockstep(generators: Sequence[Steps]) -> list[Any]:
 def _compare(requests: Sequence[Request]) -> None:
     def told(q: Request) -> tuple[Any, ...]:
         peer = getattr(q, "source", getattr(q, "target", None))
-        return type(q).__name__, q.link, tuple(q.tensor.shape), q.tensor.dtype, peer
+        shape = tuple(q.tensor.shape)[isinstance(q, Exchange) :]  # rows differ by rank
+        return type(q).__name__, q.link, shape, q.tensor.dtype, peer
 
     first = told(requests[0])
     for r, q in enumerate(requests):
@@ -208,6 +215,9 @@ def _answers(requests: Sequence[Request]) -> list[Any]:
         return [torch.stack(tensors) for _ in range(ranks)]
     if isinstance(first, ReduceScatter):
         return [_total([t[r] for t in tensors]) for r in range(ranks)]
+    if isinstance(first, Exchange):
+        parts = [q.tensor.split(q.sent) for q in requests]  # type: ignore[attr-defined]
+        return [torch.cat([p[r] for p in parts]) for r in range(ranks)]
     assert isinstance(first, AllToAll)
     return [torch.stack([t[r] for t in tensors]) for r in range(ranks)]
 

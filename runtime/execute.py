@@ -58,6 +58,8 @@ def _nothing(result: Any) -> Steps:
 def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.Tensor:
     """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are
     stored."""
+    if dim < 0:
+        return local.clone()
     place = PLACES[name]
     missing = -(-size // place.axis.size) - local.shape[dim]
     if missing:
@@ -73,6 +75,8 @@ def _whole_weight_backward(
 ) -> torch.Tensor:
     """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole
     one."""
+    if dim < 0:
+        return g.clone()
     axis = PLACES[name].axis
     start = min(axis.rank * -(-size // axis.size), size)
     return g.narrow(dim, start, rows).clone()

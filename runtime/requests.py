@@ -74,6 +74,15 @@ class AllToAll(Request):
 
 
 @dataclass(frozen=True)
+class Exchange(Request):
+    """Tensor is [n, *shape]: the first sent[0] rows go to rank 0, and so on; result: received[i]
+    rows from each rank i, in order."""
+
+    sent: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Axis:
     """This rank's place on the TSP axis.
 

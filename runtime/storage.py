@@ -35,7 +35,7 @@ def _whole(p: DTensor, axis: str) -> torch.Tensor:
     (placement,) = p.placements
     local = p.to_local()
     if isinstance(placement, Replicate):
-        return torch.ops.tspc.whole_weight(local, 0, p.shape[0] if p.dim() else 1, axis)
+        return torch.ops.tspc.whole_weight(local, -1, 0, axis)
     return torch.ops.tspc.whole_weight(local, placement.dim, p.shape[placement.dim], axis)
 
 
@@ -65,6 +65,19 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
 
 
+def _load(self: nn.Module, state: Any, prefix: str, *args: Any) -> None:
+    """A whole tensor in a state is cut like the parameter; every rank has the same one."""
+    state = dict(state)
+    for n, p in self._parameters.items():
+        x = state.get(prefix + n)
+        if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and not isinstance(x, DTensor):
+            x = x.to(p.device_mesh.device_type)
+            state[prefix + n] = distribute_tensor(
+                x, p.device_mesh, p.placements, src_data_rank=None
+            )
+    type(self)._tspc_class._load_from_state_dict(self, state, prefix, *args)
+
+
 def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
@@ -84,6 +97,7 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
             __qualname__=cls.__qualname__,
             __call__=_call,
             __reduce_ex__=_reduce,
+            _load_from_state_dict=_load,
         )
         _CLASSES[key] = type(cls.__name__, (cls,), body)
     return _CLASSES[key]
@@ -113,13 +127,14 @@ def shard_parameters(
                 if id(p) not in made:
                     dim = dims[id(p)] if id(p) in dims else default_dim(p)
                     placement = Replicate() if dim is None else Shard(dim)
-                    data = distribute_tensor(p.data, mesh, [placement])
+                    rank = None if p.is_meta else 0
+                    data = distribute_tensor(p.data, mesh, [placement], src_data_rank=rank)
                     made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
                     exchanged[p] = made[id(p)]
                 m._parameters[n] = made[id(p)]
             if names and not hasattr(type(m), "_tspc_class"):
                 m.__class__ = _sharded_class(type(m), names, axis)
-        for b in module.buffers():
+        for b in (b for b in module.buffers() if not b.is_meta):
             dist.broadcast(b, source, group=group)
     return exchanged
 

@@ -21,4 +21,4 @@ def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3

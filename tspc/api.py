@@ -3,14 +3,17 @@ against one device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from tspc.backend import GRAPHS, Compiled
 from tspc.body import evaluate
@@ -19,11 +22,14 @@ from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.errors import CaptureError, ParityError, PlanError
 from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
-from tspc.options import parse
+from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
 from tspc.reference import reference_backend
 from tspc.runtime.convert import convert
+from tspc.runtime.execute import Place
+from tspc.runtime.initialise import initialise
 from tspc.runtime.mesh import resolve
+from tspc.runtime.requests import Axis
 from tspc.runtime.schedules import choose
 from tspc.show import show
 
@@ -38,6 +44,7 @@ class Plan:
     ranks: int
     rewritten: Rewritten = field(repr=False)
     sizes: dict[Any, int] = field(repr=False)
+    options: Options = field(default=Options(), repr=False)
 
     def __str__(self) -> str:
         return _text(self.rewritten, self.ranks, self.sizes)
@@ -50,16 +57,44 @@ class Plan:
         """Shard the parameters in place as DTensors, by rank 0's values; live optimizers are
         rebound.
 
-        Raises `PlanError` if the axis has another number of ranks than the plan.
+        On meta nothing is sent: the parameters become shards on meta, for `model.to_empty` and
+        then `init` or a checkpoint. Raises `PlanError` if the axis has another number of ranks
+        than the plan.
         """
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
-        place, one = resolve(replace(parse({}), mesh=mesh), device)
+        if mesh is not None and device.type == "meta":
+            device = torch.device(mesh.device_type)
+        place, one = resolve(replace(self.options, mesh=mesh or self.options.mesh), device)
         if place.axis.size != self.ranks:
             raise PlanError(f"the plan is for {self.ranks} ranks, the axis has {place.axis.size}")
         dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}
-        if one is not None:
+        if one is not None and self.ranks > 1:
             convert(model, one, place.axis.name, dims)
+
+    def init(
+        self,
+        model: nn.Module,
+        build: Callable[[], nn.Module] | None = None,
+        init_fn: Callable[[nn.Module], Any] | None = None,
+    ) -> None:
+        """Give the parameters and buffers of an applied model the values of one device's under
+        the same `torch.manual_seed` (rank 0's).
+
+        build: the constructor, run again with one whole parameter at a time in memory; what a
+        Hugging Face model does by default, from its config. init_fn(model): initialises in place.
+        Default otherwise: `model.init_weights()`, or `reset_parameters()` of each module in order.
+        Raises `PlanError` naming a parameter or buffer that nothing initialises.
+        """
+        sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+        if self.ranks > 1 and not sharded:
+            raise PlanError("the model is not sharded: plan.apply(model, mesh) first")
+        place = Place(Axis("tsp", 1, 0))
+        if sharded:
+            mesh = sharded[0].device_mesh
+            device = torch.device(mesh.device_type)
+            place, _ = resolve(replace(self.options, mesh=mesh), device)
+        initialise(model, place, build, init_fn)
 
 
 @dataclass(frozen=True)
@@ -74,13 +109,11 @@ class Verification:
         return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
 
 
-def _device(example_inputs: Sequence[Any], mesh: DeviceMesh | None) -> torch.device:
+def _device(given: Sequence[Any], mesh: DeviceMesh | None) -> torch.device:
     """Where the plan would run."""
     if mesh is not None:
         return torch.device(mesh.device_type)
-    return next(
-        (x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu")
-    )
+    return next((x.device for x in given if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
 
 class _Stop(Exception):
@@ -104,7 +137,7 @@ def plan(
         ranks = resolve(replace(chosen, mesh=mesh), torch.device(mesh.device_type))[0].axis.size
     if ranks is None:
         raise PlanError("plan(...) needs ranks= or mesh=")
-    count, found = ranks, []
+    count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         captured = capture(gm, example_inputs)
@@ -117,16 +150,22 @@ def plan(
             chosen.schedule,
             chosen.layout,
             chosen.outputs,
-            hardware(chosen.hardware, device_name(_device(example_inputs, mesh))),
+            hardware(chosen.hardware, device_name(device)),
             chosen.save,
+            len(captured.writes),
         )
-        found.append(Plan(count, rewritten, dict(captured.program.hints)))
+        found.append(Plan(count, rewritten, dict(captured.program.hints), chosen))
         raise _Stop
 
+    inputs = (tuple(args), dict(kwargs or {}))
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(specialize_float=True):
-            torch.compile(model, backend=backend, dynamic=True)(*args, **(kwargs or {}))
+        with (
+            torch._dynamo.config.patch(specialize_float=True),
+            _fakes(model, inputs, device) as fake,
+        ):
+            given = tree_map(fake, inputs)
+            torch.compile(model, backend=backend, dynamic=True)(*given[0], **given[1])
     except Exception:
         if not found:
             raise
@@ -135,6 +174,40 @@ def plan(
     if not found:
         raise CaptureError("the model has no graph to plan")
     return found[0]
+
+
+@contextlib.contextmanager
+def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[Any], Any]]:
+    """If anything is on meta, all tensors are fake ones on one device while it is planned; -> what
+    makes the inputs so."""
+    owners = list(model.modules()) if isinstance(model, nn.Module) else []
+    tables = [t for m in owners for t in (m._parameters, m._buffers)]
+    tensors = [x for x in tree_leaves((tables, inputs)) if isinstance(x, torch.Tensor)]
+    if not any(x.is_meta for x in tensors):
+        yield lambda x: x
+        return
+    if device.type == "meta":
+        device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
+    mode, made, kept = FakeTensorMode(), {}, [dict(t) for t in tables]
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if id(x) not in made:
+            with mode:
+                like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+            parameter = isinstance(x, nn.Parameter)
+            made[id(x)] = nn.Parameter(like, x.requires_grad) if parameter else like
+            made[id(x)].requires_grad_(x.requires_grad)
+        return made[id(x)]
+
+    try:
+        for t in tables:
+            t.update({n: fake(x) for n, x in t.items()})
+        yield fake
+    finally:
+        for t, before in zip(tables, kept):
+            t.update(before)
 
 
 def explain(model: Any) -> str:
@@ -184,14 +257,15 @@ def verify(
     made: list[Simulated] = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
+    start = {n: b.detach().clone() for n, b in model.named_buffers()}
     state = torch.random.get_rng_state()
-    mine = _outcome(compiled, model, args, kwargs or {})
+    mine = _outcome(compiled, model, args, kwargs or {}, start)
     reference: Callable[..., Any] = model
     if any(g.rewritten.draws for g in made):
         torch._dynamo.reset()
         reference = torch.compile(model, backend=reference_backend)
     torch.random.set_rng_state(state)
-    one = _outcome(reference, model, args, kwargs or {})
+    one = _outcome(reference, model, args, kwargs or {}, start)
     errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
     found = Verification(errors, tuple(made))
     wrong = {
@@ -204,9 +278,13 @@ def verify(
 
 
 def _outcome(
-    fn: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    fn: Callable[..., Any],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    start: Mapping[str, torch.Tensor],
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Outputs, and gradients of parameters and float inputs."""
+    """Outputs, gradients of parameters and float inputs, and what the buffers are then."""
     leaves = [
         x
         for x in tree_flatten((args, kwargs))[0]
@@ -228,10 +306,15 @@ def _outcome(
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     given = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
     model.zero_grad()
+    after = {n: b.detach().clone() for n, b in model.named_buffers()}
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            b.copy_(start[n])
     return {
         "output": {str(i): x.detach() for i, x in enumerate(outs)},
         "gradient of": grads,
         "input gradient": given,
+        "buffer": after,
     }
 
 

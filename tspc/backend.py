@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch._inductor.compile_fx import compile_fx
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
+from tspc.check import written
 from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
@@ -35,6 +37,7 @@ from tspc.runtime.exchange import whole
 from tspc.runtime.execute import Place
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
+from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, placed
 from tspc.runtime.trace import Fakes, local_fakes
@@ -53,6 +56,7 @@ class Compiled:
     captured: Captured
     rewritten: Rewritten
     place: Place
+    mesh: DeviceMesh
     sizes: dict[Any, int] = field(default_factory=dict)
 
 
@@ -73,6 +77,9 @@ def tsp(
     the model.
     """
     chosen = parse(options)
+    if chosen.mesh is None:
+        meshes = [x.device_mesh for x in example_inputs if isinstance(x, DTensor)]
+        chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
     if place.axis.size == 1 or mesh is None:
         return compile_fx(gm, list(example_inputs))
@@ -93,6 +100,7 @@ def tsp(
         "full" if captured.whole_outputs else chosen.outputs,
         hardware(chosen.hardware, device_name(_device(example_inputs))),
         chosen.save and torch.is_grad_enabled(),
+        len(captured.writes),
     )
     found = _fallbacks(rewritten)
     if chosen.strict and found:
@@ -106,7 +114,7 @@ def tsp(
         convert_and_restart(gm, mesh, place.axis.name, dims)
     for line in found if place.axis.rank == 0 else ():
         log.warning(line)
-    compiled = Compiled(captured, rewritten, place)
+    compiled = Compiled(captured, rewritten, place, mesh)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
     return _function(compiled, chosen, example_inputs, gm)
@@ -257,7 +265,7 @@ def _function(
             for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
                 given[i] = local
         outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
-        return _results(compiled, outs, sizes, rows, length)
+        return written(captured, args, _results(compiled, outs, sizes, rows, length))
 
     return run
 
@@ -271,12 +279,16 @@ def _results(
         if r is None or r.kind == "whole":
             out.append(x)
             continue
+        shape = tuple(evaluate(s, sizes) for s in r.shape)
+        if r.kind == "sharded":
+            rest = (layout, r.dim, rows, length, shape)
+            out.append(sharded(x, place, compiled.mesh, *rest))
+            continue
 
         def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
             lead = evaluate(r.lead, sizes)
             steps = whole(place.axis, layout, x, r.dim, lead, rows, length)
             return distributed(steps, place.axis, place.groups)
 
-        shape = tuple(evaluate(s, sizes) for s in r.shape)
         out.append(defer(gather, shape, r.dtype, x.device))
     return out

@@ -61,6 +61,7 @@ class Captured:
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
     outer_symbols: dict[sympy.Symbol, torch.SymInt]
     whole_outputs: bool  # the graph ends in a graph break: every output comes back whole
+    writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
 
     def given(
         self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
@@ -88,15 +89,19 @@ def capture(
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
 
+    writes: list[int] = []
+
     def run(*args: Any) -> Any:
         out = torch.fx.Interpreter(gm).run(*args)
-        for (kind, wanted), a in zip(kinds, args):
+        for i, ((kind, wanted), a) in enumerate(zip(kinds, args)):
             if isinstance(a, FunctionalTensor) and has_data_mutation(a):
-                raise UnsupportedError(
-                    f"{wanted}: the model writes into this {kind} in its forward; the ranks would "
-                    "lose the write. Compile what does not write, or return the new value"
-                )
-        return out
+                if kind == PARAM or a.requires_grad:
+                    raise UnsupportedError(
+                        f"{wanted}: the model writes into this {kind} in its forward, and its "
+                        "gradient would not see it; write into a buffer, or between the calls"
+                    )
+                writes.append(i)
+        return [*out, *(args[i].detach() for i in writes)]
 
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
@@ -112,7 +117,8 @@ def capture(
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
     reason = getattr(gm, "compile_subgraph_reason", None)
-    return Captured(program, positions, symbols, outer, bool(reason and reason.graph_break))
+    whole = bool(reason and reason.graph_break)
+    return Captured(program, positions, symbols, outer, whole, tuple(writes))
 
 
 def _specialize_floats(gm: torch.fx.GraphModule) -> None:
@@ -124,7 +130,8 @@ def _specialize_floats(gm: torch.fx.GraphModule) -> None:
 
 
 def _fake(context: TracingContext, x: Any) -> Any:
-    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+    own = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
+    if own or not isinstance(x, torch.Tensor):
         return x
     symbolic = context.tensor_to_context[x]
     source = getattr(symbolic, "tensor_source", None)

@@ -22,7 +22,7 @@ from tspc.passes.pipeline import Rewritten, rewrite
 from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import simulate
 from tspc.runtime.drivers import lockstep
-from tspc.runtime.exchange import whole
+from tspc.runtime.exchange import clear, take, whole
 from tspc.runtime.requests import Axis
 from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
@@ -74,6 +74,7 @@ def simulated_backend(
             "full" if captured.whole_outputs else chosen.outputs,
             hardware(chosen.hardware, "cpu"),
             chosen.save,
+            len(captured.writes),
         )
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
@@ -111,7 +112,16 @@ def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
     tensors = graph.captured.given(nodes, args, drawn)
-    return list(_Run.apply(graph, *tensors))
+    return written(graph.captured, args, list(_Run.apply(graph, *tensors)))
+
+
+def written(captured: Captured, args: Sequence[Any], outs: list[Any]) -> list[Any]:
+    """The last outputs are the new values of inputs; -> the others."""
+    count = len(outs) - len(captured.writes)
+    with torch.no_grad():
+        for i, x in zip(captured.writes, outs[count:]):
+            args[i].copy_(x)
+    return outs[:count]
 
 
 class _Run(torch.autograd.Function):
@@ -137,19 +147,29 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gs: Any) -> Any:
         graph: Simulated = ctx.graph
-        tangents = [gs[i] if gs[i] is not None else ctx.shapes[i] for i in graph.parts.tangents]
+        tangents = {i: gs[i] if gs[i] is not None else ctx.shapes[i] for i in graph.parts.tangents}
         backward = graph.parts.backward
         assert backward is not None
         forward_out = next(n for n in graph.parts.forward.graph.nodes if n.op == "output")
         names = [n.name for n in forward_out.args[0][graph.parts.outputs :]]
         given = []
-        for saved in ctx.saved:
-            by_name, rest = dict(zip(names, saved)), iter(tangents)
+        for rank, saved in enumerate(ctx.saved):
+            local = [_tangent(graph, rank, i, g) for i, g in tangents.items()]
+            by_name, rest = dict(zip(names, saved)), iter(local)
             holders = [n for n in backward.graph.nodes if n.op == "placeholder"]
             given.append([by_name[n.name] if n.name in by_name else next(rest) for n in holders])
         grads = simulate.run(backward, AXIS, given)
         skip = len(graph.rewritten.symbols) + 1
         return (None, *_whole_gradients(graph, [g[skip:] for g in grads]))
+
+
+def _tangent(graph: Simulated, rank: int, index: int, g: torch.Tensor) -> torch.Tensor:
+    """A rank's part of the cotangent of an output."""
+    r = graph.rewritten.results[index]
+    if r is None or r.kind == "whole":
+        return g
+    rest = (r.dim, int(evaluate(r.lead, graph.sizes)), graph.rows(), graph.length())
+    return clear(graph.layout, rank, take(graph.layout, rank, g, *rest), *rest)
 
 
 def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

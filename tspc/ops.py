@@ -20,8 +20,8 @@ _DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str orde
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
-# a stored shard (torch's chunk of `dim`) -> the whole weight; stands in a traced model where it
-# reads a parameter
+# a stored shard (torch's chunk of `dim`, -1: all of it) -> the whole weight; stands in a traced
+# model where it reads a parameter
 LIB.define("whole_weight(Tensor local, int dim, int size, str axis) -> Tensor")
 LIB.define("whole_weight_backward(Tensor g, int dim, int size, str axis, SymInt rows) -> Tensor")
 LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
@@ -97,12 +97,12 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_fake("whole_weight")
 def _whole_weight_fake(local, dim, size, axis):
-    return _resized(local, dim, size)
+    return torch.empty_like(local) if dim < 0 else _resized(local, dim, size)
 
 
 @_fake("whole_weight_backward")
 def _whole_weight_backward_fake(g, dim, size, axis, rows):
-    return _resized(g, dim, rows)
+    return torch.empty_like(g) if dim < 0 else _resized(g, dim, rows)
 
 
 @_fake("whole")
@@ -182,7 +182,7 @@ def _sequence_backward(op: str) -> Callable[..., Any]:
 
 def _whole_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     local, *ctx.rest = inputs
-    ctx.rows = local.shape[ctx.rest[0]]
+    ctx.rows = local.shape[ctx.rest[0]] if ctx.rest[0] >= 0 else 0
 
 
 def _whole_weight_grad(ctx: Any, g: torch.Tensor) -> Any:

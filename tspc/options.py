@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tspc.errors import OptionError
@@ -14,7 +14,7 @@ from tspc.hardware import hardware
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ("auto", "contiguous", "zigzag"),
-    "outputs": ("auto", "full"),
+    "outputs": ("auto", "full", "sharded"),
     "check_inputs": ("auto", True, False),
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
@@ -30,7 +30,7 @@ class Options:
         schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or
         glob to one.
         outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
-        whole.
+        whole; "sharded" as DTensors.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
@@ -60,7 +60,10 @@ class Options:
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
-    """Raises `OptionError` for an unknown name or a bad value, naming the valid ones."""
+    """What is not given is the plan's, if there is one.
+
+    Raises `OptionError` for an unknown name or a bad value, naming the valid ones.
+    """
     given = dict(given or {})
     valid = [f.name for f in fields(Options)]
     for name in given:
@@ -78,4 +81,4 @@ def parse(given: Mapping[str, Any] | None) -> Options:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
     if given.get("hardware") is not None:
         hardware(given["hardware"], "")
-    return Options(**given)
+    return replace(getattr(given.get("plan"), "options", Options()), **given)

@@ -67,3 +67,8 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
                     roots[id(value)] = value
                 break
     return list(roots.values())
+
+
+def storage_key(x: torch.Tensor) -> int:
+    """One number per storage, the same for all views of it; 0 without one."""
+    return x.untyped_storage()._cdata if torch._C._has_storage(x) else 0

@@ -1,0 +1,106 @@
+"""Checkpoints of torch.distributed.checkpoint with the optimizer's state: saved on 4 ranks,
+resumed on 3, on one, and in a plain process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+import tspc
+from tests.models import call, loss_of, make, tokens_of, whole
+
+MODELS = {"llama_like": (6, 3), "gpt2_like": (4, 4), "hf_qwen3": (4, 2)}
+EAGER = {"compiler": "eager"}
+
+
+def _steps(
+    name: str, model: nn.Module, fn: Any, optimizer: torch.optim.Optimizer, first: int
+) -> list[float]:
+    """The losses of three clipped steps."""
+    losses = []
+    for i in range(first, first + 3):
+        loss = loss_of(fn(**call(name, tokens_of(9, seed=i), True)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _flat(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The whole tensors of a state by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: whole(state.detach()).clone()}
+    items = state.items() if isinstance(state, dict) else ()
+    return {k: v for n, x in items for k, v in _flat(x, f"{prefix}/{n}").items()}
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    both = get_state_dict(model, optimizer)
+    return {"model": both[0], "optimizer": both[1]}
+
+
+def saved(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    """Per model: the losses of the next three steps, and what was saved."""
+    out = {}
+    for name, heads in MODELS.items():
+        torch._dynamo.reset()
+        m = make(name, *heads, layers=1)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        fn = torch.compile(m, backend="tsp", options=EAGER)
+        _steps(name, m, fn, optimizer, 0)
+        state = _state(m, optimizer)
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        flat = _flat(state)
+        out[name] = (_steps(name, m, fn, optimizer, 3), flat)
+    return out
+
+
+def resumed(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    """The same, from the checkpoint, into other weights; on several ranks sharded before."""
+    out = {}
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for name, heads in MODELS.items():
+        torch._dynamo.reset()
+        m = make(name, *heads, layers=1, seed=7)
+        fn: Any = m
+        if ranks > 1:
+            plan = tspc.plan(m, (), call(name, tokens_of(9), True), ranks=ranks, options=EAGER)
+            plan.apply(m)
+            assert all(isinstance(p, DTensor) for p in m.parameters())
+            fn = torch.compile(m, backend="tsp", options={"plan": plan})
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        state = _state(m, optimizer)
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
+        set_state_dict(
+            m,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        flat = _flat(_state(m, optimizer))
+        out[name] = (_steps(name, m, fn, optimizer, 3), flat)
+    return out
+
+
+@pytest.mark.dist
+def test_resumes_on_other_ranks(world: Any, tmp_path: Path) -> None:
+    wanted = world(4).run(saved, folder=str(tmp_path))[0]
+    found = {3: world(3).run(resumed, folder=str(tmp_path))[0], 0: resumed(str(tmp_path))}
+    found[1] = world(1).run(resumed, folder=str(tmp_path))[0]
+    assert all(w[1].keys() == {*w[1]} and len(w[1]) > 20 for w in wanted.values())
+    for ranks, models in found.items():
+        for name, (losses, state) in models.items():
+            expected, tensors = wanted[name]
+            assert state.keys() == tensors.keys(), (ranks, name)
+            assert all(torch.equal(state[k], x) for k, x in tensors.items()), (ranks, name)
+            assert losses == pytest.approx(expected, rel=1e-5), (ranks, name)

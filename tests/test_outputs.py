@@ -1,0 +1,76 @@
+"""Outputs as DTensors: the exchange to torch's chunks and its transpose, parity with one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from tspc.runtime.drivers import lockstep
+from tspc.runtime.exchange import clear, take
+from tspc.runtime.outputs import from_chunks, to_chunks
+from tspc.runtime.requests import Axis
+
+import tspc
+from tests.models import call, make, tokens_of, whole
+from tspc.check import relative_errors
+from tspc.layout import Layout
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("ranks,length,trail", [(2, 8, 1), (3, 11, 1), (4, 3, 2), (4, 13, 3)])
+def test_rows_become_chunks_and_back(order: str, ranks: int, length: int, trail: int) -> None:
+    layout = Layout(ranks, order)
+    rows = int(layout.chunk_rows(length))
+    x = torch.randn(2, length * trail, 3)
+    axes = [Axis("", ranks, r) for r in range(ranks)]
+    local = [take(layout, r, x, 1, 1, rows, length) for r in range(ranks)]
+    chunks = lockstep([to_chunks(a, layout, l, 1, rows, length) for a, l in zip(axes, local)])
+    wanted = list(x.chunk(ranks, 1))
+    for mine, one in zip(chunks, wanted + [x[:, :0]] * (ranks - len(wanted))):
+        assert torch.equal(mine, one)
+    back = lockstep(
+        [from_chunks(a, layout, c, 1, rows, length, trail) for a, c in zip(axes, chunks)]
+    )
+    for r, mine in enumerate(back):
+        assert torch.equal(mine, clear(layout, r, local[r], 1, 1, rows, length))
+
+
+@pytest.mark.parametrize("model,length", [("llama_like", 11), ("hf_qwen3", 3)])
+def test_equals_one_device(model: str, length: int) -> None:
+    kwargs = call(model, tokens_of(length), model == "hf_qwen3")
+    found = tspc.verify(make(model, layers=1), (), kwargs, 3, {"outputs": "sharded"}, 1e-6)
+    (graph,) = found.graphs
+    assert "sharded" in {r.kind for r in graph.rewritten.results if r is not None}
+
+
+def logits(length: int, layout: str) -> tuple[float, float, tuple[int, ...]]:
+    """Errors of sharded logits and of the gradients through them; the local shape."""
+    ends, errors, shape = [], [], ()
+    for options in (None, {"outputs": "sharded", "layout": layout, "compiler": "eager"}):
+        m = make("llama_like", layers=1)
+        fn = m if options is None else torch.compile(m, backend="tsp", options=options)
+        out = fn(tokens_of(length))
+        if options is not None:
+            assert isinstance(out, DTensor) and out.placements == (Shard(1),)
+            shape = tuple(out.to_local().shape)
+        weight = torch.linspace(-1, 1, length, dtype=out.dtype)[None, :, None]
+        if options is not None:
+            weight = DTensor.from_local(weight, out.device_mesh)
+        loss = (out.square() * weight).sum()
+        whole(loss).backward()
+        ends.append({n: whole(p.grad) for n, p in m.named_parameters()})
+        errors.append(whole(out.detach()))
+    error = float((errors[1] - errors[0]).norm() / errors[0].norm())
+    return error, max(relative_errors(ends[1], ends[0]).values()), shape
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("length,layout", [(11, "zigzag"), (3, "contiguous")])
+def test_sharded_logits(world: Any, length: int, layout: str) -> None:
+    shapes = []
+    for error, gradient, shape in world(4).run(logits, length=length, layout=layout):
+        assert error < 1e-9 and gradient < 1e-9
+        shapes.append(shape[1])
+    assert shapes == [len(c) for c in torch.arange(length).chunk(4)] + [0] * (length == 3)
