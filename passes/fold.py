@@ -9,14 +9,14 @@ are the region's exits. A bias that is added after the sum moves out of the body
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import Region
 
 from tspc.factor import Factor
-from tspc.program import FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.program import CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
@@ -52,6 +52,7 @@ class Fold:
     weights: tuple[str, ...]
     exits: tuple[Exit, ...]
     schedule: str = "auto"
+    casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
 
 
 def outline(
@@ -162,12 +163,13 @@ def _fold(
                 grad = t.requires_grad and differentiable_outputs
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
     size = int(f.size)
+    body, casts = _cast_before(body, set(weights))
     return Fold(
         name,
         f,
         size,
         -(-size // ranks),
-        tuple(body),
+        body,
         records,
         seen,
         tuple(tokens),
@@ -176,7 +178,29 @@ def _fold(
         tuple(weights),
         tuple(exits),
         schedule,
+        casts,
     )
+
+
+def _cast_before(
+    body: list[Node], weights: set[str]
+) -> tuple[tuple[Node, ...], dict[str, torch.dtype]]:
+    """Weights of which the body reads only one cast are cast before they travel."""
+    read: dict[str, set[torch.dtype | None]] = {}
+    made: dict[Ref, Ref] = {}
+    for n in body:
+        for r in n.refs():
+            if r.name in weights:
+                cast = n.type.dtype if n.op in CASTS else None
+                read.setdefault(r.name, set()).add(cast)
+    casts = {w: d for w, ds in read.items() if len(ds) == 1 and (d := next(iter(ds))) is not None}
+    kept = []
+    for n in body:
+        if n.op in CASTS and n.args[0].name in casts:
+            made[Ref(n.name)] = n.args[0]
+        else:
+            kept.append(n.map_refs(lambda r: made.get(r, r)))
+    return tuple(kept), casts
 
 
 def added_once(node: Node) -> Ref | None:

@@ -167,10 +167,11 @@ class LocalProgram(torch.nn.Module):
         order: str,
         axis: str,
         deferred: frozenset[int],
+        reduce: torch.dtype | None = None,
     ):
         super().__init__()
         self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
-        self.deferred = deferred
+        self.deferred, self.reduce = deferred, reduce
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
 
     def forward(self, *args: Any) -> list[Any]:
@@ -246,7 +247,8 @@ class _Run:
         """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
         nodes = [n for n in self.typed.program.nodes if n.op == VARY and self.is_given(n.args[0])]
         if nodes:
-            got = torch.ops.tspc.vary([self.get(n.args[0]) for n in nodes], self.program.axis)
+            given = [self.get(n.args[0]) for n in nodes]
+            got = torch.ops.tspc.vary(given, self.program.reduce, self.program.axis)
             for n, x in zip(nodes, got):
                 self.env[n.name, 0] = x
 
@@ -281,13 +283,15 @@ class _Run:
         if n.op == ALL_REDUCE:
             return tspc.all_reduce(self.get(n.args[0]), axis)
         if n.op == VARY:
-            return tspc.vary([self.get(n.args[0])], axis)[0]
+            return tspc.vary([self.get(n.args[0])], self.program.reduce, axis)[0]
         if n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
             dim, size = n.kwargs["dim"], int(n.type.shape[n.kwargs["dim"]])
-            return tspc.gather_weight(self.get(n.args[0]), dim, size, n.op == GATHER_WEIGHT, axis)
+            rest = (n.op == GATHER_WEIGHT, n.type.dtype, self.program.reduce, axis)
+            return tspc.gather_weight(self.get(n.args[0]), dim, size, *rest)
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
-            return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
+            where = (self.rows, self.length, self.program.order, axis)
+            return tspc.embed(table, ids, n.type.dtype, *where)
         record = self.typed.records.get(n.name)
         if n.op == SDPA and record is not None and self.exchanges(record):
             return self.attention(n)

@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.program import CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import CASTS, CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
@@ -32,6 +32,16 @@ class _Builder:
     nodes: list[Node] = field(default_factory=list)
     renamed: dict[Ref, Ref] = field(default_factory=dict)
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
+
+    casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
+    cast: dict[Any, Ref] = field(default_factory=dict)
+
+    def cast_here(self, r: Ref) -> Ref:
+        """The use's own copy of a parameter's cast."""
+        if r.name not in self.casts:
+            return r
+        node, k = self.casts[r.name], len(self.nodes)
+        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.types else r.name))
 
     def ref(self, r: Ref) -> Ref:
         return self.renamed.get(r, r)
@@ -53,6 +63,9 @@ def normalize(program: Program) -> Program:
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)
+        if n.op in CASTS and _cast(b, n):
+            continue
+        n = n.map_refs(b.cast_here)
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
@@ -70,6 +83,23 @@ def normalize(program: Program) -> Program:
         else:
             b.add(n)
     return replace(program, nodes=tuple(b.nodes)).without_dead_nodes()
+
+
+def _cast(b: _Builder, n: Node) -> bool:
+    """A cast that is not needed here: to the same type, made before, or of a parameter (each use
+    makes its own, which moves into what brings the parameter there)."""
+    source = b.type(n.args[0])
+    key = (n.args[0], n.types)
+    if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
+        b.renamed[Ref(n.name)] = n.args[0]
+    elif any(m.name == n.args[0].name and m.op == PARAM for m in b.nodes):
+        b.casts[n.name] = n
+    elif key in b.cast:
+        b.renamed[Ref(n.name)] = b.cast[key]
+    else:
+        b.cast[key] = Ref(n.name)
+        return False
+    return True
 
 
 def _identity(b: _Builder, n: Node) -> Ref | None:

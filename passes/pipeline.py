@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.fold import outline
@@ -56,8 +57,11 @@ def rewrite(
     outputs: str = "auto",
     hardware: Hardware = HARDWARE["cpu"],
     save: bool = True,
+    reduce: torch.dtype | None = None,
 ) -> Rewritten:
     """save: keep the results of a region's matrix products for its backward.
+
+    reduce: the type in which gradients add up over the ranks.
 
     Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole."""
@@ -82,13 +86,21 @@ def rewrite(
     for n in typed.program.nodes:
         if n.op == FOLD:
             body = make_body(
-                n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order, hardware, save
+                n.kwargs["fold"],
+                typed,
+                n.args,
+                symbols,
+                ranks,
+                choice.order,
+                hardware,
+                save,
+                reduce,
             )
             bodies.append(body)
             n = replace(n, kwargs={**n.kwargs, "body": body})
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
-    local = LocalProgram(typed, symbols, choice.order, axis, deferred)
+    local = LocalProgram(typed, symbols, choice.order, axis, deferred, reduce)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 

@@ -163,7 +163,8 @@ def attend_backward(
     spec: Spec,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, and of k and v over the whole sequence, from the global out and lse."""
+    """Gradients of q, and of k and v over the whole sequence, from the global out and lse; in fp32
+    or wider."""
     groups = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q, dtype=wide)
@@ -184,7 +185,7 @@ def attend_backward(
             dq[:, :, at] += grads[0]
             dk[:, :, keys] += _summed(grads[1], groups)
             dv[:, :, keys] += _summed(grads[2], groups)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv
 
 
 def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
@@ -242,4 +243,4 @@ def attention_backward(
     chunks = layout.chunk_ids(axis.rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask)
     dk, dv = yield from scatter(axis, layout, dk, dv, spec)
-    return dq, dk, dv
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -58,13 +58,24 @@ def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
         with V.set_fake_mode(fakes.mode):
-            return compile_fx_inner(gm, inputs, is_backward=is_backward)
+            return _without_autocast(compile_fx_inner(gm, inputs, is_backward=is_backward))
 
     return compile_graph
 
 
 def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
-    return make_boxed_func(gm.forward)
+    return _without_autocast(make_boxed_func(gm.forward))
+
+
+def _without_autocast(compiled: Any) -> Any:
+    """The casts are in the program; a caller's autocast must not cast again."""
+
+    def run(args: list[Any]) -> Any:
+        with torch._C._DisableAutocast():
+            return compiled(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def compile_local(

@@ -106,7 +106,7 @@ def plan(
     count, found = ranks, []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        captured = capture(gm, example_inputs)
+        captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         symbols = tuple(sorted(captured.symbols, key=str))
         rewritten = rewrite(
             captured.program,
@@ -118,6 +118,7 @@ def plan(
             chosen.outputs,
             hardware(chosen.hardware, device_name(_device(example_inputs, mesh))),
             chosen.save,
+            chosen.reduce_dtype,
         )
         found.append(Plan(count, rewritten, dict(captured.program.hints)))
         raise _Stop

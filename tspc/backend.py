@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._inductor.compile_fx import compile_fx
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -25,6 +26,7 @@ from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import inputs as input_check
 from tspc.runtime.convert import convert_and_restart
@@ -79,7 +81,19 @@ def tsp(
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
-    captured = capture(gm, example_inputs)
+    captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
+    with off():  # the casts are in the program
+        return _compile(captured, chosen, gm, example_inputs, place, mesh)
+
+
+def _compile(
+    captured: Captured,
+    chosen: Options,
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    place: Place,
+    mesh: DeviceMesh,
+) -> Callable[..., Any]:
     if chosen.check_inputs is not False:
         input_check.agree(place, _signature(captured), "compiles a graph of")
     rewritten = rewrite(
@@ -92,6 +106,7 @@ def tsp(
         "full" if captured.whole_outputs else chosen.outputs,
         hardware(chosen.hardware, device_name(_device(example_inputs))),
         chosen.save and torch.is_grad_enabled(),
+        chosen.reduce_dtype,
     )
     found = _fallbacks(rewritten)
     if chosen.strict and found:
@@ -253,7 +268,8 @@ def _function(
             stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
                 given[i] = local
-        outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
+        with off():
+            outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
         return _results(compiled, outs, sizes, rows, length)
 
     return run

@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
+from tspc import precision
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.program import (
     BUFFER,
@@ -44,7 +45,7 @@ from tspc.program import (
 )
 from tspc.runtime import storage
 
-_SKIPPED = ("sym_size", "_assert", "_enter_autocast", "_exit_autocast")
+_SKIPPED = ("sym_size", "_assert")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -69,16 +70,20 @@ class Captured:
 
 
 def capture(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph"
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    name: str = "graph",
+    param_dtype: torch.dtype | None = None,
 ) -> Captured:
     """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's
-    own fake mode."""
+    own fake mode; autocast and `param_dtype` become casts."""
     context = TracingContext.get()
     assert context.fake_mode is not None
     _specialize_floats(gm)
     kinds = _kinds(gm, example_inputs)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    around = precision.ambient()
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
 
     def run(*args: Any) -> Any:
@@ -98,6 +103,10 @@ def capture(
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
+        traced = precision.explicit(traced, around, fakes)
+        if param_dtype is not None:
+            params = [kind == PARAM for kind, _ in kinds]
+            traced = precision.with_parameters(traced, params, param_dtype, fakes)
     env = context.fake_mode.shape_env
     assert env is not None
     hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}
