@@ -25,6 +25,8 @@ FILLED = (
     aten.new_full.default,
 )
 BIG = 2**40
+NARROW = (torch.bfloat16, torch.float16)
+WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 
 
 @dataclass
@@ -66,6 +68,8 @@ def normalize(program: Program) -> Program:
         if n.op in CASTS and _cast(b, n):
             continue
         n = n.map_refs(b.cast_here)
+        if n.op in WIDENED and b.type(n.args[0]).dtype in NARROW:
+            n = _widened(b, n)
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
@@ -100,6 +104,23 @@ def _cast(b: _Builder, n: Node) -> bool:
         b.cast[key] = Ref(n.name)
         return False
     return True
+
+
+def _widened(b: _Builder, n: Node) -> Node:
+    """In fp32, as torch's kernels are inside; what the op is spelled out to would round midway."""
+
+    def cast(name: str, x: Ref, dtype: torch.dtype) -> Ref:
+        t = replace(b.type(x), dtype=dtype)
+        return b.add(Node(name, aten.to.dtype, (x, dtype), {}, (t,), n.source))
+
+    args = (cast(f"{n.name}.logits", n.args[0], torch.float32), *n.args[1:])
+    t = replace(n.type, dtype=torch.float32)
+    made = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
+    if n.op == aten.cross_entropy_loss.default:
+        result = _cross_entropy(b, made)
+    else:
+        result = b.add(made)
+    return replace(n, op=aten.to.dtype, args=(result, n.type.dtype), kwargs={})
 
 
 def _identity(b: _Builder, n: Node) -> Ref | None:

@@ -133,6 +133,11 @@ def narrow_weights(graph: Simulated, dtype: torch.dtype = BF16) -> None:
         assert {body.values[s].dtype for s in body.shards} == {dtype}
 
 
+def regions(graph: Simulated) -> dict[str, Any]:
+    """Region name -> its body."""
+    return {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+
+
 CASES = [
     ("llama_like", 2, "ring"),
     ("llama_like", 3, "stationary"),
@@ -195,7 +200,7 @@ def test_autocast_of_a_part(enabled: bool) -> None:
     wide.blocks[0].mlp = wide.blocks[0].mlp.module  # type: ignore[index, union-attr]
     reference = {n.replace("mlp.", "mlp.module."): x for n, x in exact(wide, kwargs).items()}
     near(got, outcome(run(model), model, kwargs), reference)
-    types = {b.name: b.values[b.shards[0]].dtype for b in made[0].rewritten.bodies}
+    types = {n: b.values[b.shards[0]].dtype for n, b in regions(made[0]).items()}
     inside, outside = (BF16, torch.float32) if enabled else (torch.float32, BF16)
     assert types["blocks.0.mlp.module"] == inside and types["blocks.0.attention"] == outside
 
@@ -207,7 +212,7 @@ def test_autocast_is_part_of_a_region_key() -> None:
     model.blocks[1].mlp = Island(model.blocks[1].mlp, False)
     mine, made = compiled(model)
     mine(tokens_of(12))
-    keys = {b.name: b.key for b in made[0].rewritten.bodies}
+    keys = {n: b.key for n, b in regions(made[0]).items()}
     assert keys["blocks.0.mlp.module"] != keys["blocks.1.mlp.module"]
     assert keys["blocks.0.attention"] == keys["blocks.1.attention"]
 

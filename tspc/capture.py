@@ -87,7 +87,12 @@ def capture(
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
 
     def run(*args: Any) -> Any:
-        out = torch.fx.Interpreter(gm).run(*args)
+        if param_dtype is None:
+            out = torch.fx.Interpreter(gm).run(*args)
+        else:
+            with precision.OneType(param_dtype) as one:
+                given = [one.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
+                out = torch.fx.Interpreter(gm).run(*given)
         for (kind, wanted), a in zip(kinds, args):
             if isinstance(a, FunctionalTensor) and has_data_mutation(a):
                 raise UnsupportedError(
@@ -105,8 +110,7 @@ def capture(
         )(*fakes)
         traced = precision.explicit(traced, around, fakes)
         if param_dtype is not None:
-            params = [kind == PARAM for kind, _ in kinds]
-            traced = precision.with_parameters(traced, params, param_dtype, fakes)
+            traced = precision.one_type(traced, param_dtype, fakes)
     env = context.fake_mode.shape_env
     assert env is not None
     hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}

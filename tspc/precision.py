@@ -8,17 +8,20 @@ its autocast kernel, which casts and calls the op again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 State = dict[str, torch.dtype]  # device type -> the dtype that its autocast casts to
 KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+NORMS = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, torch.layer_norm, torch.rms_norm)
 off: Callable[[], Any] = torch._C._DisableAutocast
 
 
@@ -34,19 +37,10 @@ def explicit(gm: torch.fx.GraphModule, state: State, inputs: Sequence[Any]) -> t
     return gm
 
 
-def with_parameters(
-    gm: torch.fx.GraphModule, params: Sequence[bool], dtype: torch.dtype, inputs: Sequence[Any]
-) -> torch.fx.GraphModule:
-    """The graph with its float parameters cast. An op that takes one type and now has several
-    computes in `dtype`; others promote.
-
-    params: which inputs are parameters.
-    """
-    return _traced(_Parameters(gm, params, dtype), inputs)
-
-
 def _traced(interpreter: torch.fx.Interpreter, inputs: Sequence[Any]) -> torch.fx.GraphModule:
-    with off():
+    with ExitStack() as stack:
+        for device in ambient():
+            stack.enter_context(torch.autocast(device, enabled=False))
         return make_fx(
             interpreter.run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*inputs)
@@ -98,9 +92,8 @@ class _Explicit(torch.fx.Interpreter):
             return super().call_function(target, args, kwargs)
         key = KEYS[device]
         if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key):
-            # the function modes of the tracer would drop the key
-            with _set(state), torch._C.DisableTorchFunction():
-                return target._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+            with _set(state):
+                return _kernel(target, key, args, kwargs)
         composite = target.has_kernel_for_dispatch_key(
             torch._C.DispatchKey.CompositeImplicitAutograd
         )
@@ -125,40 +118,68 @@ class _Explicit(torch.fx.Interpreter):
         """An op made of others that autocast meets one by one."""
         if target is aten.cross_entropy_loss.default:  # kept whole, in the type of its loss
             return target(aten.to.dtype(args[0], self.expected.dtype), *args[1:], **kwargs)
-        modes = [_enter_autocast(d, t, True, False) for d, t in self.states[-1].items()]
-        out = target.decompose(*args, **kwargs)
-        for mode in reversed(modes):
-            _exit_autocast(mode)
-        return out
+        with ExitStack() as stack:
+            for d, dtype in self.states[-1].items():
+                stack.enter_context(torch.autocast(d, dtype=dtype, cache_enabled=False))
+            return _kernel(target, "CompositeImplicitAutograd", args, kwargs)
 
 
-class _Parameters(torch.fx.Interpreter):
-    """Runs a graph with its parameters in another type."""
+def _kernel(op: torch._ops.OpOverload, key: str, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunction():  # the tracer's mode would drop the key
+        return op._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
 
-    def __init__(self, gm: torch.fx.GraphModule, params: Sequence[bool], dtype: torch.dtype):
+
+def one_type(
+    gm: torch.fx.GraphModule, dtype: torch.dtype, inputs: Sequence[Any]
+) -> torch.fx.GraphModule:
+    """Ops that take one type and are given several compute in `dtype`: kernels would refuse what
+    fake tensors let pass."""
+    return _traced(_OneType(gm, dtype), inputs)
+
+
+class _OneType(torch.fx.Interpreter):
+    def __init__(self, gm: torch.fx.GraphModule, dtype: torch.dtype):
         super().__init__(gm)
-        self.params, self.dtype = iter(params), dtype
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        x = super().placeholder(target, args, kwargs)
-        return self._cast(x) if next(self.params) else x
+        self.dtype = dtype
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        found = {x.dtype for x in tree_leaves((args, kwargs)) if _is_float(x)}
-        if len(found) > 1 and isinstance(target, torch._ops.OpOverload) and not _promotes(target):
-            args, kwargs = tree_map(self._cast, (args, kwargs))
+        if target is aten._assert_tensor_metadata.default:  # of the types before
+            return None
+        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        several = len({x.dtype for x in found if x.is_floating_point()}) > 1
+        if several and isinstance(target, torch._ops.OpOverload) and not _promotes(target):
+            args, kwargs = tree_map(OneType(self.dtype).cast, (args, kwargs))
         return super().call_function(target, args, kwargs)
-
-    def _cast(self, x: Any) -> Any:
-        if not _is_float(x) or x.dtype == self.dtype:
-            return x
-        return aten.to.dtype(x, self.dtype)
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _promotes(op: torch._ops.OpOverload) -> bool:
     """The op takes operands of several types."""
     return torch.Tag.pointwise in op.tags or op in (aten.cat.default, aten.stack.default)
+
+
+class OneType(TorchFunctionMode):
+    """Runs a model with its parameters cast, as if it were in `dtype`: an op that takes one type
+    and is given several computes in it; others promote."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def cast(self, x: Any) -> Any:
+        """A float tensor in `dtype`, all else as it is."""
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
+            return x
+        return x.to(self.dtype)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if len({x.dtype for x in found if x.is_floating_point()}) > 1:
+            if func in NORMS:
+                args, kwargs = tree_map(self.cast, (args, kwargs))
+            else:
+                try:
+                    return func(*args, **kwargs)
+                except RuntimeError:  # of several types, or what it would be in one type too
+                    args, kwargs = tree_map(self.cast, (args, kwargs))
+        return func(*args, **kwargs)
