@@ -116,10 +116,7 @@ def _widened(b: _Builder, n: Node) -> Node:
     args = (cast(f"{n.name}.logits", n.args[0], torch.float32), *n.args[1:])
     t = replace(n.type, dtype=torch.float32)
     made = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
-    if n.op == aten.cross_entropy_loss.default:
-        result = _cross_entropy(b, made)
-    else:
-        result = b.add(made)
+    result = _cross_entropy(b, made) if n.op == aten.cross_entropy_loss.default else b.add(made)
     return replace(n, op=aten.to.dtype, args=(result, n.type.dtype), kwargs={})
 
 

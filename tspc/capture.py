@@ -22,7 +22,6 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
-    FunctionalTensorMode,
     dispatch_functionalize,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,15 +83,11 @@ def capture(
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
     around = precision.ambient()
-    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    functional = precision.OneType(param_dtype)
 
     def run(*args: Any) -> Any:
-        if param_dtype is None:
-            out = torch.fx.Interpreter(gm).run(*args)
-        else:
-            with precision.OneType(param_dtype) as one:
-                given = [one.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
-                out = torch.fx.Interpreter(gm).run(*given)
+        given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
+        out = torch.fx.Interpreter(gm).run(*given)
         for (kind, wanted), a in zip(kinds, args):
             if isinstance(a, FunctionalTensor) and has_data_mutation(a):
                 raise UnsupportedError(
@@ -109,8 +104,6 @@ def capture(
             _allow_non_fake_inputs=True,
         )(*fakes)
         traced = precision.explicit(traced, around, fakes)
-        if param_dtype is not None:
-            traced = precision.one_type(traced, param_dtype, fakes)
     env = context.fake_mode.shape_env
     assert env is not None
     hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}

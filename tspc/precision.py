@@ -12,16 +12,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 State = dict[str, torch.dtype]  # device type -> the dtype that its autocast casts to
 KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
-NORMS = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, torch.layer_norm, torch.rms_norm)
 off: Callable[[], Any] = torch._C._DisableAutocast
 
 
@@ -129,57 +127,30 @@ def _kernel(op: torch._ops.OpOverload, key: str, args: Any, kwargs: Any) -> Any:
         return op._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
 
 
-def one_type(
-    gm: torch.fx.GraphModule, dtype: torch.dtype, inputs: Sequence[Any]
-) -> torch.fx.GraphModule:
-    """Ops that take one type and are given several compute in `dtype`: kernels would refuse what
-    fake tensors let pass."""
-    return _traced(_OneType(gm, dtype), inputs)
+class OneType(FunctionalTensorMode):
+    """Functionalizes a model whose parameters are cast to `dtype`: an op that takes one type and is
+    given several computes in it; others promote."""
 
-
-class _OneType(torch.fx.Interpreter):
-    def __init__(self, gm: torch.fx.GraphModule, dtype: torch.dtype):
-        super().__init__(gm)
-        self.dtype = dtype
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten._assert_tensor_metadata.default:  # of the types before
-            return None
-        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        several = len({x.dtype for x in found if x.is_floating_point()}) > 1
-        if several and isinstance(target, torch._ops.OpOverload) and not _promotes(target):
-            args, kwargs = tree_map(OneType(self.dtype).cast, (args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-
-def _promotes(op: torch._ops.OpOverload) -> bool:
-    """The op takes operands of several types."""
-    return torch.Tag.pointwise in op.tags or op in (aten.cat.default, aten.stack.default)
-
-
-class OneType(TorchFunctionMode):
-    """Runs a model with its parameters cast, as if it were in `dtype`: an op that takes one type
-    and is given several computes in it; others promote."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
+    def __init__(self, dtype: torch.dtype | None):
+        super().__init__(pre_dispatch=True, export=True)
         self.dtype = dtype
 
     def cast(self, x: Any) -> Any:
         """A float tensor in `dtype`, all else as it is."""
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
+        if self.dtype is None or not isinstance(x, torch.Tensor):
             return x
-        return x.to(self.dtype)
+        return x.to(self.dtype) if x.is_floating_point() and x.dtype != self.dtype else x
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if len({x.dtype for x in found if x.is_floating_point()}) > 1:
-            if func in NORMS:
-                args, kwargs = tree_map(self.cast, (args, kwargs))
-            else:
-                try:
-                    return func(*args, **kwargs)
-                except RuntimeError:  # of several types, or what it would be in one type too
+        if self.dtype is not None and not _promotes(func):
+            found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if len({x.dtype for x in found if x.is_floating_point()}) > 1:
+                with self:
                     args, kwargs = tree_map(self.cast, (args, kwargs))
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _promotes(op: Any) -> bool:
+    """The op takes operands of several types."""
+    return torch.Tag.pointwise in op.tags or op in (aten.cat.default, aten.stack.default)
