@@ -52,6 +52,7 @@ class Fold:
     weights: tuple[str, ...]
     exits: tuple[Exit, ...]
     schedule: str = "auto"
+    recompute: int = 0  # all of it is of this checkpointed part
     casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
 
 
@@ -90,12 +91,14 @@ def outline(
                     (Ref(node_name, i), bias),
                     types=(e.type,),
                     source=analysis.program.node(e.ref.name).source,
+                    recompute=fold.recompute,
                 )
                 extra.append(added)
                 moved[e.ref] = Ref(added.name)
         operands = (fold.tokens, fold.invariants, fold.sliced, params)
         source = fold.body[0].source
-        made.append(Node(node_name, FOLD, operands, {"fold": fold}, tuple(types), source))
+        kwargs = {"fold": fold}
+        made.append(Node(node_name, FOLD, operands, kwargs, tuple(types), source, fold.recompute))
         made += extra
     kept = [n for n in analysis.program.nodes if n.name not in inside]
 
@@ -178,8 +181,14 @@ def _fold(
         tuple(weights),
         tuple(exits),
         schedule,
+        _group(body),
         casts,
     )
+
+
+def _group(body: Sequence[Node]) -> int:
+    groups = {n.recompute for n in body}
+    return groups.pop() if len(groups) == 1 else 0
 
 
 def _cast_before(

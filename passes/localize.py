@@ -28,9 +28,10 @@ from tspc.passes.propagate import (
 )
 from tspc.passes.sizes import Sizes
 
+from tspc.checkpoint import recomputed
 from tspc.factor import Factor
 from tspc.ops import local_rows
-from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
+from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 Dims = Sequence[Sequence[Factor]]
@@ -172,6 +173,7 @@ class LocalProgram(torch.nn.Module):
         super().__init__()
         self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
         self.deferred, self.reduce = deferred, reduce
+        self.leaving = _leaving(typed.program)
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
 
     def forward(self, *args: Any) -> list[Any]:
@@ -209,6 +211,18 @@ class LocalProgram(torch.nn.Module):
             else:
                 out.append(Result("whole", shape, t.dtype))
         return out
+
+
+def _leaving(program: Program) -> frozenset[str]:
+    """What a checkpointed part makes for others. A fold does not count: it would keep what it saves
+    for its backward too."""
+    groups = {n.name: n.recompute for n in program.nodes if n.op != FOLD}
+    return frozenset(
+        r.name
+        for n in program.nodes
+        for r in n.refs()
+        if groups.get(r.name, 0) not in (0, n.recompute)
+    )
 
 
 def where(sizes: Sizes, dims: Dims, leaf: Factor | None) -> tuple[int, Any, Any]:
@@ -258,7 +272,8 @@ class _Run:
     def node(self, n: Node) -> None:
         if (n.name, 0) in self.env:
             return
-        value = self.value(n)
+        with recomputed(n.recompute, n.name in self.program.leaving):
+            value = self.value(n)
         for item, v in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             t = n.types[item] if item < len(n.types) else None
             if (

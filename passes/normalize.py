@@ -35,6 +35,7 @@ class _Builder:
     renamed: dict[Ref, Ref] = field(default_factory=dict)
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
 
+    recompute: int = 0  # of the node at hand
     casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
     cast: dict[Any, Ref] = field(default_factory=dict)
 
@@ -54,6 +55,7 @@ class _Builder:
         return t
 
     def add(self, node: Node) -> Ref:
+        node = replace(node, recompute=self.recompute)
         self.nodes.append(node)
         self.types[node.name] = node.types
         return Ref(node.name)
@@ -65,6 +67,7 @@ def normalize(program: Program) -> Program:
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)
+        b.recompute = n.recompute
         if n.op in CASTS and _cast(b, n):
             continue
         n = n.map_refs(b.cast_here)
@@ -93,7 +96,7 @@ def _cast(b: _Builder, n: Node) -> bool:
     """A cast that is not needed here: to the same type, made before, or of a parameter (each use
     makes its own, which moves into what brings the parameter there)."""
     source = b.type(n.args[0])
-    key = (n.args[0], n.types)
+    key = (n.args[0], n.types, n.recompute)
     if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
         b.renamed[Ref(n.name)] = n.args[0]
     elif any(m.name == n.args[0].name and m.op == PARAM for m in b.nodes):

@@ -23,7 +23,7 @@ from tspc.passes.verify import check_program, check_typed
 
 from tspc.body import Body
 from tspc.hardware import HARDWARE, Hardware
-from tspc.program import FOLD, Node, Program, Ref
+from tspc.program import FOLD, SDPA, Node, Program, Ref
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def rewrite(
                 ranks,
                 choice.order,
                 hardware,
-                save,
+                save and _saves(n, typed.program),
                 reduce,
             )
             bodies.append(body)
@@ -103,6 +103,20 @@ def rewrite(
     local = LocalProgram(typed, symbols, choice.order, axis, deferred, reduce)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
+
+
+def _saves(fold: Node, program: Program) -> bool:
+    """In a checkpointed part only what the backward runs again anyway keeps its products for it."""
+    group = fold.recompute
+    if not group or any(n.op == SDPA for n in fold.kwargs["fold"].body):
+        return True
+    after = {fold.name}
+    for n in program.nodes:
+        if n.recompute == group and any(r.name in after for r in n.refs()):
+            if n.op == FOLD:
+                return True
+            after.add(n.name)
+    return False
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:

@@ -303,7 +303,8 @@ def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
     table = Ref(s.casts.get(n.args[0].name, n.args[0].name))
     ids = s.replicated(n.args[1], n.source)
-    s.emit(Node(n.name, EMBED, (table, ids), types=n.types, source=n.source), outs, "S")
+    node = Node(n.name, EMBED, (table, ids), {}, n.types, n.source, n.recompute)
+    s.emit(node, outs, "S")
 
 
 def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any]) -> None:
@@ -362,4 +363,5 @@ def _reduce(
     s.emit(Node(name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source), outs, "R")
     if bias is not None:
         args = (Ref(name), s.replicated(bias, n.source))
-        s.emit(Node(n.name, aten.add.Tensor, args, types=n.types, source=n.source), outs, "R")
+        node = Node(n.name, aten.add.Tensor, args, {}, n.types, n.source, n.recompute)
+        s.emit(node, outs, "R")

@@ -18,8 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
-from torch.utils.checkpoint import CheckpointPolicy
-from tspc.runtime.trace import Fakes
+from tspc.runtime.trace import Fakes, tag
 
 
 class KeepOrder(CustomGraphPass):
@@ -42,14 +41,8 @@ class KeepOrder(CustomGraphPass):
 
 
 def _partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-    """Min-cut; folds are never run again, gathered weights are never saved."""
-    for n in joint.graph.nodes:
-        if getattr(n.target, "namespace", "") != "tspc":
-            continue
-        name = n.target._schema.name.split("::")[1]
-        again = name in ("gather_weight", "local", "clear_pads")
-        policy = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
-        n.meta["recompute"] = policy
+    """Min-cut."""
+    tag(joint)
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
 

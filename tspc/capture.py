@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
-from tspc import precision
+from tspc import checkpoint, precision
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.program import (
     BUFFER,
@@ -78,8 +78,9 @@ def capture(
     own fake mode; autocast and `param_dtype` become casts."""
     context = TracingContext.get()
     assert context.fake_mode is not None
-    _specialize_floats(gm)
     kinds = _kinds(gm, example_inputs)
+    gm = checkpoint.inlined(gm)
+    _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
     around = precision.ambient()
@@ -270,7 +271,15 @@ def convert(
             grad = grad and any(r in differentiable for r in refs_in((args, kwargs)))
             values = value if isinstance(value, (tuple, list)) else [value]
             types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
-            node = Node(unique(n.name), n.target, args, kwargs, types, source_line(n))
+            node = Node(
+                unique(n.name),
+                n.target,
+                args,
+                kwargs,
+                types,
+                source_line(n),
+                n.meta.get("ac_graph_id", 0),
+            )
             nodes.append(node)
             env[n] = Ref(node.name)
         if n in env and isinstance(env[n], Ref):

@@ -25,6 +25,7 @@ PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = (
 PLACEHOLDERS = (PARAM, BUFFER, INPUT)
 
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
@@ -68,6 +69,7 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     types: tuple[Type | None, ...] = ()
     source: str = ""  # "file:line" of the user's model
+    recompute: int = 0  # the checkpointed part of the model that it is of; 0: none
 
     @property
     def type(self) -> Type:
