@@ -18,7 +18,7 @@ from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
 from tspc.factor import Factor
 from tspc.placement import indices
-from tspc.program import OUTPUT, PARAM, Node
+from tspc.program import OUTPUT, PARAM, Node, casts_of_parameters
 from tspc.shard import ShardMap, chunked
 
 aten = torch.ops.aten
@@ -78,10 +78,16 @@ def _is_causal(n: Node) -> bool:
 
 
 def _users(a: Analysis) -> dict[str, list[Record]]:
+    """Who reads a value; a parameter is read by who reads its cast."""
+    casts = casts_of_parameters(a.program.nodes)
     out: dict[str, list[Record]] = {}
     for r in a.records:
+        if r.node.name in casts:
+            continue
         for ref in {x.name for x in r.refs if x is not None}:
             out.setdefault(ref, []).append(r)
+            if ref in casts:
+                out.setdefault(casts[ref], []).append(r)
     return out
 
 
@@ -89,14 +95,15 @@ def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, st
     """Embedding node -> its table, where the table is a parameter and the ids end in the
     sequence."""
     out = {}
-    params = {n.name for n in a.program.nodes if n.op == PARAM}
+    params = {n.name: n.name for n in a.program.nodes if n.op == PARAM}
+    params |= casts_of_parameters(a.program.nodes)
     for _, r in regions.lookups:
         table, ids = r.refs[0], r.refs[1]
         if r.node.op != aten.embedding.default or table is None or table.name not in params:
             continue
         token = r.outs[0][-2] if len(r.outs[0]) > 1 else ()
         if leaf is not None and ids is not None and tuple(a.F.expand(token)) == (leaf,):
-            out[r.node.name] = table.name
+            out[r.node.name] = params[table.name]
     return out
 
 

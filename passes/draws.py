@@ -15,11 +15,10 @@ import torch
 
 from tspc import counter  # noqa: F401  defines the ops
 from tspc.errors import UnsupportedError
-from tspc.program import INPUT, PLACEHOLDERS, SEED, Node, Program, Ref, Type
+from tspc.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 tspc = torch.ops.tspc
-SDPA = aten.scaled_dot_product_attention.default
 _DROPOUTS = (
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -50,7 +49,7 @@ class _Drawer:
     def emit(self, suffix: str, op: Any, args: tuple[Any, ...], t: Type, **kwargs: Any) -> Ref:
         """The node of no suffix is the one that stands for the random op."""
         name = f"{self.node.name}.{suffix}" if suffix else self.node.name
-        made = Node(name, op, args, kwargs, (t,), self.node.source)
+        made = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
         self.nodes.append(made)
         self.types[name] = made.types
         return Ref(name)

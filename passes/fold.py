@@ -9,14 +9,14 @@ are the region's exits. A bias that is added after the sum moves out of the body
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import Region
 
 from tspc.factor import Factor
-from tspc.program import FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.program import CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
@@ -52,6 +52,8 @@ class Fold:
     weights: tuple[str, ...]
     exits: tuple[Exit, ...]
     schedule: str = "auto"
+    recompute: int = 0  # all of it is of this checkpointed part
+    casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
 
 
 def outline(
@@ -89,12 +91,14 @@ def outline(
                     (Ref(node_name, i), bias),
                     types=(e.type,),
                     source=analysis.program.node(e.ref.name).source,
+                    recompute=fold.recompute,
                 )
                 extra.append(added)
                 moved[e.ref] = Ref(added.name)
         operands = (fold.tokens, fold.invariants, fold.sliced, params)
         source = fold.body[0].source
-        made.append(Node(node_name, FOLD, operands, {"fold": fold}, tuple(types), source))
+        kwargs = {"fold": fold}
+        made.append(Node(node_name, FOLD, operands, kwargs, tuple(types), source, fold.recompute))
         made += extra
     kept = [n for n in analysis.program.nodes if n.name not in inside]
 
@@ -162,12 +166,13 @@ def _fold(
                 grad = t.requires_grad and differentiable_outputs
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
     size = int(f.size)
+    body, casts = _cast_before(body, set(weights))
     return Fold(
         name,
         f,
         size,
         -(-size // ranks),
-        tuple(body),
+        body,
         records,
         seen,
         tuple(tokens),
@@ -176,7 +181,35 @@ def _fold(
         tuple(weights),
         tuple(exits),
         schedule,
+        _group(body),
+        casts,
     )
+
+
+def _group(body: Sequence[Node]) -> int:
+    groups = {n.recompute for n in body}
+    return groups.pop() if len(groups) == 1 else 0
+
+
+def _cast_before(
+    body: list[Node], weights: set[str]
+) -> tuple[tuple[Node, ...], dict[str, torch.dtype]]:
+    """Weights of which the body reads only one cast are cast before they travel."""
+    read: dict[str, set[torch.dtype | None]] = {}
+    made: dict[Ref, Ref] = {}
+    for n in body:
+        for r in n.refs():
+            if r.name in weights:
+                cast = n.type.dtype if n.op in CASTS else None
+                read.setdefault(r.name, set()).add(cast)
+    casts = {w: d for w, ds in read.items() if len(ds) == 1 and (d := next(iter(ds))) is not None}
+    kept = []
+    for n in body:
+        if n.op in CASTS and n.args[0].name in casts:
+            made[Ref(n.name)] = n.args[0]
+        else:
+            kept.append(n.map_refs(lambda r: made.get(r, r)))
+    return tuple(kept), casts
 
 
 def added_once(node: Node) -> Ref | None:

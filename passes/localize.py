@@ -28,10 +28,11 @@ from tspc.passes.propagate import (
 )
 from tspc.passes.sizes import Sizes
 
+from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
 from tspc.ops import local_rows
-from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
+from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 Dims = Sequence[Sequence[Factor]]
@@ -168,10 +169,12 @@ class LocalProgram(torch.nn.Module):
         order: str,
         axis: str,
         local: Mapping[int, str],
+        reduce: torch.dtype | None = None,
     ):
         super().__init__()
         self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
-        self.local = local
+        self.local, self.reduce = local, reduce
+        self.leaving = _leaving(typed.program)
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
         self.kinds = [r.kind if r is not None else "whole" for r in self.results()]
 
@@ -213,6 +216,18 @@ class LocalProgram(torch.nn.Module):
         return out
 
 
+def _leaving(program: Program) -> frozenset[str]:
+    """What a checkpointed part makes for others. A fold does not count: it would keep what it saves
+    for its backward too."""
+    groups = {n.name: n.recompute for n in program.nodes if n.op != FOLD}
+    return frozenset(
+        r.name
+        for n in program.nodes
+        for r in n.refs()
+        if groups.get(r.name, 0) not in (0, n.recompute)
+    )
+
+
 def where(sizes: Sizes, dims: Dims, leaf: Factor | None) -> tuple[int, Any, Any]:
     """(dim, lead, trail) of the sequence."""
     assert leaf is not None
@@ -249,7 +264,8 @@ class _Run:
         """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
         nodes = [n for n in self.typed.program.nodes if n.op == VARY and self.is_given(n.args[0])]
         if nodes:
-            got = torch.ops.tspc.vary([self.get(n.args[0]) for n in nodes], self.program.axis)
+            given = [self.get(n.args[0]) for n in nodes]
+            got = torch.ops.tspc.vary(given, self.program.reduce, self.program.axis)
             for n, x in zip(nodes, got):
                 self.env[n.name, 0] = x
 
@@ -259,7 +275,8 @@ class _Run:
     def node(self, n: Node) -> None:
         if (n.name, 0) in self.env:
             return
-        value = self.value(n)
+        with recomputed(n.recompute, n.name in self.program.leaving):
+            value = self.value(n)
         for item, v in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             t = n.types[item] if item < len(n.types) else None
             if (
@@ -284,13 +301,15 @@ class _Run:
         if n.op == ALL_REDUCE:
             return tspc.all_reduce(self.get(n.args[0]), axis)
         if n.op == VARY:
-            return tspc.vary([self.get(n.args[0])], axis)[0]
+            return tspc.vary([self.get(n.args[0])], self.program.reduce, axis)[0]
         if n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
             dim, size = n.kwargs["dim"], int(n.type.shape[n.kwargs["dim"]])
-            return tspc.gather_weight(self.get(n.args[0]), dim, size, n.op == GATHER_WEIGHT, axis)
+            rest = (n.op == GATHER_WEIGHT, n.type.dtype, self.program.reduce, axis)
+            return tspc.gather_weight(self.get(n.args[0]), dim, size, *rest)
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
-            return tspc.embed(table, ids, self.rows, self.length, self.program.order, axis)
+            where = (self.rows, self.length, self.program.order, axis)
+            return tspc.embed(table, ids, n.type.dtype, *where)
         record = self.typed.records.get(n.name)
         if n.op in ATTENTIONS and record is not None and self.exchanges(record):
             return self.attention(n)

@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.program import CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import CASTS, CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
@@ -25,6 +25,8 @@ FILLED = (
     aten.new_full.default,
 )
 BIG = 2**40
+NARROW = (torch.bfloat16, torch.float16)
+WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 
 
 @dataclass
@@ -32,6 +34,17 @@ class _Builder:
     nodes: list[Node] = field(default_factory=list)
     renamed: dict[Ref, Ref] = field(default_factory=dict)
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
+
+    recompute: int = 0  # of the node at hand
+    casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
+    cast: dict[Any, Ref] = field(default_factory=dict)
+
+    def cast_here(self, r: Ref) -> Ref:
+        """The use's own copy of a parameter's cast."""
+        if r.name not in self.casts:
+            return r
+        node, k = self.casts[r.name], len(self.nodes)
+        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.types else r.name))
 
     def ref(self, r: Ref) -> Ref:
         return self.renamed.get(r, r)
@@ -42,6 +55,7 @@ class _Builder:
         return t
 
     def add(self, node: Node) -> Ref:
+        node = replace(node, recompute=self.recompute)
         self.nodes.append(node)
         self.types[node.name] = node.types
         return Ref(node.name)
@@ -53,6 +67,12 @@ def normalize(program: Program) -> Program:
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)
+        b.recompute = n.recompute
+        if n.op in CASTS and _cast(b, n):
+            continue
+        n = n.map_refs(b.cast_here)
+        if n.op in WIDENED and b.type(n.args[0]).dtype in NARROW:
+            n = _widened(b, n)
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
@@ -70,6 +90,37 @@ def normalize(program: Program) -> Program:
         else:
             b.add(n)
     return replace(program, nodes=tuple(b.nodes)).without_dead_nodes()
+
+
+def _cast(b: _Builder, n: Node) -> bool:
+    """A cast that is not needed here: to the same type, made before, or of a parameter (each use
+    makes its own, which moves into what brings the parameter there)."""
+    source = b.type(n.args[0])
+    key = (n.args[0], n.types, n.recompute)
+    if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
+        b.renamed[Ref(n.name)] = n.args[0]
+    elif any(m.name == n.args[0].name and m.op == PARAM for m in b.nodes):
+        b.casts[n.name] = n
+    elif key in b.cast:
+        b.renamed[Ref(n.name)] = b.cast[key]
+    else:
+        b.cast[key] = Ref(n.name)
+        return False
+    return True
+
+
+def _widened(b: _Builder, n: Node) -> Node:
+    """In fp32, as torch's kernels are inside; what the op is spelled out to would round midway."""
+
+    def cast(name: str, x: Ref, dtype: torch.dtype) -> Ref:
+        t = replace(b.type(x), dtype=dtype)
+        return b.add(Node(name, aten.to.dtype, (x, dtype), {}, (t,), n.source))
+
+    args = (cast(f"{n.name}.logits", n.args[0], torch.float32), *n.args[1:])
+    t = replace(n.type, dtype=torch.float32)
+    made = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
+    result = _cross_entropy(b, made) if n.op == aten.cross_entropy_loss.default else b.add(made)
+    return replace(n, op=aten.to.dtype, args=(result, n.type.dtype), kwargs={})
 
 
 def _identity(b: _Builder, n: Node) -> Ref | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -68,6 +68,7 @@ def make_body(
     order: str,
     hardware: Hardware,
     save: bool,
+    reduce: torch.dtype | None,
 ) -> Body:
     """Operands: (tokens, invariants, sliced, weights) as converted.
 
@@ -106,6 +107,9 @@ def make_body(
         tables[old] = _table(maker, fold.dims[old])
     for w in fold.weights:
         names[Ref(w)] = known(Ref(w), fold.dims[Ref(w)], "shard", local=True)
+        if w in fold.casts:
+            name = names[Ref(w)]
+            values[name] = replace(values[name], dtype=fold.casts[w])
         shards.append(names[Ref(w)])
     steps = _cut(maker, typed, names, values, symbols, tables, save)
     outs = []
@@ -119,7 +123,7 @@ def make_body(
         values,
         tables,
         symbols,
-        (tokens, outs, ranks, order, fold.schedule, hardware, save),
+        (tokens, outs, ranks, order, fold.schedule, hardware, save, reduce),
     )
     key = f"{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     if key not in BODIES:
@@ -141,6 +145,7 @@ def make_body(
             fold.schedule,
             *_products(fold, names, values),
             hardware,
+            reduce,
         )
     return BODIES[key]
 

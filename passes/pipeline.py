@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis, factorize
@@ -22,6 +23,7 @@ from tspc.passes.propagate import Typed, propagate
 from tspc.passes.verify import check_program, check_typed
 
 from tspc.body import Body
+from tspc.counter import ATTENTIONS
 from tspc.hardware import HARDWARE, Hardware
 from tspc.program import FOLD, SEED, Node, Program, Ref
 
@@ -63,9 +65,12 @@ def rewrite(
     hardware: Hardware = HARDWARE["cpu"],
     save: bool = True,
     writes: int = 0,
+    reduce: torch.dtype | None = None,
 ) -> Rewritten:
     """save: keep the results of a region's matrix products for its backward. writes: how many
     of the last outputs are new values of inputs.
+
+    reduce: the type in which gradients add up over the ranks.
 
     Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
     whole, "sharded" leaves them where they are."""
@@ -90,13 +95,21 @@ def rewrite(
     for n in typed.program.nodes:
         if n.op == FOLD:
             body = make_body(
-                n.kwargs["fold"], typed, n.args, symbols, ranks, choice.order, hardware, save
+                n.kwargs["fold"],
+                typed,
+                n.args,
+                symbols,
+                ranks,
+                choice.order,
+                hardware,
+                save and _saves(n, typed.program),
+                reduce,
             )
             bodies.append(body)
             n = replace(n, kwargs={**n.kwargs, "body": body})
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
-    local = LocalProgram(typed, symbols, choice.order, axis, left)
+    local = LocalProgram(typed, symbols, choice.order, axis, left, reduce)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
@@ -106,6 +119,20 @@ def prepare(program: Program) -> Program:
     program = _pass("normalize", normalize, program)
     program = _pass("masks", recognise_masks, program)
     return _pass("draws", draw_by_counter, program)
+
+
+def _saves(fold: Node, program: Program) -> bool:
+    """In a checkpointed part only what the backward runs again anyway keeps its products for it."""
+    group = fold.recompute
+    if not group or any(n.op in ATTENTIONS for n in fold.kwargs["fold"].body):
+        return True
+    after = {fold.name}
+    for n in program.nodes:
+        if n.recompute == group and any(r.name in after for r in n.refs()):
+            if n.op == FOLD:
+                return True
+            after.add(n.name)
+    return False
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:

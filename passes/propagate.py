@@ -19,7 +19,18 @@ from tspc.passes.fold import Fold, added_once, summand
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
-from tspc.program import FOLD, OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
+from tspc.program import (
+    FOLD,
+    OUTPUT,
+    PARAM,
+    PLACEHOLDERS,
+    Node,
+    Program,
+    Ref,
+    Size,
+    Type,
+    casts_of_parameters,
+)
 
 aten = torch.ops.aten
 Dims = tuple[tuple[Factor, ...], ...]
@@ -69,7 +80,7 @@ class Typed:
 class _State:
     analysis: Analysis
     leaf: Factor | None
-    cut_weights: Mapping[str, int]
+    cut_weights: dict[str, int]
     lookups: frozenset[str]
     nodes: list[Node] = field(default_factory=list)
     dims: dict[tuple[str, int], Dims] = field(default_factory=dict)
@@ -80,6 +91,7 @@ class _State:
     fallbacks: list[Fallback] = field(default_factory=list)
     records: dict[str, Record] = field(default_factory=dict)
     by_name: dict[str, Node] = field(default_factory=dict)
+    casts: dict[str, str] = field(default_factory=dict)  # of parameters
     cutter: Cutter | None = None
 
     def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
@@ -112,6 +124,8 @@ class _State:
             dims = self.dims[ref.name, ref.item or 0] if dims is None else dims
             base = f"{ref.name}_{ref.item}" if ref.item else ref.name
             cut = {"dim": self.cut_weights[ref.name]} if ref.name in self.cut_weights else {}
+            if cut:  # cast before it travels
+                ref = Ref(self.casts.get(ref.name, ref.name))
             node = Node(f"{base}.{kind}", kind, (ref,), cut, (t,), source)
             self.converted[key] = self.emit(node, [dims], place)
         return self.converted[key]
@@ -135,7 +149,17 @@ class _State:
         if ref.name in self.cut_weights:
             return self.convert(ref, GATHER_WEIGHT, "V", source)
         t = self.types[ref.name, ref.item or 0]
-        return self.convert(ref, VARY, "V", source) if t.requires_grad else ref
+        if not t.requires_grad:
+            return ref
+        if ref.name not in self.casts:
+            return self.convert(ref, VARY, "V", source)
+        key = (ref, VARY)  # the gradient adds up in the parameter's own type
+        if key not in self.converted:
+            whole = self.varying(Ref(self.casts[ref.name]), source)
+            node = replace(self.by_name[ref.name], name=f"{ref.name}.{VARY}")
+            node = node.map_refs(lambda _: whole)
+            self.converted[key] = self.emit(node, [self.dims[ref.name, 0]], "V")
+        return self.converted[key]
 
 
 def propagate(
@@ -150,7 +174,8 @@ def propagate(
     lookups: nodes that look rows up in a cut table.
     """
     records = {r.node.name: r for r in analysis.records}
-    s = _State(analysis, leaf, cut_weights, lookups, records=records)
+    s = _State(analysis, leaf, dict(cut_weights), lookups, records=records)
+    casts = casts_of_parameters(program.nodes)
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
             dims = tuple(map(tuple, analysis.env[n.name, 0])) if (n.name, 0) in analysis.env else ()
@@ -161,6 +186,12 @@ def propagate(
             s.nodes.append(n)
         elif n.op == FOLD:
             _fold(s, n)
+        elif n.name in casts:
+            s.casts[n.name] = base = casts[n.name]
+            s.params.add(n.name)
+            s.emit(n, [_dims_of(analysis, n.name, 0, n.type)], "R")
+            if base in s.cut_weights:
+                s.cut_weights[n.name] = s.cut_weights[base]
         elif n.name in analysis.replicated:
             every = [_dims_of(analysis, n.name, i, t) for i, t in enumerate(n.types)]
             s.emit(n, every, "R")
@@ -256,9 +287,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
 
 
 def _is_param(s: _State, ref: Ref) -> bool:
-    return any(
-        m.name == ref.name and m.op == PARAM for m in s.nodes[: len(s.analysis.program.nodes)]
-    )
+    return ref.name in s.params
 
 
 def _fall_back(s: _State, n: Node, outs: Sequence[Dims], why: str) -> None:
@@ -272,8 +301,10 @@ def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 
 
 def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
-    table, ids = n.args[0], s.replicated(n.args[1], n.source)
-    s.emit(Node(n.name, EMBED, (table, ids), types=n.types, source=n.source), outs, "S")
+    table = Ref(s.casts.get(n.args[0].name, n.args[0].name))
+    ids = s.replicated(n.args[1], n.source)
+    node = Node(n.name, EMBED, (table, ids), {}, n.types, n.source, n.recompute)
+    s.emit(node, outs, "S")
 
 
 def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any]) -> None:
@@ -335,4 +366,5 @@ def _reduce(
     s.emit(Node(name, ALL_REDUCE, (Ref(partial.name),), types=n.types, source=n.source), outs, "R")
     if bias is not None:
         args = (Ref(name), s.replicated(bias, n.source))
-        s.emit(Node(n.name, aten.add.Tensor, args, types=n.types, source=n.source), outs, "R")
+        node = Node(n.name, aten.add.Tensor, args, {}, n.types, n.source, n.recompute)
+        s.emit(node, outs, "R")

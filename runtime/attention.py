@@ -198,7 +198,8 @@ def attend_backward(
     mask: Tensor | None = None,
     states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, and of k and v over the whole sequence, from the global out and lse."""
+    """Gradients of q, and of k and v over the whole sequence, from the global out and lse; in fp32
+    or wider."""
     groups = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q, dtype=wide)
@@ -220,7 +221,7 @@ def attend_backward(
             dq[:, :, at] += grads[0]
             dk[:, :, keys] += _summed(grads[1], groups)
             dv[:, :, keys] += _summed(grads[2], groups)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv
 
 
 def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
@@ -286,4 +287,4 @@ def attention_backward(
     chunks = layout.chunk_ids(axis.rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
     dk, dv = yield from scatter(axis, layout, dk, dv, spec)
-    return dq, dk, dv
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -89,21 +89,30 @@ def whole(
     return parts.reshape(_shape(joined, dim, count, length))
 
 
+def summing(dtype: torch.dtype, reduce: torch.dtype | None = None) -> torch.dtype:
+    """The type in which values of a type add up over the ranks."""
+    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    return wide if reduce is None else reduce
+
+
 def all_reduce(axis: Axis, x: torch.Tensor) -> Steps:
     """P -> R."""
-    handle = yield AllReduce(x)
-    return handle.wait()
+    handle = yield AllReduce(x.to(summing(x.dtype)))
+    return handle.wait().to(x.dtype)
 
 
-def bucket_all_reduce(axis: Axis, xs: Sequence[torch.Tensor]) -> Steps:
+def bucket_all_reduce(
+    axis: Axis, xs: Sequence[torch.Tensor], reduce: torch.dtype | None = None
+) -> Steps:
     """The sum of each tensor over the ranks, one communication per dtype."""
     out: list[torch.Tensor | None] = [None] * len(xs)
     for dtype in dict.fromkeys(x.dtype for x in xs):
         members = [i for i, x in enumerate(xs) if x.dtype == dtype]
-        handle = yield AllReduce(torch.cat([xs[i].reshape(-1) for i in members]))
+        flat = torch.cat([xs[i].reshape(-1) for i in members])
+        handle = yield AllReduce(flat.to(summing(dtype, reduce)))
         parts = handle.wait().split([xs[i].numel() for i in members])
         for i, p in zip(members, parts):
-            out[i] = p.clone().view(xs[i].shape)
+            out[i] = p.to(dtype, copy=True).view(xs[i].shape)
     return out
 
 
@@ -115,32 +124,44 @@ def gather_weight(axis: Axis, shard: torch.Tensor, dim: int, size: int) -> Steps
 
 
 def gather_weight_backward(
-    axis: Axis, g: torch.Tensor, dim: int, units: int, partial: bool
+    axis: Axis,
+    g: torch.Tensor,
+    dim: int,
+    units: int,
+    partial: bool,
+    dtype: torch.dtype,
+    reduce: torch.dtype | None,
 ) -> Steps:
-    """The gradient of this rank's shard; partial: the ranks' gradients add up."""
+    """The gradient of this rank's shard, in its `dtype`; partial: the ranks' gradients add up."""
     g = g.movedim(dim, 0)
     missing = axis.size * units - g.shape[0]
     if missing:
         g = torch.cat([g, g.new_zeros((missing, *g.shape[1:]))])
     blocks = g.reshape(axis.size, units, *g.shape[1:]).contiguous()
     if partial:
-        handle = yield ReduceScatter(blocks, "weights")
+        handle = yield ReduceScatter(blocks.to(summing(g.dtype, reduce)), "weights")
         mine = handle.wait()
     else:
         mine = blocks[axis.rank].clone()
-    return mine.movedim(0, dim).contiguous()
+    return mine.to(dtype).movedim(0, dim).contiguous()
 
 
 def embed(
-    axis: Axis, layout: Layout, shard: torch.Tensor, ids: torch.Tensor, rows: int, length: int
+    axis: Axis,
+    layout: Layout,
+    shard: torch.Tensor,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
 ) -> Steps:
-    """Rows of a table cut along its first dim: each rank looks up what it owns of every rank's
-    tokens in turn."""
+    """Rows of a table cut along its first dim, cast: each rank looks up what it owns of every
+    rank's tokens in turn."""
     units, pending, mine = shard.shape[0], [], None
     for target in range(axis.size):
         local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
         index, inside = _owned(local, axis.rank, units)
-        found = torch.where(inside.unsqueeze(-1), shard[index], 0)
+        found = torch.where(inside.unsqueeze(-1), shard[index].to(dtype), 0)
         handle = yield Reduce(found, target=target)
         pending.append(handle)
         if len(pending) == 2:
@@ -167,6 +188,7 @@ def embed_backward(
     g: torch.Tensor,
     ids: torch.Tensor,
     units: int,
+    dtype: torch.dtype,
     rows: int,
     length: int,
 ) -> Steps:
@@ -181,4 +203,4 @@ def embed_backward(
         index, inside = _owned(local, axis.rank, units)
         rows_of = torch.where(inside.unsqueeze(-1), got, 0).to(wide)
         total.index_add_(0, index.reshape(-1), rows_of.reshape(-1, g.shape[-1]))
-    return total.to(g.dtype)
+    return total.to(dtype)

@@ -117,34 +117,34 @@ def _all_reduce(axis, x, name):
 
 
 @_steps("vary")
-def _vary(axis, xs, name):
+def _vary(axis, xs, reduce, name):
     return _nothing([x.clone() for x in xs])
 
 
 @_steps("vary_backward")
-def _vary_backward(axis, gs, name):
-    return exchange.bucket_all_reduce(axis, gs)
+def _vary_backward(axis, gs, reduce, name):
+    return exchange.bucket_all_reduce(axis, gs, reduce)
 
 
 @_steps("gather_weight")
-def _gather_weight(axis, shard, dim, size, partial, name):
-    return exchange.gather_weight(axis, shard, dim, size)
+def _gather_weight(axis, shard, dim, size, partial, dtype, reduce, name):
+    return exchange.gather_weight(axis, shard.to(dtype), dim, size)
 
 
 @_steps("gather_weight_backward")
-def _gather_weight_backward(axis, g, dim, units, partial, name):
-    return exchange.gather_weight_backward(axis, g, dim, units, partial)
+def _gather_weight_backward(axis, g, dim, units, partial, dtype, reduce, name):
+    return exchange.gather_weight_backward(axis, g, dim, units, partial, dtype, reduce)
 
 
 @_steps("embed")
-def _embed(axis, shard, ids, rows, length, order, name):
-    return exchange.embed(axis, Layout(axis.size, order), shard, ids, rows, length)
+def _embed(axis, shard, ids, dtype, rows, length, order, name):
+    return exchange.embed(axis, Layout(axis.size, order), shard, ids, dtype, rows, length)
 
 
 @_steps("embed_backward")
-def _embed_backward(axis, g, ids, units, rows, length, order, name):
+def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
     layout = Layout(axis.size, order)
-    return exchange.embed_backward(axis, layout, g, ids, units, rows, length)
+    return exchange.embed_backward(axis, layout, g, ids, units, dtype, rows, length)
 
 
 @_steps("attention")

@@ -18,8 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
-from torch.utils.checkpoint import CheckpointPolicy
-from tspc.runtime.trace import Fakes
+from tspc.runtime.trace import Fakes, tag
 
 
 class KeepOrder(CustomGraphPass):
@@ -42,14 +41,8 @@ class KeepOrder(CustomGraphPass):
 
 
 def _partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-    """Min-cut; folds are never run again, gathered weights are never saved."""
-    for n in joint.graph.nodes:
-        if getattr(n.target, "namespace", "") != "tspc":
-            continue
-        name = n.target._schema.name.split("::")[1]
-        again = name in ("gather_weight", "local", "clear_pads")
-        policy = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
-        n.meta["recompute"] = policy
+    """Min-cut."""
+    tag(joint)
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
 
@@ -58,13 +51,24 @@ def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
         with V.set_fake_mode(fakes.mode):
-            return compile_fx_inner(gm, inputs, is_backward=is_backward)
+            return _without_autocast(compile_fx_inner(gm, inputs, is_backward=is_backward))
 
     return compile_graph
 
 
 def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
-    return make_boxed_func(gm.forward)
+    return _without_autocast(make_boxed_func(gm.forward))
+
+
+def _without_autocast(compiled: Any) -> Any:
+    """The casts are in the program; a caller's autocast must not cast again."""
+
+    def run(args: list[Any]) -> Any:
+        with torch._C._DisableAutocast():
+            return compiled(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def compile_local(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +63,6 @@ class Call:
     def local_rows(self) -> int:
         return self.layout.chunks * self.rows
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.shards[0].dtype
-
     def symbols(self, rows: int) -> dict[Any, Any]:
         return symbol_values(self.body, self.sizes, rows)
 
@@ -94,12 +91,17 @@ class Call:
         return sum(s.numel() for s in self.shards)
 
     def flat(self) -> Tensor:
-        """This rank's shards in one buffer."""
-        return torch.cat([s.reshape(-1) for s in self.shards])
+        """This rank's shards in one buffer, cast to what the body computes in."""
+        dtypes = [self.body.values[n].dtype for n in self.body.shards]
+        sent = reduce(torch.promote_types, dtypes)
+        return torch.cat([s.reshape(-1).to(sent) for s in self.shards])
 
     def unpack(self, flat: Tensor) -> Values:
         parts = flat.split([s.numel() for s in self.shards])
-        return {n: p.view(s.shape) for n, p, s in zip(self.body.shards, parts, self.shards)}
+        return {
+            n: p.view(s.shape).to(self.body.values[n].dtype)
+            for n, p, s in zip(self.body.shards, parts, self.shards)
+        }
 
     def invariant_values(self) -> Values:
         return dict(zip(self.body.invariants, self.invariants))
@@ -180,8 +182,9 @@ class Exchange:
         """Gradients of what was exchanged once per call."""
         call = self.call
         for a, sums in self.sums.items():
-            dk, dv = (sums[n].to(x.dtype) for n, x in zip((a.k, a.v), self.given[a]))
-            dk, dv = yield from attn.scatter(call.axis, call.layout, dk, dv, call.spec(a))
+            dk, dv = yield from attn.scatter(
+                call.axis, call.layout, sums[a.k], sums[a.v], call.spec(a)
+            )
             add_up(total, a.k, dk)
             add_up(total, a.v, dv)
 

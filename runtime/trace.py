@@ -15,10 +15,11 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._functorch.partitioners import default_partition
+from torch._functorch.partitioners import default_partition, must_recompute
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tspc.body import evaluate
 from tspc.program import Type
@@ -81,6 +82,19 @@ class Partitioned:
     tangents: tuple[int, ...]  # outputs that take a cotangent
 
 
+def tag(joint: torch.fx.GraphModule) -> None:
+    """Gathered weights are never saved; what else communicates runs again only in a part that the
+    model checkpoints."""
+    for n in joint.graph.nodes:
+        if getattr(n.target, "namespace", "") != "tspc":
+            continue
+        name = n.target._schema.name.split("::")[1]
+        if name in ("gather_weight", "local", "clear_pads"):
+            n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        elif not must_recompute(n):
+            n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
 def partition(fn: Any, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
     with tracing(TracingContext(fakes.mode)), fakes.mode:
@@ -96,5 +110,7 @@ def partition(fn: Any, fakes: Fakes) -> Partitioned:
         joint = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=bool(tangents))
         if not tangents:
             return Partitioned(joint, None, len(outs), ())
+        if any("ac_graph_id" in n.meta for n in joint.graph.nodes):
+            tag(joint)
         forward, backward = default_partition(joint, fakes.inputs, num_fwd_outputs=len(outs))
     return Partitioned(forward, backward, len(outs), tangents)

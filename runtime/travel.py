@@ -4,6 +4,7 @@ broadcast and gather."""
 from __future__ import annotations
 
 import torch
+from tspc.runtime.exchange import summing
 from tspc.runtime.requests import AllGather, Broadcast, Handle, Reduce, ReduceScatter, Shift, Steps
 from tspc.runtime.step import Call, Values
 
@@ -65,7 +66,7 @@ class Gradients:
         for n, s in zip(self.call.body.shards, self.call.shards):
             if n in self.names:
                 g = grads.get(n)
-                wide = torch.promote_types(s.dtype, torch.float32)
+                wide = summing(self.call.body.values[n].dtype, self.call.body.reduce)
                 parts.append(
                     s.new_zeros(s.numel(), dtype=wide) if g is None else g.reshape(-1).to(wide)
                 )

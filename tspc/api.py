@@ -140,7 +140,7 @@ def plan(
     count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        captured = capture(gm, example_inputs)
+        captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         symbols = tuple(sorted(captured.symbols, key=str))
         rewritten = rewrite(
             captured.program,
@@ -153,6 +153,7 @@ def plan(
             hardware(chosen.hardware, device_name(device)),
             chosen.save,
             len(captured.writes),
+            chosen.reduce_dtype,
         )
         found.append(Plan(count, rewritten, dict(captured.program.hints), chosen))
         raise _Stop

@@ -27,6 +27,7 @@ from tspc.hardware import device_name, hardware
 from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.runtime import inputs as input_check
 from tspc.runtime import seed
@@ -87,7 +88,19 @@ def tsp(
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
-    captured = capture(gm, example_inputs)
+    captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
+    with off():  # the casts are in the program
+        return _compile(captured, chosen, gm, example_inputs, place, mesh)
+
+
+def _compile(
+    captured: Captured,
+    chosen: Options,
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    place: Place,
+    mesh: DeviceMesh,
+) -> Callable[..., Any]:
     if chosen.check_inputs is not False:
         input_check.agree(place, _signature(captured), "compiles a graph of")
     rewritten = rewrite(
@@ -101,6 +114,7 @@ def tsp(
         hardware(chosen.hardware, device_name(_device(example_inputs))),
         chosen.save and torch.is_grad_enabled(),
         len(captured.writes),
+        chosen.reduce_dtype,
     )
     found = _fallbacks(rewritten)
     if chosen.strict and found:
@@ -264,7 +278,8 @@ def _function(
             stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
                 given[i] = local
-        outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
+        with off():
+            outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
         return written(captured, args, _results(compiled, outs, sizes, rows, length))
 
     return run

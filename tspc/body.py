@@ -117,6 +117,7 @@ class Body:
     flops: Size = 0  # of the pieces' matrix products in one step's forward, over symbols and ROWS
     inner: Size = 0  # elements of their results that stay inside
     hardware: Hardware = HARDWARE["cpu"]
+    reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property

@@ -22,13 +22,13 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
-    FunctionalTensorMode,
     dispatch_functionalize,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
+from tspc import checkpoint, precision
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.program import (
     BUFFER,
@@ -45,7 +45,7 @@ from tspc.program import (
 )
 from tspc.runtime import storage
 
-_SKIPPED = ("sym_size", "_assert", "_enter_autocast", "_exit_autocast")
+_SKIPPED = ("sym_size", "_assert")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -77,22 +77,28 @@ class Captured:
 
 
 def capture(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], name: str = "graph"
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    name: str = "graph",
+    param_dtype: torch.dtype | None = None,
 ) -> Captured:
     """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's
-    own fake mode."""
+    own fake mode; autocast and `param_dtype` become casts."""
     context = TracingContext.get()
     assert context.fake_mode is not None
-    _specialize_floats(gm)
     kinds = _kinds(gm, example_inputs)
+    gm = checkpoint.inlined(gm)
+    _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
-    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    around = precision.ambient()
+    functional = precision.OneType(param_dtype)
 
     writes: list[int] = []
 
     def run(*args: Any) -> Any:
-        out = torch.fx.Interpreter(gm).run(*args)
+        given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
+        out = torch.fx.Interpreter(gm).run(*given)
         for i, ((kind, wanted), a) in enumerate(zip(kinds, args)):
             if isinstance(a, FunctionalTensor) and has_data_mutation(a):
                 if kind == PARAM or a.requires_grad:
@@ -110,6 +116,7 @@ def capture(
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
+        traced = precision.explicit(traced, around, fakes)
     env = context.fake_mode.shape_env
     assert env is not None
     hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}
@@ -278,7 +285,15 @@ def convert(
             grad = grad and any(r in differentiable for r in refs_in((args, kwargs)))
             values = value if isinstance(value, (tuple, list)) else [value]
             types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
-            node = Node(unique(n.name), n.target, args, kwargs, types, source_line(n))
+            node = Node(
+                unique(n.name),
+                n.target,
+                args,
+                kwargs,
+                types,
+                source_line(n),
+                n.meta.get("ac_graph_id", 0),
+            )
             nodes.append(node)
             env[n] = Ref(node.name)
         if n in env and isinstance(env[n], Ref):

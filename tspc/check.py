@@ -19,6 +19,7 @@ from tspc.hardware import hardware
 from tspc.layout import Layout
 from tspc.options import Options
 from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import simulate
 from tspc.runtime.drivers import lockstep
@@ -63,7 +64,11 @@ def simulated_backend(
     chosen = options or Options()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(gm, example_inputs)
+        captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
+        with off():
+            return simulate_graph(captured, example_inputs)
+
+    def simulate_graph(captured: Captured, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten = rewrite(
             captured.program,
             tuple(sorted(captured.symbols, key=str)),
@@ -75,6 +80,7 @@ def simulated_backend(
             hardware(chosen.hardware, "cpu"),
             chosen.save,
             len(captured.writes),
+            chosen.reduce_dtype,
         )
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
@@ -130,6 +136,11 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: Simulated, *tensors: torch.Tensor) -> Any:
         ctx.graph = graph
+        with off():
+            return _Run._forward(ctx, graph, tensors)
+
+    @staticmethod
+    def _forward(ctx: Any, graph: Simulated, tensors: Sequence[torch.Tensor]) -> Any:
         base = [*(graph.sizes[s] for s in graph.rewritten.symbols), graph.rows()]
         given = [[*base, *shards] for shards in zip(*_shards(graph, tensors))]
         results = simulate.run(graph.parts.forward, AXIS, given)
@@ -146,6 +157,11 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gs: Any) -> Any:
+        with off():
+            return _Run._backward(ctx, gs)
+
+    @staticmethod
+    def _backward(ctx: Any, gs: Sequence[Any]) -> Any:
         graph: Simulated = ctx.graph
         tangents = {i: gs[i] if gs[i] is not None else ctx.shapes[i] for i in graph.parts.tangents}
         backward = graph.parts.backward

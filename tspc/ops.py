@@ -30,16 +30,25 @@ LIB.define(f"local(Tensor x, {_DIM}) -> Tensor")
 LIB.define(f"local_backward(Tensor g, {_DIM}) -> Tensor")
 LIB.define(f"clear_pads(Tensor x, {_DIM}) -> Tensor")
 LIB.define("all_reduce(Tensor x, str axis) -> Tensor")
-LIB.define("vary(Tensor[] xs, str axis) -> Tensor[]")
-LIB.define("vary_backward(Tensor[] gs, str axis) -> Tensor[]")
-LIB.define("gather_weight(Tensor shard, int dim, int size, bool partial, str axis) -> Tensor")
-LIB.define("gather_weight_backward(Tensor g, int dim, int units, bool partial, str axis) -> Tensor")
+# reduce: the type in which gradients add up over the ranks; None: fp32, or theirs where it is wider
+LIB.define("vary(Tensor[] xs, ScalarType? reduce, str axis) -> Tensor[]")
+LIB.define("vary_backward(Tensor[] gs, ScalarType? reduce, str axis) -> Tensor[]")
+# dtype: what travels, the shard cast to it; the gradient is of the shard's own type
 LIB.define(
-    "embed(Tensor shard, Tensor ids, SymInt rows, SymInt length, str order, str axis) -> Tensor"
+    "gather_weight(Tensor shard, int dim, int size, bool partial, ScalarType dtype, "
+    "ScalarType? reduce, str axis) -> Tensor"
 )
 LIB.define(
-    "embed_backward(Tensor g, Tensor ids, int units, SymInt rows, SymInt length, str order, "
+    "gather_weight_backward(Tensor g, int dim, int units, bool partial, ScalarType dtype, "
+    "ScalarType? reduce, str axis) -> Tensor"
+)
+LIB.define(
+    "embed(Tensor shard, Tensor ids, ScalarType dtype, SymInt rows, SymInt length, str order, "
     "str axis) -> Tensor"
+)
+LIB.define(
+    "embed_backward(Tensor g, Tensor ids, int units, ScalarType dtype, SymInt rows, SymInt length, "
+    "str order, str axis) -> Tensor"
 )
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, bool causal, "
@@ -129,29 +138,29 @@ def _all_reduce_fake(x, axis):
 
 @_fake("vary")
 @_fake("vary_backward")
-def _vary_fake(xs, axis):
+def _vary_fake(xs, reduce, axis):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
 
 
 @_fake("gather_weight")
-def _gather_weight_fake(shard, dim, size, partial, axis):
-    return _resized(shard, dim, size)
+def _gather_weight_fake(shard, dim, size, partial, dtype, reduce, axis):
+    return _resized(shard, dim, size).to(dtype)
 
 
 @_fake("gather_weight_backward")
-def _gather_weight_backward_fake(g, dim, units, partial, axis):
-    return _resized(g, dim, units)
+def _gather_weight_backward_fake(g, dim, units, partial, dtype, reduce, axis):
+    return _resized(g, dim, units).to(dtype)
 
 
 @_fake("embed")
-def _embed_fake(shard, ids, rows, length, order, axis):
+def _embed_fake(shard, ids, dtype, rows, length, order, axis):
     shape = [*ids.shape[:-1], local_rows(rows, order), shard.shape[1]]
-    return shard.new_empty(shape)
+    return shard.new_empty(shape, dtype=dtype)
 
 
 @_fake("embed_backward")
-def _embed_backward_fake(g, ids, units, rows, length, order, axis):
-    return g.new_empty((units, g.shape[-1]))
+def _embed_backward_fake(g, ids, units, dtype, rows, length, order, axis):
+    return g.new_empty((units, g.shape[-1]), dtype=dtype)
 
 
 @_fake("attention")
@@ -202,34 +211,35 @@ def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
     out: list[torch.Tensor | None] = [None] * len(gs)
     for i, g in zip(present, reduced):
         out[i] = g
-    return out, None
+    return out, None, None
 
 
 _register("vary", _keep_rest, _vary_backward)
 
 
 def _gather_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    shard, ctx.dim, _, ctx.partial, ctx.axis = inputs
-    ctx.units = shard.shape[ctx.dim]
+    shard, ctx.dim, _, ctx.partial, _, ctx.reduce, ctx.axis = inputs
+    ctx.units, ctx.dtype = shard.shape[ctx.dim], shard.dtype
 
 
 def _gather_weight_backward(ctx: Any, g: torch.Tensor) -> Any:
-    shard = torch.ops.tspc.gather_weight_backward(g, ctx.dim, ctx.units, ctx.partial, ctx.axis)
-    return (shard, None, None, None, None)
+    rest = (ctx.dim, ctx.units, ctx.partial, ctx.dtype, ctx.reduce, ctx.axis)
+    return (torch.ops.tspc.gather_weight_backward(g, *rest), *[None] * 6)
 
 
 _register("gather_weight", _gather_weight_setup, _gather_weight_backward)
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    shard, ids, *ctx.rest = inputs
-    ctx.units = shard.shape[0]
+    shard, ids, _, *ctx.rest = inputs
+    ctx.units, ctx.dtype = shard.shape[0], shard.dtype
     ctx.save_for_backward(ids)
 
 
 def _embed_grad(ctx: Any, g: torch.Tensor) -> Any:
     (ids,) = ctx.saved_tensors
-    return (torch.ops.tspc.embed_backward(g, ids, ctx.units, *ctx.rest), *[None] * 5)
+    grad = torch.ops.tspc.embed_backward(g, ids, ctx.units, ctx.dtype, *ctx.rest)
+    return (grad, *[None] * 6)
 
 
 _register("embed", _embed_setup, _embed_grad)

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from tspc.errors import OptionError
 from tspc.hardware import hardware
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ("auto", "contiguous", "zigzag"),
     "outputs": ("auto", "full", "sharded"),
@@ -35,6 +38,9 @@ class Options:
         never.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
         share; "min" makes them again.
+        param_dtype: what the float parameters are cast to before they travel and are computed with;
+        stored as they are. reduce_dtype: what gradients add up in over the ranks; default fp32, or
+        theirs where it is wider.
         hardware: the cost model's table for schedule "auto": a name of `tspc.hardware` or a dict of
         its fields; default the device's.
     strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
@@ -52,6 +58,8 @@ class Options:
     compiler: str = "inductor"
     hardware: Any = None
     memory_budget: str = "max-speed"
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
 
     @property
     def save(self) -> bool:
@@ -79,6 +87,10 @@ def parse(given: Mapping[str, Any] | None) -> Options:
     for v in values:
         if v not in SCHEDULES:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
+    for name in ("param_dtype", "reduce_dtype"):
+        if given.get(name) not in (None, *FLOATS):
+            valid_types = ", ".join(map(str, FLOATS))
+            raise OptionError(f"{name}={given[name]!r}; valid: None, {valid_types}")
     if given.get("hardware") is not None:
         hardware(given["hardware"], "")
     return replace(getattr(given.get("plan"), "options", Options()), **given)

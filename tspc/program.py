@@ -6,7 +6,7 @@ kinds below for what is not a call. Multi-output nodes are read through `Ref(nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,10 @@ PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = (
 )
 PLACEHOLDERS = (PARAM, BUFFER, INPUT)
 SEED = "tspc.seed"  # the input that a program with random ops has besides its own
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     types: tuple[Type | None, ...] = ()
     source: str = ""  # "file:line" of the user's model
+    recompute: int = 0  # the checkpointed part of the model that it is of; 0: none
 
     @property
     def type(self) -> Type:
@@ -82,6 +87,17 @@ class Node:
 
     def map_refs(self, fn: Callable[[Ref], Any]) -> Node:
         return replace(self, args=map_refs(self.args, fn), kwargs=map_refs(self.kwargs, fn))
+
+
+def casts_of_parameters(nodes: Iterable[Node]) -> dict[str, str]:
+    """Value -> the parameter that it is a cast of."""
+    params, out = set(), {}
+    for n in nodes:
+        if n.op == PARAM:
+            params.add(n.name)
+        elif n.op in CASTS and n.args[0].name in params:
+            out[n.name] = n.args[0].name
+    return out
 
 
 def refs_in(value: Any) -> Iterator[Ref]:

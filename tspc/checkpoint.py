@@ -1,0 +1,100 @@
+"""Activation checkpointing in a model: its parts become ops of the one graph, with a tag.
+
+In: a Dynamo graph with `tag_activation_checkpoint` nodes. Out: an equal graph with their bodies in
+their place; each op says in its meta to which part it belongs, and that the backward makes it
+again (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx.traceback import preserve_node_meta, set_current_meta
+from torch.utils.checkpoint import CheckpointPolicy
+
+log = logging.getLogger("tspc")
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`gm` itself where nothing of it is checkpointed."""
+    if not any(n.target is CHECKPOINT for n in gm.graph.nodes):
+        return gm
+    graph = torch.fx.Graph()
+    graph.output(_copied(gm, "", graph, {}, itertools.count(1), 0))
+    out = torch.fx.GraphModule(gm, graph)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None:
+        object.__setattr__(out, "compile_subgraph_reason", reason)
+    return out
+
+
+def _copied(
+    gm: torch.fx.GraphModule,
+    path: str,
+    graph: torch.fx.Graph,
+    env: dict[torch.fx.Node, Any],
+    groups: Iterator[int],
+    group: int,
+) -> Any:
+    """Copies the nodes that `env` does not have yet, in their group (0: none) -> the outputs."""
+
+    def load(a: Any) -> Any:
+        return torch.fx.map_arg(a, lambda n: env[n])
+
+    for n in gm.graph.nodes:
+        if n.op == "output":
+            return load(n.args[0])
+        if n in env or (n.op == "get_attr" and _is_body(gm, n)):
+            continue
+        if n.target is CHECKPOINT:
+            body = getattr(gm, n.args[0].target)
+            if "_checkpoint_context_fn" in body.meta:
+                log.warning(
+                    "a checkpoint's context_fn (what to save of it) is ignored: all of it is made "
+                    "again in the backward"
+                )
+            given = dict(zip(body.graph.find_nodes(op="placeholder"), load(n.args[1:])))
+            inner = f"{path}{n.args[0].target}."
+            env[n] = _copied(body, inner, graph, given, groups, group or next(groups))
+        elif n.target is operator.getitem and isinstance(env[n.args[0]], (tuple, list)):
+            env[n] = env[n.args[0]][n.args[1]]
+        else:
+            env[n] = made = graph.node_copy(n, lambda x: env[x])
+            if made.op == "get_attr":
+                made.target = f"{path}{n.target}"
+            if group:
+                made.meta.update(_tag(group))
+    raise AssertionError("a graph without output")
+
+
+def _is_body(gm: torch.fx.GraphModule, n: torch.fx.Node) -> bool:
+    return all(u.target is CHECKPOINT for u in n.users) and isinstance(
+        getattr(gm, str(n.target), None), torch.fx.GraphModule
+    )
+
+
+def _tag(group: int, leaves: bool = False) -> dict[str, Any]:
+    policy = CheckpointPolicy.MUST_SAVE if leaves else CheckpointPolicy.PREFER_RECOMPUTE
+    return {"recompute": policy, "ac_graph_id": group}
+
+
+@contextmanager
+def recomputed(group: int, leaves: bool) -> Iterator[None]:
+    """What is traced here is made again in the backward, from what enters its group (0: none).
+
+    leaves: what it makes is read outside of the group, and kept if the backward reads it.
+    """
+    if not group:
+        yield
+        return
+    tag = torch.fx.Graph().placeholder("tag")
+    tag.meta = _tag(group, leaves)
+    with preserve_node_meta(), set_current_meta(tag):
+        yield
