@@ -120,9 +120,13 @@ def _why_not(
         return "the program has no sequence"
     same = {i for other in regions.chosen if other.factor is g.factor for i in other.ops}
     params = {n.name: n for n in a.program.nodes if n.op == PARAM}
-    for w in g.weights:
+    made = {a.records[i].node.name for i in g.ops}
+    if not any(len(params[w].type.shape) > 1 for w in g.weights):
+        return "it has no weight of its own: it is computed from others"
+    for w, (dim, _, _) in g.weights.items():
+        rows = dim == 0 and a.F.expand(tuple(a.env[w, 0][0])) == (g.factor,)
         for r in users.get(w, []):
-            if r.index not in same and r.node.name not in lookups:
+            if r.index not in same and not (rows and r.node.name in lookups):
                 return f"{w} is also used by {r.node.name}"
     for i in g.ops:
         r = a.records[i]
@@ -132,8 +136,8 @@ def _why_not(
                 return f"{r.node.name} has no sequence"
             if in_segment(a.F, dims, leaf):
                 return f"the sequence is part of a dim of {r.node.name}"
-        why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, same)
-        why = why or _reads_both_ways(a, r, g, leaf)
+        why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, regions)
+        why = why or _reads_pieces(r, g, leaf, made) or _reads_both_ways(a, r, g, leaf)
         if why:
             return why
         if r.node.op in ATTENTIONS:
@@ -163,13 +167,26 @@ def _reads_both_ways(a: Analysis, r: Record, g: Region, leaf: Factor) -> str:
     return ""
 
 
-def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], same: set[int]) -> str:
-    """Where a value of the region that still carries the factor is used outside of it."""
+def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], regions: Regions) -> str:
+    """Where a value of the region that still carries the factor is used outside of it.
+
+    Regions may share what they recompute: each user is then in a region that makes the value.
+    """
     if any(role in ENDS for role, *_ in r.roles.get(g.factor, ())):
         return ""
+    same = [x.ops for x in regions.chosen if x.factor is g.factor and r.index in x.ops]
+    made = g.ops.union(*same)
     for user in users.get(r.node.name, []):
-        if user.node.op != OUTPUT and user.index not in same:
+        if user.node.op != OUTPUT and user.index not in made:
             return f"{r.node.name} is also used by {user.node.name}"
+    return ""
+
+
+def _reads_pieces(r: Record, g: Region, leaf: Factor, made: set[str]) -> str:
+    """An operand from outside that would be cut along the sequence and along the factor."""
+    for ref, carried in zip(r.refs, r.carried_in):
+        if ref is not None and ref.name not in made and {leaf, g.factor} <= carried:
+            return f"{r.node.name} reads {ref.name}, which has the sequence and its columns"
     return ""
 
 
@@ -228,7 +245,9 @@ def _storages(
                 out[w] = Storage(FOLD, fold_map(a, w, dim, g.factor, ranks, role == "column"))
     for table in lookups.values():
         if table not in out:
-            out[table] = Storage(FOLD, chunked(0, int(a.program.node(table).type.shape[0]), ranks))
+            out[table] = Storage(
+                GATHER, chunked(0, int(a.program.node(table).type.shape[0]), ranks)
+            )
     for n in a.program.nodes:
         if n.op != PARAM or n.name in out:
             continue

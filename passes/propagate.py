@@ -270,8 +270,13 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _fall_back(s, n, outs, "the sequence is part of a dim")
     elif n.name in s.lookups:
         _lookup(s, n, outs)
+    elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
+        _replicate(s, n, outs)
     elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
-        _attention(s, n, outs, operands)
+        if all(r in cut for r in n.args[:3]):
+            _attention(s, n, outs, operands)
+        else:
+            _fall_back(s, n, outs, "its queries are of another sequence")
     elif not kinds:
         renamed = {
             r: s.sequence(r, n.source, operands[r])

@@ -116,7 +116,7 @@ def _compile(
         len(captured.writes),
         chosen.reduce_dtype,
     )
-    found = _fallbacks(rewritten)
+    found = reports(rewritten)
     if chosen.strict and found:
         raise UnsupportedError(
             f"{found[0]}; use ops that have rules, add a rule, or allow it by strict=False"
@@ -157,8 +157,16 @@ def _signature(captured: Captured) -> dict[str, str]:
     return {**out, "ops": hashlib.blake2b(ops.encode(), digest_size=8).hexdigest()}
 
 
-def _fallbacks(rewritten: Rewritten) -> list[str]:
+def reports(rewritten: Rewritten) -> list[str]:
     """A line for each op that runs replicated: where, what, why."""
+    refused, program = rewritten.choice.refused, rewritten.analysis.program
+    if rewritten.choice.leaf is None and refused:
+        where = program.output.refs()[0].name
+        weights = sorted({w for g, _ in refused for w in g.weights})
+        return [
+            f"{program.node(where).source}: no dim of this graph is a sequence: it runs replicated "
+            f"on all ranks and gathers its weights at use ({', '.join(weights)})"
+        ]
     return [
         f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); its operands of {f.shape} "
         "are gathered"
