@@ -16,9 +16,33 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-from torch._inductor.virtualized import V
+from torch._inductor.lowering import make_pointwise, register_lowering
+from torch._inductor.virtualized import V, ops
 from torch.utils._ordered_set import OrderedSet
 from tspc.runtime.trace import Fakes, tag
+
+from tspc.counter import mix, mixed
+
+
+class _Operators:
+    """Python's operators on what Inductor traces."""
+
+    xor, rshift, mul, and_ = (
+        ops.bitwise_xor,
+        ops.bitwise_right_shift,
+        ops.mul,
+        ops.bitwise_and,
+    )
+
+
+@register_lowering(mix, type_promotion_kind=None)
+def _lower_mix(x: Any) -> Any:
+    """One expression, in which each word is computed once."""
+
+    def word(value: int) -> Any:
+        return ops.constant(value, torch.int64)
+
+    return make_pointwise(lambda x: mixed(x, _Operators, word))(x)
 
 
 class KeepOrder(CustomGraphPass):

@@ -86,6 +86,8 @@ def tag(joint: torch.fx.GraphModule) -> None:
     """Gathered weights are never saved; what else communicates runs again only in a part that the
     model checkpoints."""
     for n in joint.graph.nodes:
+        if n.target is mix:  # cheap, and as large as what is dropped
+            n.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         if getattr(n.target, "namespace", "") != "tspc":
             continue
         name = n.target._schema.name.split("::")[1]

@@ -8,7 +8,9 @@ product exceeds 63 bits: every device and compiler gives the same bits.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ Tensor = torch.Tensor
 State = tuple[Tensor, Tensor]
 
 _WORD = 0xFFFFFFFF
+MIX = ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, None))  # (shift, factor)
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 # [size]: 0, stride, 2 * stride, ...: how far the places of a dim are from its first, in elements
@@ -37,12 +40,25 @@ LIB.define(
 )
 
 
-def mix(x: Tensor) -> Tensor:
+# One op for Inductor, which writes an expression out anew for each of its uses; not in tspc's
+# namespace, whose ops communicate
+_MIXERS = torch.library.Library("tspc_counter", "FRAGMENT")
+_MIXERS.define("mix(Tensor x) -> Tensor")
+mix = torch.ops.tspc_counter.mix.default
+
+
+def mixed(x: Any, ops: Any = operator, constant: Any = int) -> Any:
     """A bijection of 32-bit words in which every bit depends on every other (hash-prospector's
-    [15 2c1b3c6d 12 297a2d39 15])."""
-    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & _WORD
-    x = ((x ^ (x >> 12)) * 0x297A2D39) & _WORD
-    return x ^ (x >> 15)
+    [15 2c1b3c6d 12 297a2d39 15]); ops: what computes, as Python's operators."""
+    for shift, factor in MIX:
+        x = ops.xor(x, ops.rshift(x, constant(shift)))
+        if factor is not None:
+            x = ops.and_(ops.mul(x, constant(factor)), constant(_WORD))
+    return x
+
+
+_MIXERS.impl("mix", mixed, "CompositeExplicitAutograd")
+torch.library.register_fake("tspc_counter::mix", torch.empty_like, lib=_MIXERS)
 
 
 def absorb(state: State, index: Tensor | int) -> State:
