@@ -133,9 +133,9 @@ def check_adjoint(schedule: str, policy: str, again: bool) -> None:
     torch.autograd.backward(outs, cotangents)
     names = (("v", "o"), ("up", "down"))
     for y, g, weights in zip(outs, cotangents, names):
-        expected = float((y * g).sum())
+        expected = (y * g).sum().item()
         for w in (model.get_submodule(n).weight for n in weights):
-            assert float((w.grad * w).sum()) == pytest.approx(expected, rel=1e-9)
+            assert (w.grad * w).sum().item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
