@@ -22,6 +22,7 @@ from tspc.runtime.execute import Place
 from tspc.runtime.repack import repack, repack_backward
 
 from tspc.shard import ShardMap
+from tspc.torch_seams import assign_data_of_shards, move_shard
 
 _STATE = threading.local()
 _CLASSES: dict[tuple[type, tuple[str, ...], str], type] = {}
@@ -78,6 +79,24 @@ def _load(self: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     type(self)._tspc_class._load_from_state_dict(self, state, prefix, *args)
 
 
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`.to()` and its kind keep every parameter the object that optimizers know."""
+    shards = {n: p for n, p in self._parameters.items() if isinstance(p, DTensor)}
+    self._parameters.update(dict.fromkeys(shards))
+    try:
+        type(self)._tspc_class._apply(self, fn, recurse)
+    finally:
+        self._parameters.update(shards)
+    with torch.no_grad():
+        for n, p in shards.items():
+            grad, p.grad = p.grad, None
+            moved = fn(p)
+            kept = p if moved is p else move_shard(p, moved.detach())
+            kept.grad = kept.grad if grad is None else fn(grad)
+            self._parameters[n] = kept
+    return self
+
+
 def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
@@ -98,6 +117,7 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
             __call__=_call,
             __reduce_ex__=_reduce,
             _load_from_state_dict=_load,
+            _apply=_apply,
         )
         _CLASSES[key] = type(cls.__name__, (cls,), body)
     return _CLASSES[key]
@@ -112,6 +132,7 @@ def shard_parameters(
         dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their
         largest dim.
     """
+    assign_data_of_shards()
     group = mesh.get_group()
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tspc.body import evaluate
+from tspc.counter import mix
 from tspc.program import Type
 
 

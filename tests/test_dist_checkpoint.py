@@ -12,10 +12,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from tspc.runtime.convert import convert
+from tspc.runtime.mesh import resolve
 
-import tspc
 from tests.models import call, loss_of, make, tokens_of, whole
+from tspc.options import parse
 
 MODELS = {"llama_like": (6, 3), "gpt2_like": (4, 4), "hf_qwen3": (4, 2)}
 EAGER = {"compiler": "eager"}
@@ -74,10 +77,11 @@ def resumed(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]
         m = make(name, *heads, layers=1, seed=7)
         fn: Any = m
         if ranks > 1:
-            plan = tspc.plan(m, (), call(name, tokens_of(9), True), ranks=ranks, options=EAGER)
-            plan.apply(m)
+            mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tsp",))
+            place, _ = resolve(parse({"mesh": mesh}), torch.device("cpu"))
+            convert(m, mesh, place.axis.name, {})  # cut along other dims than it was saved
             assert all(isinstance(p, DTensor) for p in m.parameters())
-            fn = torch.compile(m, backend="tsp", options={"plan": plan})
+            fn = torch.compile(m, backend="tsp", options=EAGER)
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
         state = _state(m, optimizer)
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
@@ -96,8 +100,10 @@ def resumed(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]
 def test_resumes_on_other_ranks(world: Any, tmp_path: Path) -> None:
     wanted = world(4).run(saved, folder=str(tmp_path))[0]
     found = {3: world(3).run(resumed, folder=str(tmp_path))[0], 0: resumed(str(tmp_path))}
-    found[1] = world(1).run(resumed, folder=str(tmp_path))[0]
-    assert all(w[1].keys() == {*w[1]} and len(w[1]) > 20 for w in wanted.values())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found[1] = resumed(str(tmp_path))
+    dist.destroy_process_group()
+    assert all(len(w[1]) > 20 for w in wanted.values())
     for ranks, models in found.items():
         for name, (losses, state) in models.items():
             expected, tensors = wanted[name]

@@ -11,6 +11,9 @@ import torch.nn as nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tspc.errors import ShardedParameterError
 
 
 class RestartTrace(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
@@ -72,3 +75,43 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
 def storage_key(x: torch.Tensor) -> int:
     """One number per storage, the same for all views of it; 0 without one."""
     return x.untyped_storage()._cdata if torch._C._has_storage(x) else 0
+
+
+def assign_data_of_shards() -> None:
+    """`p.data = x` on a DTensor, which torch ignores without a word, sets its shard: x is whole,
+    or cut alike."""
+    if "data" in DTensor.__dict__:
+        return
+    plain: Any = torch.Tensor.data
+
+    def put(self: DTensor, value: torch.Tensor) -> None:
+        given = (tuple(value.shape), value.dtype, value.device.type)
+        if given != (tuple(self.shape), self.dtype, self.device.type):
+            raise ShardedParameterError(
+                f".data of a sharded parameter {list(self.shape)} {self.dtype} was set to "
+                f"{list(value.shape)} {value.dtype} on {value.device}: use module.to(...) or "
+                "assign a new nn.Parameter to the module"
+            )
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(
+                value.detach(), self.device_mesh, self.placements, src_data_rank=None
+            )
+        self._local_tensor.data = value.redistribute(self.device_mesh, self.placements).to_local()
+
+    DTensor.data = property(lambda self: plain.__get__(self), put)
+
+
+def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
+    """A sharded parameter becomes `moved`, of another type or device. It stays the same object,
+    but to and from meta, as in torch; a tied one becomes one new object.
+
+    torch's way with subclasses (`swap_tensors`) refuses what anyone holds a weak reference to.
+    """
+    if p.is_meta != moved.is_meta:
+        if not hasattr(p, "_tspc_moved"):
+            p._tspc_moved = torch.nn.Parameter(moved, p.requires_grad)
+        return p._tspc_moved
+    plain: Any = torch.Tensor.data
+    plain.__set__(p, moved)
+    p._local_tensor, p._spec = moved._local_tensor, moved._spec
+    return p
