@@ -124,8 +124,12 @@ def _why_not(
         for r in users.get(w, []):
             if r.index not in same and r.node.name not in lookups:
                 return f"{w} is also used by {r.node.name}"
+    inside = {a.records[i].node.name for i in g.ops}
     for i in g.ops:
         r = a.records[i]
+        for ref, carried in zip(r.refs, r.carried_in):
+            if ref is not None and ref.name not in inside and {leaf, g.factor} <= carried:
+                return f"{ref.name} is cut along the sequence and by the region's factor"
         if _is_random(r.node):
             raise UnsupportedError(
                 f"{r.node.source}: {r.node.op} draws random numbers inside of a region; set "
