@@ -137,7 +137,7 @@ def _why_not(
             if in_segment(a.F, dims, leaf):
                 return f"the sequence is part of a dim of {r.node.name}"
         why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, regions)
-        why = why or _reads_pieces(r, g, leaf, made) or _reads_both_ways(a, r, g, leaf)
+        why = why or _reads_pieces(r, g, leaf, made)
         if why:
             return why
         if r.node.op in ATTENTIONS:
@@ -157,14 +157,6 @@ def _needs_sequence(r: Record, g: Region, leaf: Factor) -> str:
             return f"{r.node.name} would compute the same weights for every piece of its values"
         return ""
     return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
-
-
-def _reads_both_ways(a: Analysis, r: Record, g: Region, leaf: Factor) -> str:
-    """An operand from outside that would have to be cut by rank and by shard at once."""
-    for ref, carried in zip(r.refs, r.carried_in):
-        if ref is not None and ref.name in a.replicated and {g.factor, leaf} <= carried:
-            return f"{r.node.name} reads {ref} along the sequence and the region's factor"
-    return ""
 
 
 def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], regions: Regions) -> str:

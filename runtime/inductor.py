@@ -91,8 +91,9 @@ def _without_autocast(compiled: Any) -> Any:
         with torch._C._DisableAutocast():
             return compiled(args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    whole = torch.compiler.disable(run)  # a backward inside of a compiled function
+    whole._boxed_call = True  # type: ignore[attr-defined]
+    return whole
 
 
 def compile_local(

@@ -202,6 +202,7 @@ class Prologue(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
         out = []
         for g, m, stored, (spec, shape) in zip(grads, ctx.maps, ctx.stored, ctx.specs):

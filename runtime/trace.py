@@ -98,6 +98,12 @@ def tag(joint: torch.fx.GraphModule) -> None:
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def _own(x: Any) -> Any:
+    """An output that is no view: the graphs are run as they are, without what AOTAutograd does for
+    aliases."""
+    return x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x
+
+
 def partition(fn: Any, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
     with tracing(TracingContext(fakes.mode)), fakes.mode:
@@ -108,7 +114,7 @@ def partition(fn: Any, fakes: Fakes) -> Partitioned:
         )
 
         def flat(*args: Any) -> tuple[Any, ...]:
-            return tuple(fn(*args))
+            return tuple(map(_own, fn(*args)))
 
         joint = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=bool(tangents))
         if not tangents:

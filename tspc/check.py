@@ -156,6 +156,7 @@ class _Run(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *gs: Any) -> Any:
         with off():
             return _Run._backward(ctx, gs)
