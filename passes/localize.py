@@ -353,7 +353,8 @@ class _Run:
             return self.sizes.value(a)
         x = self.get(a)
         if self.typed.places[a.name, a.item or 0] != "S":
-            return x
+            made = self.typed.program.node(a.name)
+            return x.clone() if made.is_call and made.op.is_view else x  # no output is a view
         if index in self.program.deferred:
             return x.detach()
         return torch.ops.tspc.whole(x, *self.sequence(self.dims(a)))
