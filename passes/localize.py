@@ -376,7 +376,8 @@ class _Run:
             return self.sizes.value(a)
         x = self.get(a)
         if self.typed.places[a.name, a.item or 0] != "S":
-            return x
+            made = self.typed.program.node(a.name)
+            return x.clone() if made.is_call and made.op.is_view else x  # no output is a view
         kind = self.program.kinds[index]
         if kind != "whole":
             return x.detach() if kind == "deferred" else x.clone()  # no view of an input

@@ -20,7 +20,9 @@ from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
+from tspc.passes.regions import sequence
 from tspc.passes.verify import check_program, check_typed
+from tspc.passes.windows import widen
 
 from tspc.body import Body
 from tspc.counter import ATTENTIONS
@@ -76,6 +78,10 @@ def rewrite(
     whole, "sharded" leaves them where they are."""
     program = prepare(program)
     analysis = factorize(program)
+    widened = widen(analysis, sequence(analysis))
+    if widened.nodes != program.nodes:
+        program = _pass("windows", lambda _: widened, program)
+        analysis = factorize(program)
     choice = choose(analysis, ranks, schedule, layout)
     left = _local(program, outputs, writes)
     cotangents = "deferred" not in left.values()
@@ -157,7 +163,7 @@ def _dump(name: str, program: Program) -> None:
         print(program, file=sys.stderr)
     folder = os.environ.get("TSPC_DUMP")
     if folder:
-        number = ("normalize", "masks", "draws", "fold", "propagate").index(name)
+        number = ("normalize", "masks", "draws", "windows", "fold", "propagate").index(name)
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, f"{number}_{name}.txt"), "w") as f:
             f.write(f"{program}\n")

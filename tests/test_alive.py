@@ -1,4 +1,4 @@
-"""What a rank saves for the backward and what is alive while it runs (DESIGN 11.3), on real ranks."""
+"""What a rank saves for the backward and what is alive while it runs (DESIGN 11.3), over gloo."""
 
 from __future__ import annotations
 

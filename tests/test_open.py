@@ -7,22 +7,8 @@ import torch
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.check import Simulated, simulated_backend
 
 TOKENS = torch.zeros(2, 12, dtype=torch.long)
-
-
-class Trimmed(LlamaLike):
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        logits = super().forward(tokens)
-        return logits[:, :-1].logsumexp(-1).sum()
-
-
-@pytest.mark.xfail(strict=True, reason="a trimmed sequence has no window: it is gathered")
-def test_a_trimmed_sequence_stays_cut() -> None:
-    made: list[Simulated] = []
-    torch.compile(Trimmed(layers=1), backend=simulated_backend(2, None, made))(TOKENS)
-    assert not made[0].rewritten.typed.fallbacks
 
 
 @pytest.mark.xfail(

@@ -275,7 +275,7 @@ def test_padded_units(name: str, schedule: str) -> None:
 @pytest.mark.parametrize("ranks,length", [(2, 7), (3, 13), (4, 3)])
 def test_labels_shifted_on_logits(ranks: int, length: int) -> None:
     rewritten = run(norm_without_eps, ranks, length, labels=True)
-    assert replicated(rewritten) == TRIMMED
+    assert not replicated(rewritten)
 
 
 def whole_sequences(fn: Callable[[Model, Tensor], Tensor]) -> set[str]:
