@@ -18,8 +18,8 @@ from tspc.runtime.stationary import stationary_backward, stationary_forward
 from tspc.runtime.step import (
     Call,
     Exchange,
+    Sums,
     Values,
-    add_up,
     in_operand_order,
     step_backward,
 )
@@ -39,15 +39,15 @@ def forward(call: Call) -> Steps:
     body, axis = call.body, call.axis
     fixed = {**call.local_tokens(), **call.invariant_values()}
     symbols = call.symbols(call.local_rows)
-    sums: Values = {}
+    sums = Sums()
     stacks = _empty_stacks(call)
     source, exchange = Weights(call), Exchange(call)
     yield from exchange.start(fixed)
     for _ in range(axis.size):
-        j, flat = yield from source.next()
+        j, shards = yield from source.next()
         if j * body.units >= body.size:
             continue
-        values = {**fixed, **call.unpack(flat)}
+        values = {**fixed, **shards}
         for index, s in enumerate(body.steps):
             if isinstance(s, Piece):
                 values.update(call.pieces.forward(index, symbols, call.step(j), values))
@@ -77,11 +77,11 @@ def _empty_stacks(call: Call) -> Values:
     return out
 
 
-def _collect(body: Body, values: Values, sums: Values, stacks: Values, j: int) -> None:
+def _collect(body: Body, values: Values, sums: Sums, stacks: Values, j: int) -> None:
     for o in body.outs:
         x = values[o.name]
         if o.kind == "sum":
-            add_up(sums, o.name, x)
+            sums.add(o.name, x)
         elif o.name not in body.saves:
             stacks[o.name][j] = x
     for name in body.saves:
@@ -105,18 +105,18 @@ def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | 
     fixed = {**call.local_tokens(), **call.invariant_values()}
     symbols = call.symbols(call.local_rows)
     stored = dict(zip(body.saves, saved))
-    total: Values = {}
+    total = Sums()
     source, sink, exchange = Weights(call), Gradients(call), Exchange(call)
     yield from exchange.start(fixed)
     for _ in range(axis.size):
-        j, flat = yield from source.next()
+        j, shards = yield from source.next()
         if j * body.units < body.size:
-            values = {**fixed, **call.unpack(flat), **{n: t[j] for n, t in stored.items()}}
+            values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
             given = _given(body, cotangents, lambda t, j=j: t[j])
             grads = yield from step_backward(call, symbols, j, values, given, exchange)
             for name in (*fixed,):
                 if name in grads:
-                    add_up(total, name, grads.pop(name))
+                    total.add(name, grads.pop(name))
         else:
             grads = {}
         yield from sink.put(j, grads)

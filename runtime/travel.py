@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from tspc.runtime.requests import AllGather, Broadcast, Handle, Reduce, ReduceScatter, Shift, Steps
-from tspc.runtime.step import Call, Values
+from tspc.runtime.step import Call, Values, joined
 
 from tspc.cost import BROADCAST, GATHER, RING
 
@@ -13,16 +13,16 @@ Tensor = torch.Tensor
 
 
 class Weights:
-    """The shards in time: `j, flat = yield from next()`; the next one is in flight while the
+    """The shards in time: `j, shards = yield from next()`; the next one is in flight while the
     caller computes."""
 
     def __init__(self, call: Call):
         self.call, self.turn = call, 0
-        self.flat: Tensor | None = None
         self.handle: Handle | None = None
         self.blocks: Tensor | None = None
 
     def next(self) -> Steps:
+        """-> (j, the shards j by name)."""
         call, axis, turn = self.call, self.call.axis, self.turn
         self.turn += 1
         if call.schedule == GATHER:
@@ -30,23 +30,25 @@ class Weights:
                 handle = yield AllGather(call.flat(), "weights")
                 self.blocks = handle.wait()
             assert self.blocks is not None
-            return turn, self.blocks[turn]
+            return turn, call.unpack(self.blocks[turn])
         if call.schedule == RING:
-            self.flat = call.flat() if self.handle is None else self.handle.wait()
+            flat = call.flat() if self.handle is None else self.handle.wait()
             if turn + 1 < axis.size:
-                self.handle = yield Shift(self.flat, "weights")
-            return (axis.rank - turn) % axis.size, self.flat
+                self.handle = yield Shift(flat, "weights")
+            return (axis.rank - turn) % axis.size, call.unpack(flat) if turn else call.own()
         if self.handle is None:
             self.handle = yield self.broadcast(0)
         flat = self.handle.wait()
         if turn + 1 < axis.size:
             self.handle = yield self.broadcast(turn + 1)
-        return turn, flat
+        return turn, call.own() if turn == axis.rank else call.unpack(flat)
 
     def broadcast(self, j: int) -> Broadcast:
-        own = self.call.flat()
-        mine = own if j == self.call.axis.rank else torch.empty_like(own)
-        return Broadcast(mine, "weights", source=j)
+        call = self.call
+        if j == call.axis.rank:
+            return Broadcast(call.flat(), "weights", source=j)
+        length = sum(s.numel() for s in call.shards)
+        return Broadcast(call.shards[0].new_empty(length), "weights", source=j)
 
 
 class Gradients:
@@ -70,7 +72,7 @@ class Gradients:
                 parts.append(
                     s.new_zeros(s.numel(), dtype=wide) if g is None else g.reshape(-1).to(wide)
                 )
-        return torch.cat(parts)
+        return joined(parts)
 
     def put(self, j: int, grads: Values) -> Steps:
         call = self.call
@@ -79,7 +81,7 @@ class Gradients:
         flat = self.pack(grads)
         if call.schedule == RING:
             if self.handle is not None:
-                flat += self.handle.wait()
+                flat = self.handle.wait().add_(flat)
             self.handle = yield Shift(flat, "weights")
         elif call.schedule == BROADCAST:
             handle = yield Reduce(flat, "weights", target=j)
@@ -108,4 +110,4 @@ class Gradients:
         assert self.mine is not None
         shards = dict(zip(self.call.body.shards, self.call.shards))
         parts = self.mine.split([shards[n].numel() for n in self.names])
-        return {n: p.view(shards[n].shape).clone() for n, p in zip(self.names, parts)}
+        return {n: p.view(shards[n].shape) for n, p in zip(self.names, parts)}
