@@ -9,8 +9,10 @@ disturbs little.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import resource
 import shlex
 import statistics
@@ -66,6 +68,14 @@ def cpu_seconds() -> tuple[float, float]:
     return mine, every
 
 
+def by_function(calls: cProfile.Profile) -> dict[str, tuple[float, int]]:
+    """Function -> (CPU seconds of this thread in itself, calls)."""
+    found = {}
+    for (path, line, name), (_, n, own, *_) in pstats.Stats(calls).stats.items():  # type: ignore
+        found[f"{'/'.join(Path(path).parts[-2:])}:{line} {name}"] = (own, n)
+    return found
+
+
 def prepare(args: argparse.Namespace, name: str) -> tuple[Callable[[], None], dict[str, Any]]:
     """(one training step, its model and optimizer and losses)."""
     torch.manual_seed(0)
@@ -103,15 +113,21 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 found[name]["all"].append(every)
     for name, (step, parts) in systems.items():
         dist.barrier()
+        held = state_bytes(parts["model"], parts["optimizer"])
+        peak, _, _ = peak_of(step)
+        found[name]["peak"] = (held["parameters"] + held["optimizer"] + peak) / 2**20
+        found[name]["losses"] = parts["losses"]
+        if args.brief:
+            continue
+        dist.barrier()
         with profile(activities=[ProfilerActivity.CPU]) as p:
             step()
         found[name]["ops"] = {e.key: e.self_cpu_time_total / 1e6 for e in p.key_averages()}
         found[name]["counts"] = {e.key: e.count for e in p.key_averages()}
         dist.barrier()
-        held = state_bytes(parts["model"], parts["optimizer"])
-        peak, _, _ = peak_of(step)
-        found[name]["peak"] = (held["parameters"] + held["optimizer"] + peak) / 2**20
-        found[name]["losses"] = parts["losses"]
+        calls = cProfile.Profile(time.thread_time)
+        calls.runcall(step)
+        found[name]["functions"] = by_function(calls)
     return found
 
 
@@ -128,6 +144,7 @@ def launch(args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={args.ranks}", __file__, "--systems", *args.systems]
     command += [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in (*SIZES, "length")]
+    command += ["--brief"] if args.brief else []
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         done = subprocess.run(
@@ -150,17 +167,19 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     def seconds(what: str) -> float:
         return statistics.median(sum(r[what][i] for r in ranks) for i in range(len(ranks[0][what])))
 
+    ops, functions = ranks[0].get("ops", {}), ranks[0].get("functions", {})
     by: Counter[str] = Counter()
-    for name, time_of in ranks[0]["ops"].items():
+    for name, time_of in ops.items():
         by[category(name)] += time_of
     return {
         "CPU seconds": seconds("all"),
         "of it main threads": seconds("main"),
         "peak MiB": max(r["peak"] for r in ranks),
         "loss": ranks[0]["losses"][-1],
-        "categories": {c: by[c] for c in (*CATEGORIES, "Python and the rest")},
-        "ops": dict(sorted(ranks[0]["ops"].items(), key=lambda e: -e[1])),
-        "counts": ranks[0]["counts"],
+        "categories": {c: by[c] for c in (*CATEGORIES, "Python and the rest")} if ops else {},
+        "ops": dict(sorted(ops.items(), key=lambda e: -e[1])),
+        "counts": ranks[0].get("counts", {}),
+        "functions": dict(sorted(functions.items(), key=lambda e: -e[1][0])),
     }
 
 
@@ -191,6 +210,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--brief", action="store_true", help="seconds and memory only")
     parser.add_argument("--top", type=int, default=0, help="also list this many operations")
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--out", default="", help="a folder for the numbers as JSON")
@@ -205,6 +225,8 @@ def main() -> None:
     for name, r in results.items():
         for op, seconds in list(r["ops"].items())[: args.top]:
             console.print(f"{name:16} {seconds:8.3f} s {r['counts'][op]:6} x {op}", highlight=False)
+        for function, (seconds, n) in list(r["functions"].items())[: args.top]:
+            console.print(f"{name:16} {seconds:8.3f} s {n:6} x {function}", highlight=False)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         path = Path(args.out) / f"profile-{time.strftime('%Y%m%d-%H%M%S')}.json"
