@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test quick check dist bench clean
+.PHONY: demo test quick check dist bench profile clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ dist: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/speed.py
+
+profile: $(READY)
+	$(BIN)/python bench/profiles.py --top 12 --out bench/results
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -135,20 +135,18 @@ def embed(
 ) -> Steps:
     """Rows of a table cut along its first dim: the result of each rank's tokens goes round, each
     rank fills in the rows that it owns; it comes home last."""
-    handle, found = None, None
+    handle = None
+    width = shard.shape[1]
     for turn in range(axis.size):
         target = (axis.rank - 1 - turn) % axis.size
         local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
         places, index = _owned(local, axis.rank, shard.shape[0])
         mine = shard.index_select(0, index)
-        if handle is None:
-            found = shard.new_zeros((*local.shape, shard.shape[1]))
-        else:
-            found = handle.wait()
-        found.view(-1, shard.shape[1]).index_copy_(0, places, mine)
-        if turn + 1 < axis.size:
-            handle = yield Shift(found)
-    return found
+        found = handle.wait() if handle else shard.new_zeros((*local.shape, width))
+        found.view(-1, width).index_copy_(0, places, mine)
+        if turn + 1 == axis.size:
+            return found
+        handle = yield Shift(found)
 
 
 def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torch.Tensor]:
