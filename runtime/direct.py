@@ -1,8 +1,8 @@
 """Collectives on a CPU as direct sends between ranks.
 
-Gloo makes a reduce-scatter of a whole all-reduce, a reduce of one and a gather, and copies an
-all-gather more than once; sent directly, each element leaves a rank as often as the closed forms
-say and arrives where it stays. Sums are in rank order, as in lockstep.
+Gloo makes a reduce-scatter of a whole all-reduce and copies an all-gather more than once; sent
+directly, each element leaves a rank as often as the closed forms say and arrives where it stays.
+Every rank issues as many sends of the same shapes. Sums are in rank order, as in lockstep.
 """
 
 from __future__ import annotations
@@ -59,36 +59,6 @@ class Summed:
         return total
 
 
-@dataclass
-class Chained:
-    """The tensors of the other ranks come one after the other, two buffers in all."""
-
-    own: Tensor
-    rank: int
-    ranks: int
-    group: Any
-    total: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.others = [r for r in range(self.ranks) if r != self.rank]
-        self.flying = [self._next() for _ in self.others[:2]]
-
-    def _next(self, into: Tensor | None = None) -> tuple[Any, Tensor]:
-        into = torch.empty_like(self.own) if into is None else into
-        return receive(into, self.others.pop(0), self.group), into
-
-    def wait(self) -> Tensor:
-        if self.total is None:
-            self.total = self.own.clone()
-        while self.flying:
-            work, got = self.flying.pop(0)
-            work.wait()
-            self.total += got
-            if self.others:
-                self.flying.append(self._next(got))
-        return self.total
-
-
 def shift(x: Tensor, rank: int, ranks: int, group: Any) -> Received:
     out = torch.empty_like(x)
     works = [receive(out, (rank - 1) % ranks, group), send(x, (rank + 1) % ranks, group)]
@@ -105,12 +75,6 @@ def all_gather(x: Tensor, rank: int, ranks: int, group: Any) -> Received:
 def reduce_scatter(x: Tensor, rank: int, ranks: int, group: Any) -> Summed:
     blocks = [x[r] if r == rank else x.new_empty(x.shape[1:]) for r in range(ranks)]
     return Summed(_everyone(x, blocks, rank, group), blocks, rank, x)
-
-
-def reduce(x: Tensor, target: int, rank: int, ranks: int, group: Any) -> Received | Chained:
-    if rank == target:
-        return Chained(x, rank, ranks, group)
-    return Received([send(x, target, group)], None, x)
 
 
 def _everyone(

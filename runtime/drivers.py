@@ -120,6 +120,11 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
         out = torch.empty_like(x)
         work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
         return Received([work], out, x)
+    if isinstance(request, Reduce):
+        out = x.clone()
+        target = dist.get_global_rank(group, request.target)
+        work = dist.reduce(out, target, group=group, async_op=True)
+        return Received([work], out if rank == request.target else None, out)
     if x.device.type == "cpu":
         return _issue_directly(request, x, axis, group)
     if isinstance(request, Shift):
@@ -131,11 +136,6 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
             dist.P2POp(dist.irecv, out, previous, group),
         ]
         return Received(dist.batch_isend_irecv(transfers), out, x)
-    if isinstance(request, Reduce):
-        out = x.clone()
-        target = dist.get_global_rank(group, request.target)
-        work = dist.reduce(out, target, group=group, async_op=True)
-        return Received([work], out if rank == request.target else None, out)
     if isinstance(request, AllGather):
         out = x.new_empty((ranks, *x.shape))
         work = _all_gather(out.view(-1), x.view(-1), group, async_op=True)
@@ -150,8 +150,6 @@ def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: Any) -
     ranks, rank = axis.size, axis.rank
     if isinstance(request, Shift):
         return direct.shift(x, rank, ranks, group)
-    if isinstance(request, Reduce):
-        return direct.reduce(x, request.target, rank, ranks, group)
     if isinstance(request, AllGather):
         return direct.all_gather(x, rank, ranks, group)
     assert isinstance(request, ReduceScatter)
