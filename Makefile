@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS = 1
+# tests at a time: most are one process with one thread
+JOBS ?= 2
 
 .PHONY: demo test quick check dist bench profile clean
 
@@ -18,10 +20,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
 
 quick: $(READY)
-	$(BIN)/python -m pytest tests -m "not dist and not slow"
+	$(BIN)/python -m pytest tests -m "not dist and not slow" -n $(JOBS) --dist worksteal
 
 dist: $(READY)
 	$(BIN)/python -m pytest tests -m dist

@@ -58,6 +58,15 @@ MEANS = {
 }
 
 
+def _argument(a: Any, sizes: Sizes, get: Callable[[Ref], Any]) -> Any:
+    """Not a closure over itself: such a cycle would keep the tensors that `get` reaches."""
+    if isinstance(a, Ref):
+        return get(a)
+    if isinstance(a, (tuple, list)):
+        return [_argument(x, sizes, get) for x in a]
+    return sizes.value(a)
+
+
 def call(
     node: Node,
     ins: Sequence[Dims | None],
@@ -66,16 +75,8 @@ def call(
     get: Callable[[Ref], Any],
 ) -> Any:
     """One ordinary op on local tensors."""
-
-    def argument(a: Any) -> Any:
-        if isinstance(a, Ref):
-            return get(a)
-        if isinstance(a, (tuple, list)):
-            return [argument(x) for x in a]
-        return sizes.value(a)
-
-    args = [argument(a) for a in node.args]
-    kwargs = {k: argument(v) for k, v in node.kwargs.items()}
+    args = [_argument(a, sizes, get) for a in node.args]
+    kwargs = {k: _argument(v, sizes, get) for k, v in node.kwargs.items()}
     dims_in: Dims = ins[0] if ins and ins[0] is not None else ()
     cut_out = any(sizes.is_cut(d) for d in outs[0])
     cut_in = any(sizes.is_cut(d) for d in dims_in)

@@ -121,10 +121,9 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
         work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
         return Received([work], out, x)
     if isinstance(request, Reduce):
-        out = x.clone()
         target = dist.get_global_rank(group, request.target)
-        work = dist.reduce(out, target, group=group, async_op=True)
-        return Received([work], out if rank == request.target else None, out)
+        work = dist.reduce(x, target, group=group, async_op=True)
+        return Received([work], x if rank == request.target else None, x)
     if x.device.type == "cpu":
         return _issue_directly(request, x, axis, group)
     if isinstance(request, Shift):

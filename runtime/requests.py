@@ -38,14 +38,17 @@ class Shift(Request):
 
 @dataclass(frozen=True)
 class Broadcast(Request):
-    """Result: the source's tensor."""
+    """Result: the source's tensor (on the source the very one that was sent)."""
 
     source: int = 0
 
 
 @dataclass(frozen=True)
 class Reduce(Request):
-    """Result: the sum over ranks on `target`, None elsewhere."""
+    """Result: the sum over ranks on `target`, None elsewhere.
+
+    The driver may write to `tensor`.
+    """
 
     target: int = 0
 

@@ -36,26 +36,32 @@ def forward(call: Call) -> Steps:
     """-> (sums and stacks in the order of body.outs, saved)."""
     if call.schedule == STATIONARY:
         return (yield from stationary_forward(call))
-    body, axis = call.body, call.axis
     fixed = {**call.local_tokens(), **call.invariant_values()}
-    symbols = call.symbols(call.local_rows)
     sums = Sums()
     stacks = _empty_stacks(call)
     source, exchange = Weights(call), Exchange(call)
     yield from exchange.start(fixed)
-    for _ in range(axis.size):
-        j, shards = yield from source.next()
-        if j * body.units >= body.size:
-            continue
-        values = {**fixed, **shards}
-        for index, s in enumerate(body.steps):
-            if isinstance(s, Piece):
-                values.update(call.pieces.forward(index, symbols, call.step(j), values))
-            else:
-                out, lse = yield from exchange.forward(s, values)
-                values[s.out], values[s.lse] = out, lse
-        _collect(body, values, sums, stacks, j)
-    return _results(body, sums, stacks)
+    for _ in range(call.axis.size):
+        yield from _turn(call, source, exchange, fixed, sums, stacks)
+    return _results(call.body, sums, stacks)
+
+
+def _turn(
+    call: Call, source: Weights, exchange: Exchange, fixed: Values, sums: Sums, stacks: Values
+) -> Steps:
+    """One step of the sum; its shard is let go before the one after the next is asked for."""
+    body = call.body
+    j, shards = yield from source.next()
+    if j * body.units >= body.size:
+        return
+    symbols = call.symbols(call.local_rows)
+    values = {**fixed, **shards}
+    for index, s in enumerate(body.steps):
+        if isinstance(s, Piece):
+            values.update(call.pieces.forward(index, symbols, call.step(j), values))
+        else:
+            values[s.out], values[s.lse] = yield from exchange.forward(s, values)
+    _collect(body, values, sums, stacks, j)
 
 
 def _empty_stacks(call: Call) -> Values:
@@ -88,7 +94,7 @@ def _collect(body: Body, values: Values, sums: Sums, stacks: Values, j: int) -> 
         stacks[name][j] = values[name]
 
 
-def _results(body: Body, sums: Values, stacks: Values) -> tuple[list[Tensor], list[Tensor]]:
+def _results(body: Body, sums: Sums, stacks: Values) -> tuple[list[Tensor], list[Tensor]]:
     outs = [
         sums[o.name].to(body.values[o.name].dtype) if o.kind == "sum" else stacks[o.name]
         for o in body.outs
@@ -101,28 +107,40 @@ def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | 
     shards, None without."""
     if call.schedule == STATIONARY:
         return (yield from stationary_backward(call, saved, cotangents))
-    body, axis = call.body, call.axis
     fixed = {**call.local_tokens(), **call.invariant_values()}
-    symbols = call.symbols(call.local_rows)
-    stored = dict(zip(body.saves, saved))
+    stored = dict(zip(call.body.saves, saved))
     total = Sums()
     source, sink, exchange = Weights(call), Gradients(call), Exchange(call)
     yield from exchange.start(fixed)
-    for _ in range(axis.size):
-        j, shards = yield from source.next()
-        if j * body.units < body.size:
-            values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
-            given = _given(body, cotangents, lambda t, j=j: t[j])
-            grads = yield from step_backward(call, symbols, j, values, given, exchange)
-            for name in (*fixed,):
-                if name in grads:
-                    total.add(name, grads.pop(name))
-        else:
-            grads = {}
+    for _ in range(call.axis.size):
+        j, grads = yield from _turn_back(call, source, exchange, fixed, stored, cotangents)
+        for name in fixed:
+            if name in grads:
+                total.add(name, grads.pop(name))
         yield from sink.put(j, grads)
+        del grads
     yield from exchange.finish(total)
     shards = yield from sink.done()
     return in_operand_order(call, total, shards)
+
+
+def _turn_back(
+    call: Call,
+    source: Weights,
+    exchange: Exchange,
+    fixed: Values,
+    stored: Values,
+    cotangents: Sequence[Tensor | None],
+) -> Steps:
+    """-> (j, gradients of what its step reads)."""
+    body = call.body
+    j, shards = yield from source.next()
+    if j * body.units >= body.size:
+        return j, {}
+    values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
+    given = _given(body, cotangents, lambda t: t[j])
+    symbols = call.symbols(call.local_rows)
+    return j, (yield from step_backward(call, symbols, j, values, given, exchange))
 
 
 def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Values:

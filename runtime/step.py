@@ -88,6 +88,11 @@ class Call:
             out[spec.name] = t
         return out
 
+    @property
+    def elements(self) -> int:
+        """Of one shard of all weights."""
+        return sum(s.numel() for s in self.shards)
+
     def flat(self) -> Tensor:
         """This rank's shards in one buffer."""
         return joined([s.reshape(-1) for s in self.shards])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from tspc.runtime.requests import AllGather, Broadcast, Handle, Reduce, ReduceScatter, Shift, Steps
-from tspc.runtime.step import Call, Values, joined
+from tspc.runtime.step import Call, Values
 
 from tspc.cost import BROADCAST, GATHER, RING
 
@@ -45,10 +45,8 @@ class Weights:
 
     def broadcast(self, j: int) -> Broadcast:
         call = self.call
-        if j == call.axis.rank:
-            return Broadcast(call.flat(), "weights", source=j)
-        length = sum(s.numel() for s in call.shards)
-        return Broadcast(call.shards[0].new_empty(length), "weights", source=j)
+        mine = call.flat() if j == call.axis.rank else call.shards[0].new_empty(call.elements)
+        return Broadcast(mine, "weights", source=j)
 
 
 class Gradients:
@@ -59,7 +57,6 @@ class Gradients:
         self.call = call
         self.names = [n for n in call.body.shards if call.body.values[n].requires_grad]
         self.handle: Handle | None = None
-        self.pending: list[Handle] = []
         self.mine: Tensor | None = None
         self.blocks: list[Tensor] = []
 
@@ -72,38 +69,45 @@ class Gradients:
                 parts.append(
                     s.new_zeros(s.numel(), dtype=wide) if g is None else g.reshape(-1).to(wide)
                 )
-        return joined(parts)
+        return torch.cat(parts)
+
+    def add(self, flat: Tensor, grads: Values) -> Tensor:
+        """What arrived and this rank's part, in place: no third buffer."""
+        shards = dict(zip(self.call.body.shards, self.call.shards))
+        for n, p in zip(self.names, flat.split([shards[n].numel() for n in self.names])):
+            if n in grads:
+                p += grads[n].reshape(-1)
+        return flat
 
     def put(self, j: int, grads: Values) -> Steps:
         call = self.call
         if not self.names:
             return
-        flat = self.pack(grads)
         if call.schedule == RING:
-            if self.handle is not None:
-                flat = self.handle.wait().add_(flat)
+            flat = self.pack(grads) if self.handle is None else self.add(self.arrived(), grads)
             self.handle = yield Shift(flat, "weights")
         elif call.schedule == BROADCAST:
-            handle = yield Reduce(flat, "weights", target=j)
-            self.pending.append(handle)
-            if len(self.pending) == 2:
-                self.take(self.pending.pop(0))
+            flat = self.pack(grads)
+            if self.handle is not None:
+                self.take(self.arrived())
+            self.handle = yield Reduce(flat, "weights", target=j)
         else:
-            self.blocks.append(flat)
+            self.blocks.append(self.pack(grads))
 
-    def take(self, handle: Handle) -> None:
-        got = handle.wait()
+    def arrived(self) -> Tensor:
+        assert self.handle is not None
+        handle, self.handle = self.handle, None
+        return handle.wait()
+
+    def take(self, got: Tensor | None) -> None:
         self.mine = self.mine if got is None else got
 
     def done(self) -> Steps:
         """Gradient of each of this rank's shards."""
         if not self.names:
             return {}
-        if self.call.schedule == RING:
-            assert self.handle is not None
-            self.mine = self.handle.wait()
-        for handle in self.pending:
-            self.take(handle)
+        if self.handle is not None:
+            self.take(self.arrived())
         if self.blocks:
             handle = yield ReduceScatter(torch.stack(self.blocks), "weights")
             self.mine = handle.wait()

@@ -71,11 +71,12 @@ def gradients(
     return worst
 
 
-# ranks, model, options, lengths, heads, K/V heads, batch
+# ranks, model, options, lengths, heads, K/V heads, batch; of 2 tokens only one key is ever scored,
+# the gradients of q and k are exactly zero and float32 has nothing to compare but their rounding
 CASES = [
     (2, "llama_like", {}, [12, 13], 4, 2, 2),
     (2, "llama_like", {"schedule": "stationary"}, [7, 12], 4, 2, 3),
-    (2, "llama_like", {"schedule": "ring", "layout": "contiguous"}, [2, 9], 4, 2, 1),
+    (2, "llama_like", {"schedule": "ring", "layout": "contiguous"}, [3, 9], 4, 2, 1),
     (2, "gpt2_like", {"schedule": "ring"}, [3, 10], 4, 4, 3),
     (2, "gpt2_like", {"schedule": "gather"}, [9], 4, 4, 2),
     (2, "hf_qwen3", {"schedule": "broadcast"}, [11, 8], 4, 2, 2),
