@@ -95,7 +95,7 @@ class Call:
 
     def flat(self) -> Tensor:
         """This rank's shards in one buffer."""
-        return joined([s.reshape(-1) for s in self.shards])
+        return torch.cat([s.reshape(-1) for s in self.shards])
 
     def own(self) -> Values:
         """This rank's shards."""
@@ -124,10 +124,6 @@ class Call:
     def shape(self, name: str, rows: int) -> list[int]:
         symbols = self.symbols(rows)
         return [evaluate(s, symbols) for s in self.body.values[name].shape]
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class Sums(dict[str, Tensor]):
