@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench clean
+.PHONY: demo test quick check dist bench profile clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ dist: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/speed.py
+
+profile: $(READY)
+	$(BIN)/python bench/profiles.py --top 12 --out bench/results
 
 check: $(READY)
 	$(BIN)/ruff format --check .

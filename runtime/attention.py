@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
@@ -88,13 +89,48 @@ def _is_fused(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
+@lru_cache(maxsize=1)
+def _takes_groups() -> bool:
+    """Whether the fused kernel of this torch takes fewer K/V heads than query heads, forward and
+    backward: asked of a small case."""
+    q, k, v, g = (torch.arange(n).sin().view(1, -1, 3, 2) for n in (24, 12, 12, 24))
+    whole = _Block(0, 3, 0, 3, False)
+    try:
+        out, lse = _fused(q, k, v, whole, 1.0)
+        grads = _fused_backward(g, q, k, v, out, lse, whole, 1.0)
+    except RuntimeError:
+        return False
+    k, v = _repeated(k, 2), _repeated(v, 2)
+    expected = _fused(q, k, v, whole, 1.0)
+    dq, dk, dv = _fused_backward(g, q, k, v, *expected, whole, 1.0)
+    pairs = zip((out, lse, *grads), (*expected, dq, _summed(dk, 2), _summed(dv, 2)))
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
+    )
+
+
+def _fused_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: _Block, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
+    )
+
+
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float, factors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """K and V may have fewer heads than q."""
+    groups = q.shape[1] // k.shape[1]
     if factors is None and _is_fused(q, v):
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
-        )
+        if groups > 1 and not _takes_groups():
+            k, v = _repeated(k, groups), _repeated(v, groups)
+        return _fused(q, k, v, b, scale)
+    k, v = _repeated(k, groups), _repeated(v, groups)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = _scores(q, k, b, scale).to(wide)
     lse = torch.logsumexp(scores, -1)
@@ -113,16 +149,21 @@ def _kernel_backward(
     scale: float,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if factors is None and _is_fused(q, v):
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
-        )
+    groups = q.shape[1] // k.shape[1]
+    fused = factors is None and _is_fused(q, v)
+    if fused and (groups == 1 or _takes_groups()):
+        return _fused_backward(g, q, k, v, out, lse, b, scale)
+    k, v = _repeated(k, groups), _repeated(v, groups)
+    if fused:
+        dq, dk, dv = _fused_backward(g, q, k, v, out, lse, b, scale)
+        return dq, _summed(dk, groups), _summed(dv, groups)
     weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
     dv = _dropped(weights, factors).to(g.dtype).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
     dw = _dropped(g @ v.transpose(-1, -2), factors)
     ds = (weights * (dw - delta) * scale).to(q.dtype)
-    return ds @ k, ds.transpose(-1, -2) @ q, dv
+    dk = ds.transpose(-1, -2) @ q
+    return ds @ k, _summed(dk, groups), _summed(dv, groups)
 
 
 def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
@@ -166,13 +207,12 @@ def attend(
 
     -> out like q, lse [b, hq, n] in fp32 or wider.
     """
-    groups = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     for run in _blocks(spec, chunks, mask, q.device):
         parts = []
         for b in run:
-            keys = (_repeated(x[:, :, b.k0 : b.k1], groups) for x in (k, v))
+            keys = (x[:, :, b.k0 : b.k1] for x in (k, v))
             factors = b.factors(states, spec.dropout, wide)
             parts.append(_kernel(q[:, :, b.q0 : b.q1], *keys, b, spec.scale, factors))
         out, lse = parts[0]
@@ -183,7 +223,9 @@ def attend(
             out, lse = merged.to(q.dtype), both
         outs.append(out)
         lses.append(lse)
-    return torch.cat(outs, 2).contiguous(), torch.cat(lses, 2).contiguous()
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def attend_backward(
@@ -200,54 +242,60 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, and of k and v over the whole sequence, from the global out and lse; in fp32
     or wider."""
-    groups = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.zeros_like(q, dtype=wide)
+    runs = _blocks(spec, chunks, mask, q.device)
+    if len(runs) == 1 and len(runs[0]) == 1 and q.dtype == wide:
+        b = runs[0][0]
+        factors = b.factors(states, spec.dropout, wide)
+        return _kernel_backward(g, q, k, v, out, lse, b, spec.scale, factors)
+    dq = torch.empty_like(q, dtype=wide)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for run in _blocks(spec, chunks, mask, q.device):
-        for b in run:
+    for run in runs:
+        for i, b in enumerate(run):
             at, keys = slice(b.q0, b.q1), slice(b.k0, b.k1)
-            grads = _kernel_backward(
-                g[:, :, at].contiguous(),
-                q[:, :, at].contiguous(),
-                _repeated(k[:, :, keys], groups),
-                _repeated(v[:, :, keys], groups),
-                out[:, :, at].contiguous(),
-                lse[:, :, at].contiguous(),
-                b,
-                spec.scale,
-                b.factors(states, spec.dropout, wide),
-            )
-            dq[:, :, at] += grads[0]
-            dk[:, :, keys] += _summed(grads[1], groups)
-            dv[:, :, keys] += _summed(grads[2], groups)
+            rows = (x[:, :, at] for x in (out, lse))
+            pair = (x[:, :, keys] for x in (k, v))
+            factors = b.factors(states, spec.dropout, wide)
+            given = (g[:, :, at], q[:, :, at], *pair, *rows)
+            grads = _kernel_backward(*given, b, spec.scale, factors)
+            if i:
+                dq[:, :, at] += grads[0]
+            else:
+                dq[:, :, at] = grads[0]
+            dk[:, :, keys] += grads[1]
+            dv[:, :, keys] += grads[2]
     return dq, dk, dv
+
+
+def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A buffer for both with the sequence first, [n, b, hk, dk + dv], and views of it like k and
+    like v."""
+    b, heads, n, width = k.shape
+    both = k.new_empty((n, b, heads, width + v.shape[-1]))
+    views = both.permute(1, 2, 0, 3)
+    return both, views[..., :width], views[..., width:]
 
 
 def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
     """K and V of the whole sequence, pads dropped: one communication."""
-    packed = torch.cat([k.reshape(-1), v.reshape(-1)])
-    handle = yield AllGather(packed)
-    got = handle.wait()
-    split = got.split([k.numel(), v.numel()], 1)
-    return tuple(
-        layout.whole(
-            p.reshape(axis.size, *x.shape).movedim(0, 2).flatten(2, 3), 2, spec.rows, spec.length
-        )
-        for p, x in zip(split, (k, v))
-    )
+    both, keys, values = _packed(k, v)
+    keys.copy_(k)
+    values.copy_(v)
+    handle = yield AllGather(both)
+    whole = layout.whole(handle.wait().flatten(0, 1), 0, spec.rows, spec.length)
+    whole = whole.permute(1, 2, 0, 3)
+    return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
 
 
 def scatter(axis: Axis, layout: Layout, dk: Tensor, dv: Tensor, spec: Spec) -> Steps:
     """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
-    blocks, shapes = [], []
-    for d in (dk, dv):
-        b = layout.blocks(d, 2, spec.rows).unflatten(2, (axis.size, -1)).movedim(2, 0)
-        shapes.append(b.shape[1:])
-        blocks.append(b.reshape(axis.size, -1))
-    handle = yield ReduceScatter(torch.cat(blocks, 1))
-    parts = handle.wait().split([b.shape[1] for b in blocks])
-    return tuple(p.view(shape) for p, shape in zip(parts, shapes))
+    both, keys, values = _packed(dk, dv)
+    keys.copy_(dk)
+    values.copy_(dv)
+    blocks = layout.blocks(both, 0, spec.rows)
+    handle = yield ReduceScatter(blocks.unflatten(0, (axis.size, -1)))
+    mine = handle.wait().permute(1, 2, 0, 3)
+    return mine[..., : dk.shape[-1]], mine[..., dk.shape[-1] :]
 
 
 def attention(
@@ -265,7 +313,8 @@ def attention(
     mask: [b, h, local or 1, S], states: [b, h, local], of the local queries.
     """
     keys, values = yield from gather(axis, layout, k, v, spec)
-    return attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask, states)
+    out, lse = attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask, states)
+    return out.contiguous(), lse.contiguous()
 
 
 def attention_backward(
@@ -287,4 +336,4 @@ def attention_backward(
     chunks = layout.chunk_ids(axis.rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
     dk, dv = yield from scatter(axis, layout, dk, dv, spec)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tspc.runtime import direct
+from tspc.runtime.direct import Received
 from tspc.runtime.requests import (
     AllGather,
     AllReduce,
@@ -91,21 +93,6 @@ class _Done:
         return self.result
 
 
-@dataclass
-class _Pending:
-    """A handle over asynchronous works; keeps what is sent alive until they are done."""
-
-    works: list[Any]
-    result: Any
-    sent: Any = None
-
-    def wait(self) -> Any:
-        for work in self.works:
-            work.wait()
-        self.works, self.sent = [], None
-        return self.result
-
-
 def distributed(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
     """Run one rank's generator over process groups, one per link."""
     handle: Any = None
@@ -124,6 +111,27 @@ def distributed(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
 
 def _issue(request: Request, axis: Axis, group: Any) -> Any:
     x, ranks, rank = request.tensor.contiguous(), axis.size, axis.rank
+    if isinstance(request, Broadcast):
+        source = dist.get_global_rank(group, request.source)
+        return Received([dist.broadcast(x, source, group, async_op=True)], x)
+    if isinstance(request, AllReduce):
+        out = x.clone()
+        return Received([dist.all_reduce(out, group=group, async_op=True)], out)
+    if isinstance(request, AllToAll):
+        out = torch.empty_like(x)
+        work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
+        return Received([work], out, x)
+    if isinstance(request, Exchange):
+        out = x.new_empty((sum(request.received), *x.shape[1:]))
+        received, sent = list(request.received), list(request.sent)
+        work = dist.all_to_all_single(out, x, received, sent, group, async_op=True)
+        return Received([work], out, x)
+    if isinstance(request, Reduce):
+        target = dist.get_global_rank(group, request.target)
+        work = dist.reduce(x, target, group=group, async_op=True)
+        return Received([work], x if rank == request.target else None, x)
+    if x.device.type == "cpu":
+        return _issue_directly(request, x, axis, group)
     if isinstance(request, Shift):
         out = torch.empty_like(x)
         following = dist.get_global_rank(group, (rank + 1) % ranks)
@@ -132,34 +140,25 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
             dist.P2POp(dist.isend, x, following, group),
             dist.P2POp(dist.irecv, out, previous, group),
         ]
-        return _Pending(dist.batch_isend_irecv(transfers), out, x)
-    if isinstance(request, Broadcast):
-        source = dist.get_global_rank(group, request.source)
-        return _Pending([dist.broadcast(x, source, group, async_op=True)], x)
-    if isinstance(request, Reduce):
-        target = dist.get_global_rank(group, request.target)
-        work = dist.reduce(x, target, group=group, async_op=True)
-        return _Pending([work], x if rank == request.target else None, x)
-    if isinstance(request, AllReduce):
-        out = x.clone()
-        return _Pending([dist.all_reduce(out, group=group, async_op=True)], out)
+        return Received(dist.batch_isend_irecv(transfers), out, x)
     if isinstance(request, AllGather):
         out = x.new_empty((ranks, *x.shape))
         work = _all_gather(out.view(-1), x.view(-1), group, async_op=True)
-        return _Pending([work], out, x)
-    if isinstance(request, ReduceScatter):
-        out = x.new_empty(x.shape[1:])
-        work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
-        return _Pending([work], out, x)
-    if isinstance(request, Exchange):
-        out = x.new_empty((sum(request.received), *x.shape[1:]))
-        received, sent = list(request.received), list(request.sent)
-        work = dist.all_to_all_single(out, x, received, sent, group, async_op=True)
-        return _Pending([work], out, x)
-    assert isinstance(request, AllToAll)
-    out = torch.empty_like(x)
-    work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
-    return _Pending([work], out, x)
+        return Received([work], out, x)
+    assert isinstance(request, ReduceScatter)
+    out = x.new_empty(x.shape[1:])
+    work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
+    return Received([work], out, x)
+
+
+def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: Any) -> Any:
+    ranks, rank = axis.size, axis.rank
+    if isinstance(request, Shift):
+        return direct.shift(x, rank, ranks, group)
+    if isinstance(request, AllGather):
+        return direct.all_gather(x, rank, ranks, group)
+    assert isinstance(request, ReduceScatter)
+    return direct.reduce_scatter(x, rank, ranks, group)
 
 
 def lockstep(generators: Sequence[Steps]) -> list[Any]:

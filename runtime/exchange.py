@@ -14,9 +14,8 @@ from tspc.runtime.requests import (
     AllGather,
     AllReduce,
     Axis,
-    Broadcast,
-    Reduce,
     ReduceScatter,
+    Shift,
     Steps,
 )
 
@@ -155,31 +154,28 @@ def embed(
     rows: int,
     length: int,
 ) -> Steps:
-    """Rows of a table cut along its first dim, cast: each rank looks up what it owns of every
-    rank's tokens in turn."""
-    units, pending, mine = shard.shape[0], [], None
-    for target in range(axis.size):
+    """Rows of a table cut along its first dim, cast: the result of each rank's tokens goes round,
+    each rank fills in the rows that it owns; it comes home last."""
+    handle = None
+    width = shard.shape[1]
+    for turn in range(axis.size):
+        target = (axis.rank - 1 - turn) % axis.size
         local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
-        index, inside = _owned(local, axis.rank, units)
-        found = torch.where(inside.unsqueeze(-1), shard[index].to(dtype), 0)
-        handle = yield Reduce(found, target=target)
-        pending.append(handle)
-        if len(pending) == 2:
-            mine = _received(mine, pending.pop(0))
-    for handle in pending:
-        mine = _received(mine, handle)
-    return mine
-
-
-def _received(mine: torch.Tensor | None, handle: object) -> torch.Tensor | None:
-    got = handle.wait()  # type: ignore[attr-defined]
-    return mine if got is None else got
+        places, index = _owned(local, axis.rank, shard.shape[0])
+        mine = shard.index_select(0, index).to(dtype)
+        shape = (*local.shape, width)
+        found = handle.wait() if handle else shard.new_zeros(shape, dtype=dtype)
+        found.view(-1, width).index_copy_(0, places, mine)
+        if turn + 1 == axis.size:
+            return found
+        handle = yield Shift(found)
 
 
 def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torch.Tensor]:
-    index = ids - rank * units
-    inside = (index >= 0) & (index < units)
-    return torch.where(inside, index, 0), inside
+    """(places in the flat ids that lie in this rank's rows, the rows)."""
+    index = ids.reshape(-1) - rank * units
+    places = ((index >= 0) & (index < units)).nonzero().squeeze(-1)
+    return places, index.index_select(0, places)
 
 
 def embed_backward(
@@ -196,11 +192,11 @@ def embed_backward(
     or wider."""
     wide = torch.promote_types(g.dtype, torch.float32)
     total = g.new_zeros((units, g.shape[-1]), dtype=wide)
-    for source in range(axis.size):
-        handle = yield Broadcast(g if source == axis.rank else torch.empty_like(g), source=source)
-        got = handle.wait()
+    for turn in range(axis.size):
+        handle = (yield Shift(g)) if turn + 1 < axis.size else None
+        source = (axis.rank - turn) % axis.size
         local = take(layout, source, ids, ids.dim() - 1, 1, rows, length)
-        index, inside = _owned(local, axis.rank, units)
-        rows_of = torch.where(inside.unsqueeze(-1), got, 0).to(wide)
-        total.index_add_(0, index.reshape(-1), rows_of.reshape(-1, g.shape[-1]))
+        places, index = _owned(local, axis.rank, units)
+        total.index_add_(0, index, g.reshape(-1, g.shape[-1]).index_select(0, places).to(wide))
+        g = g if handle is None else handle.wait()
     return total.to(dtype)

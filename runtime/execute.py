@@ -181,14 +181,28 @@ def _attention_backward(
 def _fold(axis, tokens, invariants, shards, sizes, rows, length, key, name):
     call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
     outs, saved = yield from schedules.forward(call)
-    return [*outs, *saved]
+    return _apart([*outs, *saved], [*tokens, *invariants, *shards])
 
 
 @_steps("fold_backward")
 def _fold_backward(axis, gs, tokens, invariants, shards, saved, sizes, rows, length, key, name):
     call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
     grads = yield from schedules.backward(call, saved, gs)
-    return [g for part in grads for g in part if g is not None]
+    given = [g for g in (*gs, *tokens, *invariants, *shards, *saved) if g is not None]
+    return _apart([g for part in grads for g in part if g is not None], given)
+
+
+def _apart(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each contiguous in memory of its own, as an op must give it; copied only where it is not."""
+    taken = {x.untyped_storage().data_ptr() for x in given}
+    out = []
+    for x in results:
+        held = x.untyped_storage()
+        if held.data_ptr() in taken or held.nbytes() > x.nbytes or not x.is_contiguous():
+            x = x.clone(memory_format=torch.contiguous_format)
+        taken.add(x.untyped_storage().data_ptr())
+        out.append(x)
+    return out
 
 
 def _call(

@@ -18,8 +18,8 @@ from tspc.runtime.stationary import stationary_backward, stationary_forward
 from tspc.runtime.step import (
     Call,
     Exchange,
+    Sums,
     Values,
-    add_up,
     in_operand_order,
     step_backward,
 )
@@ -37,7 +37,7 @@ def forward(call: Call) -> Steps:
     if call.schedule == STATIONARY:
         return (yield from stationary_forward(call))
     fixed = {**call.local_tokens(), **call.invariant_values()}
-    sums: Values = {}
+    sums = Sums()
     stacks = _empty_stacks(call)
     source, exchange = Weights(call), Exchange(call)
     yield from exchange.start(fixed)
@@ -47,15 +47,15 @@ def forward(call: Call) -> Steps:
 
 
 def _turn(
-    call: Call, source: Weights, exchange: Exchange, fixed: Values, sums: Values, stacks: Values
+    call: Call, source: Weights, exchange: Exchange, fixed: Values, sums: Sums, stacks: Values
 ) -> Steps:
     """One step of the sum; its shard is let go before the one after the next is asked for."""
     body = call.body
-    j, flat = yield from source.next()
+    j, shards = yield from source.next()
     if j * body.units >= body.size:
         return
     symbols = call.symbols(call.local_rows)
-    values = {**fixed, **call.unpack(flat)}
+    values = {**fixed, **shards}
     for index, s in enumerate(body.steps):
         if isinstance(s, Piece):
             values.update(call.pieces.forward(index, symbols, call.step(j), values))
@@ -83,18 +83,18 @@ def _empty_stacks(call: Call) -> Values:
     return out
 
 
-def _collect(body: Body, values: Values, sums: Values, stacks: Values, j: int) -> None:
+def _collect(body: Body, values: Values, sums: Sums, stacks: Values, j: int) -> None:
     for o in body.outs:
         x = values[o.name]
         if o.kind == "sum":
-            add_up(sums, o.name, x)
+            sums.add(o.name, x)
         elif o.name not in body.saves:
             stacks[o.name][j] = x
     for name in body.saves:
         stacks[name][j] = values[name]
 
 
-def _results(body: Body, sums: Values, stacks: Values) -> tuple[list[Tensor], list[Tensor]]:
+def _results(body: Body, sums: Sums, stacks: Values) -> tuple[list[Tensor], list[Tensor]]:
     outs = [
         sums[o.name].to(body.values[o.name].dtype) if o.kind == "sum" else stacks[o.name]
         for o in body.outs
@@ -109,14 +109,14 @@ def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | 
         return (yield from stationary_backward(call, saved, cotangents))
     fixed = {**call.local_tokens(), **call.invariant_values()}
     stored = dict(zip(call.body.saves, saved))
-    total: Values = {}
+    total = Sums()
     source, sink, exchange = Weights(call), Gradients(call), Exchange(call)
     yield from exchange.start(fixed)
     for _ in range(call.axis.size):
         j, grads = yield from _turn_back(call, source, exchange, fixed, stored, cotangents)
         for name in fixed:
             if name in grads:
-                add_up(total, name, grads.pop(name))
+                total.add(name, grads.pop(name))
         yield from sink.put(j, grads)
         del grads
     yield from exchange.finish(total)
@@ -134,10 +134,10 @@ def _turn_back(
 ) -> Steps:
     """-> (j, gradients of what its step reads)."""
     body = call.body
-    j, flat = yield from source.next()
+    j, shards = yield from source.next()
     if j * body.units >= body.size:
         return j, {}
-    values = {**fixed, **call.unpack(flat), **{n: t[j] for n, t in stored.items()}}
+    values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
     given = _given(body, cotangents, lambda t: t[j])
     symbols = call.symbols(call.local_rows)
     return j, (yield from step_backward(call, symbols, j, values, given, exchange))

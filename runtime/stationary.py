@@ -50,7 +50,7 @@ def stationary_forward(call: Call) -> Steps:
     body, axis = call.body, call.axis
     values = yield from _gather_tokens(call)
     values.update(call.invariant_values())
-    values.update(call.unpack(call.flat()))
+    values.update(call.own())
     symbols = call.symbols(axis.size * call.local_rows)
     step, exchange = call.step(axis.rank), Resident(call)
     for index, s in enumerate(body.steps):
@@ -83,7 +83,7 @@ def stationary_backward(
     body, axis = call.body, call.axis
     values = yield from _gather_tokens(call)
     values.update(call.invariant_values())
-    values.update(call.unpack(call.flat()))
+    values.update(call.own())
     values.update(call.restored(saved))
     given: Values = {}
     for o, g in zip(body.outs, cotangents):

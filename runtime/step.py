@@ -86,15 +86,25 @@ class Call:
         return out
 
     @property
-    def elements(self) -> int:
-        """Of one shard of all weights."""
-        return sum(s.numel() for s in self.shards)
+    def sent(self) -> torch.dtype:
+        """The type in which shards travel: what the body computes in."""
+        return reduce(torch.promote_types, (self.body.values[n].dtype for n in self.body.shards))
+
+    def buffer(self) -> Tensor:
+        """Room for one shard of all weights."""
+        length = sum(s.numel() for s in self.shards)
+        return self.shards[0].new_empty(length, dtype=self.sent)
 
     def flat(self) -> Tensor:
-        """This rank's shards in one buffer, cast to what the body computes in."""
-        dtypes = [self.body.values[n].dtype for n in self.body.shards]
-        sent = reduce(torch.promote_types, dtypes)
-        return torch.cat([s.reshape(-1).to(sent) for s in self.shards])
+        """This rank's shards in one buffer."""
+        out = self.buffer()
+        for p, s in zip(out.split([s.numel() for s in self.shards]), self.shards):
+            p.copy_(s.reshape(-1))
+        return out
+
+    def own(self) -> Values:
+        """This rank's shards."""
+        return {n: s.to(self.body.values[n].dtype) for n, s in zip(self.body.shards, self.shards)}
 
     def unpack(self, flat: Tensor) -> Values:
         parts = flat.split([s.numel() for s in self.shards])
@@ -124,12 +134,26 @@ class Call:
         return [evaluate(s, symbols) for s in self.body.values[name].shape]
 
 
-def add_up(total: Values, name: str, x: Tensor) -> None:
-    """Sums in fp32 or wider."""
-    if name in total:
-        total[name] += x
-    else:
-        total[name] = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+class Sums(dict[str, Tensor]):
+    """Values that add up, in fp32 or wider. The first of a name is taken as it is, not copied: what
+    was given is never written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[str] = set()
+
+    def add(self, name: str, x: Tensor) -> None:
+        if name not in self:
+            self[name] = x.to(torch.promote_types(x.dtype, torch.float32))
+        elif name in self.made:
+            self[name] += x
+        else:
+            self[name] = self[name] + x
+            self.made.add(name)
+
+    def take(self, name: str) -> Tensor | None:
+        self.made.discard(name)
+        return self.pop(name, None)
 
 
 @dataclass
@@ -139,7 +163,7 @@ class Exchange:
 
     call: Call
     given: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    sums: dict[Attention, Values] = field(default_factory=dict)
+    sums: dict[Attention, Sums] = field(default_factory=dict)
 
     def start(self, fixed: Values) -> Steps:
         """fixed: the values that are equal for all shards."""
@@ -171,22 +195,22 @@ class Exchange:
             g, values[a.q], *keys, *done, chunks, call.spec(a), mask, states
         )
         if a in self.given:
-            sums = self.sums.setdefault(a, {})
-            add_up(sums, a.k, dk)
-            add_up(sums, a.v, dv)
+            sums = self.sums.setdefault(a, Sums())
+            sums.add(a.k, dk)
+            sums.add(a.v, dv)
             return {a.q: dq}
         dk, dv = yield from attn.scatter(call.axis, call.layout, dk, dv, call.spec(a))
         return {a.q: dq, a.k: dk, a.v: dv}
 
-    def finish(self, total: Values) -> Steps:
+    def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
         call = self.call
         for a, sums in self.sums.items():
             dk, dv = yield from attn.scatter(
                 call.axis, call.layout, sums[a.k], sums[a.v], call.spec(a)
             )
-            add_up(total, a.k, dk)
-            add_up(total, a.v, dv)
+            total.add(a.k, dk)
+            total.add(a.v, dv)
 
 
 @dataclass
@@ -245,22 +269,22 @@ def step_backward(
             kept = {a.out for a in body.attentions}
             made = call.pieces.again(index, symbols, step, values)
             values.update({n: t for n, t in made.items() if n not in kept})
-    grads: Values = {}
+    grads = Sums()
     for n, g in given.items():
-        add_up(grads, n, g)
+        grads.add(n, g)
     for index in reversed(range(len(body.steps))):
         s = body.steps[index]
         if isinstance(s, Piece):
-            mine = {n: grads.pop(n) for n in s.writes if n in grads}
+            mine = {n: g for n in s.writes if (g := grads.take(n)) is not None}
             if mine:
                 for n, g in call.pieces.backward(index, symbols, step, values, mine).items():
-                    add_up(grads, n, g)
+                    grads.add(n, g)
             continue
-        g = grads.pop(s.out, None)
+        g = grads.take(s.out)
         out = values[s.out]
         g = torch.zeros_like(out) if g is None else g.to(out.dtype)
         for n, d in (yield from exchange.backward(s, g, values)).items():
-            add_up(grads, n, d)
+            grads.add(n, d)
     return grads
 
 

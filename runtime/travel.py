@@ -14,16 +14,16 @@ Tensor = torch.Tensor
 
 
 class Weights:
-    """The shards in time: `j, flat = yield from next()`; the next one is in flight while the
+    """The shards in time: `j, shards = yield from next()`; the next one is in flight while the
     caller computes."""
 
     def __init__(self, call: Call):
         self.call, self.turn = call, 0
-        self.flat: Tensor | None = None
         self.handle: Handle | None = None
         self.blocks: Tensor | None = None
 
     def next(self) -> Steps:
+        """-> (j, the shards j by name)."""
         call, axis, turn = self.call, self.call.axis, self.turn
         self.turn += 1
         if call.schedule == GATHER:
@@ -31,22 +31,22 @@ class Weights:
                 handle = yield AllGather(call.flat(), "weights")
                 self.blocks = handle.wait()
             assert self.blocks is not None
-            return turn, self.blocks[turn]
+            return turn, call.unpack(self.blocks[turn])
         if call.schedule == RING:
-            self.flat = call.flat() if self.handle is None else self.handle.wait()
+            flat = call.flat() if self.handle is None else self.handle.wait()
             if turn + 1 < axis.size:
-                self.handle = yield Shift(self.flat, "weights")
-            return (axis.rank - turn) % axis.size, self.flat
+                self.handle = yield Shift(flat, "weights")
+            return (axis.rank - turn) % axis.size, call.unpack(flat) if turn else call.own()
         if self.handle is None:
             self.handle = yield self.broadcast(0)
         flat = self.handle.wait()
         if turn + 1 < axis.size:
             self.handle = yield self.broadcast(turn + 1)
-        return turn, flat
+        return turn, call.own() if turn == axis.rank else call.unpack(flat)
 
     def broadcast(self, j: int) -> Broadcast:
         call = self.call
-        mine = call.flat() if j == call.axis.rank else call.shards[0].new_empty(call.elements)
+        mine = call.flat() if j == call.axis.rank else call.buffer()
         return Broadcast(mine, "weights", source=j)
 
 
@@ -115,4 +115,4 @@ class Gradients:
         assert self.mine is not None
         shards = dict(zip(self.call.body.shards, self.call.shards))
         parts = self.mine.split([shards[n].numel() for n in self.names])
-        return {n: p.view(shards[n].shape).clone() for n, p in zip(self.names, parts)}
+        return {n: p.view(shards[n].shape) for n, p in zip(self.names, parts)}

@@ -54,7 +54,7 @@ def test_folded_schedules(schedule: str) -> None:
     assert total(forward, "weights") == pytest.approx(F * folds)
     attention = total(forward, "activations", "AllGather")
     assert attention == pytest.approx(F * kv)
-    assert total(forward, "activations", "Reduce") == pytest.approx(RANKS * F * n / RANKS)
+    assert total(forward, "activations", "Shift") == pytest.approx(RANKS * F * n / RANKS)
     if schedule == "ring":  # attention is broadcast: it has an exchange
         attended = sum(
             b.weight_elements * RANKS

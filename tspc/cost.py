@@ -27,12 +27,14 @@ class Cost:
 
     exposed: moved while nothing is computed. behind: moved behind the steps' computation, all steps
     together. calls: communications that are waited for. flops: of matrix products and attention.
+    calls_behind: communications of the steps, hidden as far as moving is.
     """
 
     exposed: Any
     behind: Any
     calls: Any
     flops: Any
+    calls_behind: Any = 0
 
     @property
     def elements(self) -> Any:
@@ -43,7 +45,8 @@ class Cost:
         """Steps overlap: the greater of computing and moving, then what is exposed."""
         computing = self.flops * itemsize / 2 / on.flops
         moving = self.behind * itemsize / on.bandwidth
-        exposed = self.exposed * itemsize / on.bandwidth + self.calls * on.latency
+        calls = self.calls + (1 - on.overlap) * self.calls_behind
+        exposed = self.exposed * itemsize / on.bandwidth + calls * on.latency
         exposed += (1 - on.overlap) * moving
         return sympy.Max(computing, on.overlap * moving) + exposed
 
@@ -103,7 +106,7 @@ def forward(s: Sizes, schedule: str, ranks: int) -> Cost:
         return Cost(f * (s.tokens + s.sums), 0, 2, flops)
     if schedule == GATHER:
         return Cost(f * (s.weights + s.keys), 0, 1 + met, flops)
-    return Cost(f * s.keys, f * s.weights, 1 + met, flops)
+    return Cost(f * s.keys, f * s.weights, 1 + met, flops, ranks - 1)
 
 
 def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
@@ -118,7 +121,7 @@ def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
     if schedule == GATHER:
         return Cost(2 * f * (s.weights + s.keys), 0, 2 + met, flops)
     moved = s.weights if schedule == RING else f * s.weights  # the gradient goes home, one hop more
-    return Cost(2 * f * s.keys, f * s.weights + moved, 2 + met, flops)
+    return Cost(2 * f * s.keys, f * s.weights + moved, 2 + met, flops, 2 * (ranks - 1))
 
 
 def transient(s: Sizes, schedule: str, ranks: int) -> Any:

@@ -29,7 +29,8 @@ class Hardware:
 
 # sustained, not peak: about half of the data sheets' dense 16-bit figures and links
 HARDWARE = {
-    "cpu": Hardware(6e10, 5e8, 1e-4, 0.0),
+    # gloo between processes that share two cores: `bench/profiles.py`
+    "cpu": Hardware(6e10, 7e8, 1e-3, 0.0),
     "a100": Hardware(1.6e14, 2e11, 2e-5, 1.0),
     "h100": Hardware(4.5e14, 3e11, 2e-5, 1.0),
     "h200": Hardware(4.5e14, 3e11, 2e-5, 1.0),

@@ -6,7 +6,7 @@ Pure arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ class ShardMap:
     dim: int
     rows: tuple[tuple[int, ...], ...]
     real: tuple[tuple[bool, ...], ...]
+    known: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -52,6 +53,11 @@ class ShardMap:
 
     def is_chunked(self, size: int) -> bool:
         """The real rows of shard j are torch's chunk j of `size` rows, first in the shard."""
+        if size not in self.known:
+            self.known[size] = self._is_chunked(size)
+        return self.known[size]
+
+    def _is_chunked(self, size: int) -> bool:
         n = -(-size // len(self.rows))
         if self.length != n:
             return False
