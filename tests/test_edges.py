@@ -103,21 +103,23 @@ class Counting(nn.Module):
         return y
 
 
-def test_a_written_buffer_is_an_error() -> None:
-    x = torch.randn(2, 12, H, dtype=torch.float64)
-    with pytest.raises(Exception, match="mean: the model writes into this buffer in its forward"):
-        tspc.verify(Counting(), (x,), {}, 2, {}, 1e-9)
+def test_written_buffers() -> None:
+    x = torch.randn(2, 13, H, dtype=torch.float64)
+    assert "mean" in tspc.verify(Counting(), (x,), {}, 2, {}, 1e-9).errors["buffer"]
 
 
-def test_a_written_input_is_an_error() -> None:
+def test_a_written_input() -> None:
     def end(m: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.add_(1)
         return y + x
 
-    x = torch.randn(2, 12, H, dtype=torch.float64)
+    x = torch.randn(2, 13, H, dtype=torch.float64)
+    one, mine = x.clone(), x.clone()
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="the model writes into this input in its forward"):
-        torch.compile(Edge(end), backend=simulated_backend(2))(x)
+    expected = Edge(end)(one)
+    got = torch.compile(Edge(end), backend=simulated_backend(2))(mine)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(mine, one)
 
 
 def test_a_copy_may_be_written() -> None:
