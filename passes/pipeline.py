@@ -6,11 +6,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis, factorize
@@ -26,7 +25,8 @@ from tspc.passes.windows import widen
 
 from tspc.body import Body
 from tspc.counter import ATTENTIONS
-from tspc.hardware import HARDWARE, Hardware
+from tspc.hardware import Hardware
+from tspc.options import Options
 from tspc.program import FOLD, SEED, Node, Program, Ref
 
 
@@ -61,29 +61,18 @@ def rewrite(
     symbols: Sequence[sympy.Symbol],
     ranks: int,
     axis: str,
-    schedule: str | Mapping[str, str] = "auto",
-    layout: str = "auto",
-    outputs: str = "auto",
-    hardware: Hardware = HARDWARE["cpu"],
-    save: bool = True,
+    options: Options,
+    hardware: Hardware,
     writes: int = 0,
-    reduce: torch.dtype | None = None,
 ) -> Rewritten:
-    """save: keep the results of a region's matrix products for its backward. writes: how many
-    of the last outputs are new values of inputs.
-
-    reduce: the type in which gradients add up over the ranks.
-
-    Outputs: "auto" defers the non-scalar outputs of a program with a loss, "full" makes all
-    whole, "sharded" leaves them where they are."""
+    """writes: how many of the last outputs are new values of inputs."""
     program = prepare(program)
     analysis = factorize(program)
-    widened = widen(analysis, sequence(analysis))
+    widened = _pass("windows", lambda _: widen(analysis, sequence(analysis)), program)
     if widened.nodes != program.nodes:
-        program = _pass("windows", lambda _: widened, program)
-        analysis = factorize(program)
-    choice = choose(analysis, ranks, schedule, layout)
-    left = _local(program, outputs, writes)
+        program, analysis = widened, factorize(widened)
+    choice = choose(analysis, ranks, options.schedule, options.layout)
+    left = _local(program, options.outputs, writes)
     cotangents = "deferred" not in left.values()
     leaves = frozenset([choice.leaf]) if choice.leaf is not None else frozenset()
 
@@ -108,14 +97,14 @@ def rewrite(
                 ranks,
                 choice.order,
                 hardware,
-                save and _saves(n, typed.program),
-                reduce,
+                options.save and _saves(n, typed.program),
+                options.reduce_dtype,
             )
             bodies.append(body)
             n = replace(n, kwargs={**n.kwargs, "body": body})
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
-    local = LocalProgram(typed, symbols, choice.order, axis, left, reduce)
+    local = LocalProgram(typed, symbols, choice.order, axis, left, options.reduce_dtype)
     results = tuple(local.results())
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
@@ -141,6 +130,9 @@ def _saves(fold: Node, program: Program) -> bool:
     return False
 
 
+PASSES = ("normalize", "masks", "draws", "windows", "fold", "propagate")
+
+
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
     """Run one pass, check and dump what it made, say in which pass an error arose."""
     start = time.perf_counter()
@@ -163,7 +155,7 @@ def _dump(name: str, program: Program) -> None:
         print(program, file=sys.stderr)
     folder = os.environ.get("TSPC_DUMP")
     if folder:
-        number = ("normalize", "masks", "draws", "windows", "fold", "propagate").index(name)
+        number = PASSES.index(name)
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, f"{number}_{name}.txt"), "w") as f:
             f.write(f"{program}\n")

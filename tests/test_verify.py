@@ -69,7 +69,8 @@ def test_programs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         "0_normalize.txt",
         "1_masks.txt",
         "2_draws.txt",
-        "3_fold.txt",
-        "4_propagate.txt",
+        "3_windows.txt",
+        "4_fold.txt",
+        "5_propagate.txt",
     ]
-    assert "llama_like.py:" in (tmp_path / "3_fold.txt").read_text()
+    assert "llama_like.py:" in (tmp_path / "4_fold.txt").read_text()

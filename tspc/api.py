@@ -20,10 +20,10 @@ from tspc.body import evaluate
 from tspc.capture import capture
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.errors import CaptureError, ParityError, PlanError
-from tspc.hardware import device_name, hardware
+from tspc.hardware import device_name
 from tspc.layout import Layout
 from tspc.options import Options, parse
-from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.passes.pipeline import Rewritten
 from tspc.reference import reference_backend
 from tspc.runtime.convert import convert
 from tspc.runtime.execute import Place
@@ -141,20 +141,7 @@ def plan(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
-        symbols = tuple(sorted(captured.symbols, key=str))
-        rewritten = rewrite(
-            captured.program,
-            symbols,
-            count,
-            "tsp",
-            chosen.schedule,
-            chosen.layout,
-            chosen.outputs,
-            hardware(chosen.hardware, device_name(device)),
-            chosen.save,
-            len(captured.writes),
-            chosen.reduce_dtype,
-        )
+        rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))
         found.append(Plan(count, rewritten, dict(captured.program.hints), chosen))
         raise _Stop
 

@@ -23,10 +23,10 @@ from tspc.body import ROWS, evaluate
 from tspc.capture import Captured, capture
 from tspc.check import written
 from tspc.errors import CaptureError, PlanError, UnsupportedError
-from tspc.hardware import device_name, hardware
+from tspc.hardware import device_name
 from tspc.layout import Layout
 from tspc.options import Options, parse
-from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.runtime import inputs as input_check
@@ -103,19 +103,8 @@ def _compile(
 ) -> Callable[..., Any]:
     if chosen.check_inputs is not False:
         input_check.agree(place, _signature(captured), "compiles a graph of")
-    rewritten = rewrite(
-        captured.program,
-        tuple(sorted(captured.symbols, key=str)),
-        place.axis.size,
-        place.axis.name,
-        chosen.schedule,
-        chosen.layout,
-        "full" if captured.whole_outputs else chosen.outputs,
-        hardware(chosen.hardware, device_name(_device(example_inputs))),
-        chosen.save and torch.is_grad_enabled(),
-        len(captured.writes),
-        chosen.reduce_dtype,
-    )
+    device = device_name(_device(example_inputs))
+    rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device)
     found = reports(rewritten)
     if chosen.strict and found:
         raise UnsupportedError(

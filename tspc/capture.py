@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -30,6 +30,9 @@ from torch.utils._sympy.functions import FloorDiv
 
 from tspc import checkpoint, precision
 from tspc.errors import CaptureError, UnsupportedError
+from tspc.hardware import hardware
+from tspc.options import Options
+from tspc.passes.pipeline import Rewritten, rewrite
 from tspc.program import (
     BUFFER,
     CONSTANT,
@@ -68,6 +71,16 @@ class Captured:
     ) -> list[Any]:
         """What each of these placeholders is at a call."""
         return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
+
+    def rewritten(self, ranks: int, axis: str, options: Options, device: str) -> Rewritten:
+        """What the passes make of it. device: its name, for the cost model's table."""
+        if self.whole_outputs:
+            options = replace(options, outputs="full")
+        if not torch.is_grad_enabled():
+            options = replace(options, memory_budget="min")
+        symbols = sorted(self.symbols, key=str)
+        table = hardware(options.hardware, device)
+        return rewrite(self.program, symbols, ranks, axis, options, table, len(self.writes))
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""

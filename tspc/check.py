@@ -15,10 +15,9 @@ import torch
 
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
-from tspc.hardware import hardware
 from tspc.layout import Layout
 from tspc.options import Options
-from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import simulate
@@ -69,19 +68,7 @@ def simulated_backend(
             return simulate_graph(captured, example_inputs)
 
     def simulate_graph(captured: Captured, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten = rewrite(
-            captured.program,
-            tuple(sorted(captured.symbols, key=str)),
-            ranks,
-            AXIS,
-            chosen.schedule,
-            chosen.layout,
-            "full" if captured.whole_outputs else chosen.outputs,
-            hardware(chosen.hardware, "cpu"),
-            chosen.save,
-            len(captured.writes),
-            chosen.reduce_dtype,
-        )
+        rewritten = captured.rewritten(ranks, AXIS, chosen, "cpu")
         graph = Simulated(
             ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
         )
