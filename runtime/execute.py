@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tspc.runtime import attention as attn
 from tspc.runtime import exchange, schedules
 from tspc.runtime.drivers import distributed
@@ -24,10 +25,34 @@ GENERATORS: dict[str, Callable[..., Steps]] = {}
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place on an axis and the process groups of its links."""
+    """A rank's place on an axis and the process groups of its links; its place among the replicas
+    of a data-parallel axis."""
 
     axis: Axis
     groups: Mapping[str, Any] = field(default_factory=dict)
+    replicas: Axis | None = None
+
+    def from_first_replica(self, x: torch.Tensor) -> torch.Tensor:
+        """The first replica's value."""
+        if self.replicas is None or x.is_meta:
+            return x
+        out, group = x.contiguous(), self.groups["replicas"]
+        dist.broadcast(out, dist.get_global_rank(group, 0), group)
+        return out
+
+    def mean(self, grads: Sequence[Any], reduce: torch.dtype | None = None) -> list[Any]:
+        """Gradients (None: none) averaged over the replicas, as DDP does; one communication per
+        dtype."""
+        at = [i for i, g in enumerate(grads) if g is not None]
+        if self.replicas is None or not at:
+            return list(grads)
+        given = [grads[i] for i in at]
+        steps = exchange.bucket_all_reduce(self.replicas, given, reduce)
+        sums = distributed(steps, self.replicas, {"activations": self.groups["replicas"]})
+        out = list(grads)
+        for i, g in zip(at, sums):
+            out[i] = g.div_(self.replicas.size)
+        return out
 
 
 PLACES: dict[str, Place] = {}
@@ -75,9 +100,11 @@ def _whole_weight_backward(
 ) -> torch.Tensor:
     """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole
     one."""
+    place = PLACES[name]
+    (g,) = place.mean([g])
     if dim < 0:
         return g.clone()
-    axis = PLACES[name].axis
+    axis = place.axis
     start = min(axis.rank * -(-size // axis.size), size)
     return g.narrow(dim, start, rows).clone()
 

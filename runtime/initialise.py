@@ -151,20 +151,21 @@ def initialise(
 
 
 def _one_generator(model: nn.Module, place: Place) -> None:
-    """Every rank goes on from rank 0's random state."""
-    if place.axis.size == 1:
-        return
-    group = place.groups["checks"]
-    source = dist.get_global_rank(group, 0)
-    state = torch.get_rng_state()
-    dist.broadcast(state, source, group)
-    torch.set_rng_state(state)
+    """Every rank of every replica goes on from the first one's random state."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        state = module.get_rng_state(device)
+    for name in ("replica checks", "checks"):
+        group = place.groups.get(name)
+        if group is None:
+            continue
+        source = dist.get_global_rank(group, 0)
+        state = torch.get_rng_state()
         dist.broadcast(state, source, group)
-        module.set_rng_state(state, device)
+        torch.set_rng_state(state)
+        if device.type != "cpu":
+            module = torch.get_device_module(device)
+            state = module.get_rng_state(device)
+            dist.broadcast(state, source, group)
+            module.set_rng_state(state, device)
 
 
 def _configured(model: nn.Module) -> Callable[[], nn.Module] | None:

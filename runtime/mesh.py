@@ -1,5 +1,5 @@
-"""The TSP axis of a run: which mesh dim, this rank's place on it, and its process groups over the
-same ranks: weights, activations, and checks on the CPU."""
+"""The TSP axis of a run: which mesh dim, this rank's place on it, its process groups over the same
+ranks (weights, activations, and checks on the CPU), and the replicas on the other mesh dim."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from tspc.errors import PlanError
 from tspc.options import Options
 
 _WORLD: dict[str, DeviceMesh] = {}
+# (a mesh of two axes, the name of one) or that axis itself, by identity -> (the axis, its replicas)
+_PAIRS: dict[Any, tuple[DeviceMesh, DeviceMesh | None]] = {}
+_KEPT: list[Any] = []
 
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
@@ -35,38 +38,64 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
         if kind not in _WORLD or _WORLD[kind].size() != dist.get_world_size():
             _WORLD[kind] = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tsp",))
         mesh = _WORLD[kind]
-    mesh = _axis(mesh, options.axis)
+    mesh, replicas = _axes(mesh, options.axis)
     if mesh.device_type != device.type:
         raise PlanError(
             f"the model is on {device.type}, the mesh on {mesh.device_type}: {move} first"
         )
-    group = mesh.get_group()
-    ranks = dist.get_process_group_ranks(group)
+    ranks = dist.get_process_group_ranks(mesh.get_group())
     names = mesh.mesh_dim_names
     name = f"{names[0] if names else 'tsp'}_{'_'.join(map(str, ranks))}"
+    if replicas is not None:
+        name += f"_of_{replicas.size()}"
     if name not in PLACES:
-        second: Any = dist.new_group(ranks, use_local_synchronization=True)
-        third: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        axis = Axis(name, len(ranks), dist.get_rank(group))
-        groups = {"weights": second, "activations": group, "checks": third}
-        PLACES[name] = Place(axis, groups)
+        PLACES[name] = _place(name, mesh, replicas)
     return PLACES[name], mesh
 
 
-def _axis(mesh: DeviceMesh, axis: str | None) -> DeviceMesh:
+def _place(name: str, mesh: DeviceMesh, replicas: DeviceMesh | None) -> Place:
+    group = mesh.get_group()
+    ranks = dist.get_process_group_ranks(group)
+    axis = Axis(name, len(ranks), dist.get_rank(group))
+    groups: dict[str, Any] = {
+        "weights": dist.new_group(ranks, use_local_synchronization=True),
+        "activations": group,
+        "checks": dist.new_group(ranks, backend="gloo", use_local_synchronization=True),
+    }
+    if replicas is None:
+        return Place(axis, groups)
+    other = replicas.get_group()
+    all_of_them = dist.get_process_group_ranks(other)
+    groups["replicas"] = other
+    groups["replica checks"] = dist.new_group(
+        all_of_them, backend="gloo", use_local_synchronization=True
+    )
+    return Place(axis, groups, Axis("replicas", replicas.size(), dist.get_rank(other)))
+
+
+def _axes(mesh: DeviceMesh, axis: str | None) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """(the axis to fold on, the data-parallel axis if there is one)."""
+    if id(mesh) in _PAIRS:
+        return _PAIRS[id(mesh)]
     names = mesh.mesh_dim_names or ()
-    if mesh.size() != max(mesh.shape):
+    if axis is not None and axis not in names:
         raise PlanError(
-            f"the mesh is {tuple(mesh.shape)}: a second axis (data parallel) is not supported yet"
+            f"the mesh has no axis {axis!r}; its axes are {', '.join(names) or 'unnamed'}"
         )
-    if axis is not None:
-        if axis not in names:
-            raise PlanError(
-                f"the mesh has no axis {axis!r}; its axes are {', '.join(names) or 'unnamed'}"
-            )
-        return mesh[axis]
     if mesh.ndim == 1:
-        return mesh
-    if "tsp" in names:
-        return mesh["tsp"]
-    raise PlanError(f"name the axis to fold on: options={{'axis': ...}}, one of {', '.join(names)}")
+        return mesh, None
+    if mesh.ndim > 2:
+        raise PlanError(
+            f"the mesh is {tuple(mesh.shape)}: give two axes, one to fold on and one of replicas"
+        )
+    if axis is None and "tsp" not in names:
+        listed = ", ".join(names)
+        raise PlanError(f"name the axis to fold on: options={{'axis': ...}}, one of {listed}")
+    chosen = axis or "tsp"
+    (other,) = [n for n in names if n != chosen]
+    key = id(mesh), chosen
+    if key not in _PAIRS:
+        pair = mesh[chosen], mesh[other] if mesh[other].size() > 1 else None
+        _KEPT.append((mesh, pair))
+        _PAIRS[key] = _PAIRS[id(pair[0])] = pair
+    return _PAIRS[key]

@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.execute import PLACES, Place
 from tspc.runtime.repack import repack, repack_backward
 
 from tspc.shard import ShardMap
@@ -126,7 +126,8 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
 def shard_parameters(
     module: nn.Module, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """Every parameter becomes a DTensor, by rank 0's values; buffers too come from rank 0.
+    """Every parameter becomes a DTensor, by rank 0's values (of the first replica); buffers too
+    come from rank 0.
 
     -> old to new.
         dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their
@@ -149,13 +150,15 @@ def shard_parameters(
                     dim = dims[id(p)] if id(p) in dims else default_dim(p)
                     placement = Replicate() if dim is None else Shard(dim)
                     rank = None if p.is_meta else 0
-                    data = distribute_tensor(p.data, mesh, [placement], src_data_rank=rank)
+                    whole = PLACES[axis].from_first_replica(p.data)
+                    data = distribute_tensor(whole, mesh, [placement], src_data_rank=rank)
                     made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
                     exchanged[p] = made[id(p)]
                 m._parameters[n] = made[id(p)]
             if names and not hasattr(type(m), "_tspc_class"):
                 m.__class__ = _sharded_class(type(m), names, axis)
         for b in (b for b in module.buffers() if not b.is_meta):
+            b.copy_(PLACES[axis].from_first_replica(b))
             dist.broadcast(b, source, group=group)
     return exchanged
 
@@ -204,14 +207,14 @@ class Prologue(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
+        place, local = ctx.place, []
+        for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
+            if g is not None and m is not None:
+                steps = repack_backward(place.axis, m, g, spec.shape[m.dim], shape[m.dim])
+                g = distributed(steps, place.axis, place.groups)
+            local.append(g)
         out = []
-        for g, m, stored, (spec, shape) in zip(grads, ctx.maps, ctx.stored, ctx.specs):
-            if g is None:
-                out.append(None)
-                continue
-            if m is not None:
-                steps = repack_backward(ctx.place.axis, m, g, spec.shape[m.dim], shape[m.dim])
-                g = distributed(steps, ctx.place.axis, ctx.place.groups)
-            g = DTensor(g, spec, requires_grad=False)
-            out.append(_exchanged(g, stored.placements[0]))
+        for g, stored, (spec, _) in zip(place.mean(local), ctx.stored, ctx.specs):
+            whole = None if g is None else DTensor(g, spec, requires_grad=False)
+            out.append(None if whole is None else _exchanged(whole, stored.placements[0]))
         return (None, None, *out)

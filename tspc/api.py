@@ -69,7 +69,7 @@ class Plan:
         if place.axis.size != self.ranks:
             raise PlanError(f"the plan is for {self.ranks} ranks, the axis has {place.axis.size}")
         dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}
-        if one is not None and self.ranks > 1:
+        if one is not None and (self.ranks > 1 or place.replicas is not None):
             convert(model, one, place.axis.name, dims)
 
     def init(

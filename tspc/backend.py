@@ -82,7 +82,7 @@ def tsp(
         meshes = [x.device_mesh for x in example_inputs if isinstance(x, DTensor)]
         chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
-    if place.axis.size == 1 or mesh is None:
+    if mesh is None or (place.axis.size == 1 and place.replicas is None):
         return compile_fx(gm, list(example_inputs))
     if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
         raise PlanError(
