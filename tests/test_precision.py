@@ -85,9 +85,14 @@ def exact(model: nn.Module, kwargs: dict[str, torch.Tensor]) -> Outcome:
 
 def near(mine: Outcome, one: Outcome, reference: Outcome) -> None:
     """The error is at most 1.5 times one device's, and 2e-3."""
-    of_one, of_mine = relative_errors(one, reference), relative_errors(mine, reference)
-    wrong = {n: (e, of_one[n]) for n, e in of_mine.items() if not e <= 1.5 * of_one[n] + 2e-3}
-    assert not wrong
+    compare([relative_errors(mine, reference)], [relative_errors(one, reference)])
+
+
+def compare(of_mine: list[dict[str, float]], of_one: list[dict[str, float]]) -> None:
+    """The same of several inputs, by their mean: one small tensor's rounding is a matter of
+    luck."""
+    mine, one = ({n: sum(e[n] for e in es) / len(es) for n in es[0]} for es in (of_mine, of_one))
+    assert not {n: (e, one[n]) for n, e in mine.items() if not e <= 1.5 * one[n] + 2e-3}
 
 
 def compiled(model: nn.Module, ranks: int = 2, **options: Any) -> tuple[Any, list[Simulated]]:
@@ -149,10 +154,15 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "ranks", "schedule"), CASES)
 def test_autocast_around_the_call(name: str, ranks: int, schedule: str) -> None:
-    model, kwargs = make(name), call(name, tokens_of(13), True)
+    model = make(name)
     mine, made = compiled(model, ranks, schedule=schedule)
-    got = outcome(around(mine), model, kwargs)
-    near(got, outcome(around(model), model, kwargs), exact(model, kwargs))
+    errors: list[list[dict[str, float]]] = [[], []]
+    for seed in range(4):
+        kwargs = call(name, tokens_of(13, seed=seed), True)
+        reference = exact(model, kwargs)
+        for fn, found in zip((mine, model), errors):
+            found.append(relative_errors(outcome(around(fn), model, kwargs), reference))
+    compare(*errors)
     assert len(made) == 1
     narrow_weights(made[0])
     assert all(p.dtype == torch.float32 == p.grad.dtype for p in model.parameters())

@@ -153,11 +153,13 @@ class Masks(nn.Module):
 
     def __init__(self, p: float = 0.3):
         super().__init__()
-        self.p, self.ones = p, nn.Embedding(2, 4)
+        self.p, self.ones, self.same = p, nn.Embedding(2, 4), nn.Linear(4, 4, bias=False)
         nn.init.ones_(self.ones.weight)
+        nn.init.eye_(self.same.weight)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return F.dropout(self.ones(tokens), self.p), F.dropout(self.ones(tokens), self.p)
+        x = self.same(self.ones(tokens))
+        return F.dropout(x, self.p), F.dropout(x, self.p)
 
 
 def test_the_mask_has_the_right_distribution() -> None:

@@ -360,7 +360,7 @@ CASES: dict[Callable[[], nn.Module], tuple[set[str], set[str]]] = {
     ConvStem: ({"attention", "mlp", "head"}, {"conv1d"}),
     Encoder: ({"attention", "mlp", "head"}, set()),
     Pooled: ({"attention", "mlp"}, set()),
-    FirstToken: ({"attention", "mlp"}, {"select"}),
+    FirstToken: ({"attention", "mlp"}, set()),
     CrossAttention: ({"attention", "mlp"}, {"scaled_dot_product_attention"}),
 }
 LENGTHS: dict[object, tuple[int, ...]] = {CrossAttention: (9, 13)}
