@@ -11,17 +11,13 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import os
 import pstats
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +28,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.peers import NAMES, make
-from examples.llama_like import LlamaLike
+from bench.peers import NAMES
+from bench.world import add_sizes, launch, training, work
 from examples.measure import peak_of, state_bytes
-
-ROOT = Path(__file__).parent.parent
-SIZES = ("vocabulary", "hidden", "layers", "heads", "kv_heads", "ffn", "batch", "steps")
 
 # the first that one of its words is in the name of the operation
 CATEGORIES = {
@@ -76,34 +69,13 @@ def by_function(calls: cProfile.Profile) -> dict[str, tuple[float, int]]:
     return found
 
 
-def prepare(args: argparse.Namespace, name: str) -> tuple[Callable[[], None], dict[str, Any]]:
-    """(one training step, its model and optimizer and losses)."""
-    torch.manual_seed(0)
-    model = LlamaLike(
-        args.vocabulary, args.hidden, args.layers, args.heads, args.kv_heads, args.ffn
-    )
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), generator=generator)
-    trained, forward_backward = make(name, model, args.length)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
-    losses: list[float] = []
-
-    def step() -> None:
-        loss = forward_backward(tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
-    return step, {"model": trained, "optimizer": optimizer, "losses": losses}
-
-
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What each system's steps took on this rank."""
     torch._inductor.config.cpp.enable_kernel_profile = True  # kernels by name
-    systems = {name: prepare(args, name) for name in args.systems}
+    systems = {name: training(args, name, args.length) for name in args.systems}
     found: dict[str, dict[str, Any]] = {name: {"main": [], "all": []} for name in systems}
     for turn in range(2 + args.steps):
-        for name, (step, _) in systems.items():
+        for name, step in systems.items():
             dist.barrier()
             before = cpu_seconds()
             step()
@@ -111,12 +83,12 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             if turn > 1:
                 found[name]["main"].append(main)
                 found[name]["all"].append(every)
-    for name, (step, parts) in systems.items():
+    for name, step in systems.items():
         dist.barrier()
-        held = state_bytes(parts["model"], parts["optimizer"])
+        held = state_bytes(step.model, step.optimizer)
         peak, _, _ = peak_of(step)
         found[name]["peak"] = (held["parameters"] + held["optimizer"] + peak) / 2**20
-        found[name]["losses"] = parts["losses"]
+        found[name]["losses"] = step.losses
         if args.brief:
             continue
         dist.barrier()
@@ -129,35 +101,6 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         calls.runcall(step)
         found[name]["functions"] = by_function(calls)
     return found
-
-
-def worker(args: argparse.Namespace) -> None:
-    dist.init_process_group("gloo")
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, run(args))
-    if dist.get_rank() == 0:
-        Path(args.worker).write_text(json.dumps(everyone))
-    dist.destroy_process_group()
-
-
-def launch(args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={args.ranks}", __file__, "--systems", *args.systems]
-    command += [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in (*SIZES, "length")]
-    command += ["--brief"] if args.brief else []
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        done = subprocess.run(
-            [*command, f"--worker={out.name}"],
-            cwd=ROOT,
-            env=environment,
-            timeout=args.timeout,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        return json.loads(Path(out.name).read_text())
 
 
 def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,25 +144,19 @@ def main() -> None:
     choices = [n for n in NAMES if n != "one"]
     parser.add_argument("--systems", nargs="+", choices=choices, default=["tp", "tspc auto"])
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--ffn", type=int, default=1408)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1)
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--brief", action="store_true", help="seconds and memory only")
     parser.add_argument("--top", type=int, default=0, help="also list this many operations")
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--out", default="", help="a folder for the numbers as JSON")
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args)
+        work(args, run)
         return
-    ranks, console = launch(args), Console(width=100)
+    own = ["--systems", *args.systems, f"--length={args.length}", f"--steps={args.steps}"]
+    ranks = launch(args, __file__, [*own, "--brief"] if args.brief else own)
+    console = Console(width=100)
     results = {name: summarize([r[name] for r in ranks]) for name in args.systems}
     console.print(table(results, args.length))
     for name, r in results.items():

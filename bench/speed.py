@@ -15,7 +15,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,34 +26,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import wire
-from bench.peers import NAMES, make
-from examples.llama_like import LlamaLike
+from bench.peers import NAMES
+from bench.world import ROOT, add_sizes, launch, training, work
 from examples.measure import peak_of, state_bytes
 
-ROOT = Path(__file__).parent.parent
 LONG = 4096  # tokens beyond which two timed steps are enough
 COLUMNS = ("tokens/s", "peak MiB", "sent MiB", "compile s", "loss difference")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One system at one length on this rank: losses, seconds of each step, bytes."""
-    name, length = args.systems[0], args.lengths[0]
-    torch.manual_seed(0)
-    model = LlamaLike(
-        args.vocabulary, args.hidden, args.layers, args.heads, args.kv_heads, args.ffn
-    )
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, args.vocabulary, (args.batch, length), generator=generator)
-    trained, forward_backward = make(name, model, length)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
-    losses, seconds, sent, peak = [], [], [], 0
-
-    def step() -> None:
-        loss = forward_backward(tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
+    step = training(args, args.systems[0], args.lengths[0])
+    seconds, sent, peak = [], [], 0
     # the first two compile; the second, with the optimizer's state there, tells the memory
     for turn in range(2 + args.steps):
         if dist.is_initialized():
@@ -67,50 +50,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         after = wire.sent()
         sent.append(None if before is None or after is None else after - before)
-    held = state_bytes(trained, optimizer)
+    held = state_bytes(step.model, step.optimizer)
     return {
-        "losses": losses,
+        "losses": step.losses,
         "seconds": seconds,
         "peak": held["parameters"] + held["optimizer"] + peak,
         "sent": sent[-1],
     }
-
-
-def worker(args: argparse.Namespace) -> None:
-    if "RANK" not in os.environ:
-        Path(args.worker).write_text(json.dumps([run(args)]))
-        return
-    dist.init_process_group("gloo")
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, run(args))
-    if dist.get_rank() == 0:
-        Path(args.worker).write_text(json.dumps(everyone))
-    dist.destroy_process_group()
-
-
-def launch(args: argparse.Namespace, name: str, length: int) -> list[dict[str, Any]]:
-    """Run one system in processes of its own. Raises CalledProcessError if it fails."""
-    sizes = ("vocabulary", "hidden", "layers", "heads", "kv_heads", "ffn", "batch")
-    given = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in sizes]
-    given.append(f"--steps={args.steps if length <= LONG else min(args.steps, 2)}")
-    command = [sys.executable]
-    if name != "one":
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        command += [*torchrun, f"--nproc-per-node={args.ranks}"]
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        one = [f"--systems={name}", f"--lengths={length}", f"--worker={out.name}"]
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
-        done = subprocess.run(
-            [*command, __file__, *one, *given],
-            cwd=ROOT,
-            env=environment,
-            timeout=args.timeout,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
-        return json.loads(Path(out.name).read_text())
 
 
 def summarize(ranks: list[dict[str, Any]], tokens: int, one: list[float] | None) -> dict[str, Any]:
@@ -148,21 +94,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--ffn", type=int, default=1408)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1)
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=3, help="timed; at most 2 of a long sequence")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds a run may take")
     parser.add_argument("--out", default=str(ROOT / "bench" / "results"))
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args)
+        work(args, run)
         return
     console, everything = Console(width=100), {}
     for length in args.lengths:
@@ -170,7 +108,9 @@ def main() -> None:
         one = None
         for name in args.systems:
             try:
-                ranks = launch(args, name, length)
+                steps = args.steps if length <= LONG else min(args.steps, 2)
+                own = [f"--systems={name}", f"--lengths={length}", f"--steps={steps}"]
+                ranks = launch(args, __file__, own, torchrun=name != "one")
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 results[name] = {"error": str(error)}
             else:
