@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tspc.ops import LIB
+from tspc.program import SDPA
 
 Tensor = torch.Tensor
 State = tuple[Tensor, Tensor]
@@ -175,4 +176,4 @@ for _name, _fn in (
 
 # their first six arguments are the same
 DROPOUT_ATTENTION = torch.ops.tspc.dropout_attention.default
-ATTENTIONS = (torch.ops.aten.scaled_dot_product_attention.default, DROPOUT_ATTENTION)
+ATTENTIONS = (SDPA, DROPOUT_ATTENTION)
