@@ -142,7 +142,9 @@ def _why_not(
             return why
         if r.node.op in ATTENTIONS:
             mask = r.refs[3] if len(r.refs) > 3 else None
-            if mask is not None and (mask.name not in a.replicated or g.factor in r.carried_in[3]):
+            if mask is not None and (
+                mask.name not in a.program.replicated or g.factor in r.carried_in[3]
+            ):
                 return f"the mask of {r.node.name} is computed from weights or differs by head"
     return ""
 

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from tspc.passes.factorize import Record
+from tspc.passes.outputs import Range
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -28,6 +29,7 @@ from tspc.passes.propagate import (
 )
 from tspc.passes.sizes import Sizes
 
+from tspc.body import evaluate
 from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
@@ -149,13 +151,20 @@ def constant(node: Node, device: torch.device) -> torch.Tensor:
 @dataclass(frozen=True)
 class Result:
     """How an output of the program leaves the ranks: "whole" (equal on all), or local:
-    "deferred", gathered at first use, or "sharded", a DTensor."""
+    "deferred", gathered at first use, or "sharded", a DTensor. ranges: what is handed out of it."""
 
     kind: str
     shape: tuple[Any, ...]
     dtype: torch.dtype
     dim: int = 0
     lead: Any = 1
+    ranges: tuple[Range, ...] = ()
+
+    def given(self, x: torch.Tensor, sizes: Mapping[Any, int]) -> torch.Tensor:
+        """What is handed out of a whole value."""
+        for r in self.ranges:
+            x = r.of(x, lambda e: int(evaluate(e, sizes)))
+        return x
 
 
 class LocalProgram(torch.nn.Module):

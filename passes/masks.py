@@ -10,6 +10,7 @@ Any other mask stays as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,9 @@ import sympy
 import torch
 
 from tspc.index import At, Cases, clauses, index, is_predicate, substitute
-from tspc.program import PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import PLACEHOLDERS, SDPA, Node, Program, Ref, Type
 from tspc.rules.index import RULES, Reader
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 MAX_SIZE = 200  # nodes of an expression: beyond it the value is data
 B, H, Q, K = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "bhqk")
 
@@ -29,7 +29,8 @@ def recognise_masks(program: Program) -> Program:
     """Masks that are known become flags; their nodes die."""
     if not any(n.op == SDPA for n in program.nodes):
         return program
-    env, types = expressions(program)
+    env, types = {}, {}
+    expressions(program.nodes, env, types)
     nodes: list[Node] = []
     known: set[str] = set()
     for n in program.nodes:
@@ -38,11 +39,10 @@ def recognise_masks(program: Program) -> Program:
     return replace(program, nodes=tuple(nodes)).without_dead_nodes()
 
 
-def expressions(program: Program) -> tuple[dict[Ref, Any], dict[Ref, Type]]:
-    """The index expression of every value without a parameter or float input behind it."""
-    env: dict[Ref, Any] = {}
-    types: dict[Ref, Type] = {}
-    for n in program.nodes:
+def expressions(nodes: Iterable[Node], env: dict[Ref, Any], types: dict[Ref, Type]) -> None:
+    """Adds the index expression of every value without a parameter or float input behind it, and
+    the types of all."""
+    for n in nodes:
         for item, t in enumerate(n.types):
             if t is not None:
                 types[Ref(n.name, item)] = t
@@ -54,7 +54,6 @@ def expressions(program: Program) -> tuple[dict[Ref, Any], dict[Ref, Type]]:
             e = _expression(n, env, types)
             if e is not None:
                 env[Ref(n.name)] = e
-    return env, types
 
 
 def _expression(n: Node, env: dict[Ref, Any], types: dict[Ref, Type]) -> Any:
@@ -83,7 +82,7 @@ def _arguments(n: Node) -> dict[str, Any]:
     return {"attn_mask": None, "is_causal": False, **dict(zip(names, n.args)), **n.kwargs}
 
 
-def _predicate(e: Any, t: Type) -> Any:
+def predicate(e: Any, t: Type) -> Any:
     """The mask as a predicate over (b, h, q, k), None if it is none."""
     rank = len(t.shape)
     names = {index(rank - 1 - j): s for j, s in enumerate((K, Q, H, B)) if rank - 1 - j >= 0}
@@ -106,7 +105,7 @@ def _rewritten(n: Node, env: dict[Ref, Any], types: dict[Ref, Type], known: set[
     mask = bound["attn_mask"]
     if mask is None or mask not in env:
         return n
-    p = _predicate(env[mask], types[mask])
+    p = predicate(env[mask], types[mask])
     if p is None:
         return n
     causal, padding = bool(bound["is_causal"]), []
@@ -138,6 +137,6 @@ def _row(
         t = types[ref]
         if t.dtype != torch.bool or len(t.shape) != 4 or ref.name not in known:
             continue
-        if t.shape[1:3] == (1, 1) and t.shape[3] == keys and _predicate(e, t) == padding:
+        if t.shape[1:3] == (1, 1) and t.shape[3] == keys and predicate(e, t) == padding:
             return ref
     return None

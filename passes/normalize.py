@@ -13,17 +13,21 @@ import sympy
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.program import CASTS, CONSTANT, PARAM, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import (
+    CASTS,
+    CONSTANT,
+    PARAM,
+    PLACEHOLDERS,
+    SDPA,
+    SHAPE_ONLY,
+    Node,
+    Program,
+    Ref,
+    Type,
+)
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
-SDPA = aten.scaled_dot_product_attention.default
-FILLED = (
-    aten.new_empty.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-)
 BIG = 2**40
 NARROW = (torch.bfloat16, torch.float16)
 WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
@@ -76,11 +80,13 @@ def normalize(program: Program) -> Program:
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
+        if n.op == aten.copy.default:
+            n = _copied(b, n)
         if n.op in (aten.addmm.default, aten.baddbmm.default):
             n = _scaled(b, n)
         if n.op == SDPA and len(n.type.shape) == 3:
             n = _with_a_head(b, n)
-        if n.op in FILLED:
+        if n.op in SHAPE_ONLY:
             n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
             n = _constant_index(b, n)
@@ -149,6 +155,16 @@ def _one_part(b: _Builder, n: Node) -> Ref | None:
     """A concatenation of which all but one operand are empty (a cache at its first call)."""
     parts = [r for r in n.args[0] if 0 not in b.type(r).shape]
     return parts[0] if len(parts) == 1 and b.type(parts[0]).dtype == n.type.dtype else None
+
+
+def _copied(b: _Builder, n: Node) -> Node:
+    """What is copied, in the type and shape of what it is copied into."""
+    source = b.type(n.args[1])
+    if source.dtype != n.type.dtype:
+        t = replace(source, dtype=n.type.dtype, requires_grad=n.type.requires_grad)
+        cast = Node(f"{n.name}.cast", aten.to.dtype, (n.args[1], t.dtype), {}, (t,), n.source)
+        n = replace(n, args=(n.args[0], b.add(cast)))
+    return replace(n, op=aten.expand.default, args=(n.args[1], n.type.shape), kwargs={})
 
 
 def _scaled(b: _Builder, n: Node) -> Node:

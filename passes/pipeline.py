@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis, factorize
@@ -17,6 +18,7 @@ from tspc.passes.fold import outline
 from tspc.passes.localize import LocalProgram, Result
 from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
+from tspc.passes.outputs import Range, hand_out
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
 from tspc.passes.regions import sequence
@@ -68,6 +70,13 @@ def rewrite(
     """writes: how many of the last outputs are new values of inputs."""
     program = prepare(program)
     analysis = factorize(program)
+    ranges: dict[int, tuple[Range, ...]] = {}
+    if options.outputs != "sharded":
+        count = len(program.output.args) - writes
+        handed, ranges = hand_out(analysis, sequence(analysis), count)
+        if ranges:
+            check_program(handed, "outputs")
+            program, analysis = handed, factorize(handed)
     widened = _pass("windows", lambda _: widen(analysis, sequence(analysis)), program)
     if widened.nodes != program.nodes:
         program, analysis = widened, factorize(widened)
@@ -105,13 +114,17 @@ def rewrite(
         nodes.append(n)
     typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
     local = LocalProgram(typed, symbols, choice.order, axis, left, options.reduce_dtype)
-    results = tuple(local.results())
+    results = tuple(
+        replace(r, ranges=ranges[i]) if r is not None and i in ranges else r
+        for i, r in enumerate(local.results())
+    )
     return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
 
 
 def prepare(program: Program) -> Program:
     """The program in the form that is analysed; on one device it runs as it stands."""
     program = _pass("normalize", normalize, program)
+    program = _pass("attend", find_attention, program)
     program = _pass("masks", recognise_masks, program)
     return _pass("draws", draw_by_counter, program)
 
@@ -130,7 +143,7 @@ def _saves(fold: Node, program: Program) -> bool:
     return False
 
 
-PASSES = ("normalize", "masks", "draws", "windows", "fold", "propagate")
+PASSES = ("normalize", "attend", "masks", "draws", "windows", "fold", "propagate")
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:

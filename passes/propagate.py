@@ -192,7 +192,7 @@ def propagate(
             s.emit(n, [_dims_of(analysis, n.name, 0, n.type)], "R")
             if base in s.cut_weights:
                 s.cut_weights[n.name] = s.cut_weights[base]
-        elif n.name in analysis.replicated:
+        elif n.name in analysis.program.replicated:
             every = [_dims_of(analysis, n.name, i, t) for i, t in enumerate(n.types)]
             s.emit(n, every, "R")
         else:
@@ -273,7 +273,10 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
     elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
-        if all(r in cut for r in n.args[:3]):
+        mask = mask_of(n)
+        if mask is not None and s.types[mask.name, mask.item or 0].requires_grad:
+            _fall_back(s, n, outs, "its mask has a gradient")
+        elif all(r in cut for r in n.args[:3]):
             _attention(s, n, outs, operands)
         else:
             _fall_back(s, n, outs, "its queries are of another sequence")
@@ -336,7 +339,7 @@ def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:
     at = [k for k, d in enumerate(dims) if s.leaf is not None and s.carries((d,))]
     if not at or s.place(mask) == "S":
         return mask
-    if s.leaf is None or mask.name not in s.analysis.replicated or dims[at[0]] != (s.leaf,):
+    if s.leaf is None or mask.name not in s.analysis.program.replicated or dims[at[0]] != (s.leaf,):
         return s.sequence(mask, source, dims)
     if s.cutter is None:
 

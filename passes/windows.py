@@ -55,7 +55,9 @@ def _windows(a: Analysis, leaf: Factor) -> list[Window]:
         if r.node.op != aten.slice.Tensor or not _is_trim(r, leaf):
             continue
         k, lo = _range(r)
-        (w,) = a.F.expand(tuple(r.outs[0][k]))
+        w, *rest = a.F.expand(tuple(r.outs[0][k]))
+        if rest:  # cut further by a step
+            continue
         n = a.F.size((leaf,))
         lo = norm(n + lo) if const(lo) and lo < 0 else lo
         found.setdefault(w, set()).add((lo, norm(n - w.size - lo)))
@@ -142,7 +144,7 @@ class _Widen:
         for ref, carried in zip(r.refs, r.carried_in):
             if ref is None or f not in carried:
                 continue
-            if ref not in self.wide and ref.name not in self.a.replicated:
+            if ref not in self.wide and ref.name not in self.a.program.replicated:
                 return False
             operands[ref] = ref
         if not any(ref in self.wide for ref in operands):

@@ -3,13 +3,16 @@ for every schedule."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from tspc.runtime.drivers import Sent, record
 
 from examples.llama_like import LlamaLike
+from tests.test_dist_order import Issued, issued
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 
@@ -17,14 +20,17 @@ RANKS, BATCH, LENGTH, HIDDEN = 4, 3, 19, 64
 F = (RANKS - 1) / RANKS
 
 
+def model_of(kv_heads: int) -> tuple[LlamaLike, torch.Tensor]:
+    torch.manual_seed(0)
+    return LlamaLike(187, HIDDEN, 2, 8, kv_heads, 50), torch.randint(0, 187, (BATCH, LENGTH))
+
+
 def step(schedule: str, kv_heads: int) -> tuple[Simulated, list[Sent], list[Sent]]:
     """One call that returns only the loss: (graph, sent forward, sent backward)."""
-    torch.manual_seed(0)
-    model = LlamaLike(187, HIDDEN, 2, 8, kv_heads, 50)
+    model, tokens = model_of(kv_heads)
     made: list[Simulated] = []
     torch._dynamo.reset()
     fn = torch.compile(model, backend=simulated_backend(RANKS, parse({"schedule": schedule}), made))
-    tokens = torch.randint(0, 187, (BATCH, LENGTH))
     with record() as forward:
         loss = fn(tokens, tokens)
     with record() as backward:
@@ -93,3 +99,39 @@ def test_a_recorder_sees_kinds() -> None:
     _, forward, _ = step("broadcast", 8)
     kinds = Counter(s.kind for s in forward)
     assert kinds["Broadcast"] == 5 * RANKS and kinds["AllReduce"] == 1
+
+
+def counted(sent: list[Issued]) -> dict[str, float]:
+    """Elements by link of what a process group was asked to do, averaged over ranks, without
+    `repack`."""
+    factors = {"send": 1, "broadcast": F, "reduce": F, "allreduce": 2 * F}
+    out: Counter[str] = Counter()
+    for kind, link, shape, _ in sent:
+        if not kind.startswith("all_to_all") and kind != "alltoall_base":
+            out[link] += factors[kind] * math.prod(shape)
+    return {link: out[link] for link in ("weights", "activations")}
+
+
+def issue(schedule: str, kv_heads: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What this rank issues to its process groups in a call and its backward."""
+    model, tokens = model_of(kv_heads)
+    fn = torch.compile(model, backend="tsp", options={"schedule": schedule, "compiler": "eager"})
+    fn(tokens, tokens).backward()
+    with issued() as forward:
+        loss = fn(tokens, tokens)
+    with issued() as backward:
+        loss.backward()
+    return counted(forward), counted(backward)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("schedule", ["ring", "broadcast", "gather", "stationary"])
+def test_process_groups_are_given_as_much(world: Any, schedule: str) -> None:
+    """What the tests above count is what the process groups are asked to send."""
+    _, *parts = step(schedule, 8)
+    expected = [{link: total(part, link) for link in ("weights", "activations")} for part in parts]
+    ranks = world(RANKS).run(issue, schedule=schedule, kv_heads=8)
+    for i, wanted in enumerate(expected):
+        for link, elements in wanted.items():
+            mean = sum(r[i][link] for r in ranks) / RANKS
+            assert mean == pytest.approx(elements), (i, link)

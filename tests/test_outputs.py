@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.exchange import clear, take
@@ -74,3 +75,28 @@ def test_sharded_logits(world: Any, length: int, layout: str) -> None:
         assert error < 1e-9 and gradient < 1e-9
         shapes.append(shape[1])
     assert shapes == [len(c) for c in torch.arange(length).chunk(4)] + [0] * (length == 3)
+
+
+class Ranged(nn.Module):
+    """An MLP with a loss, returning the last three rows of its hidden values and every row but the
+    first of what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = self.up(x)
+        y = self.down(h.relu())
+        return y.pow(2).mean(), h[:, -3:], (2 * x)[:, 1:][:, ::2]
+
+
+@pytest.mark.parametrize("outputs", ["auto", "full"])
+@pytest.mark.parametrize("length", [2, 11])
+def test_a_range_is_cut_from_the_whole(outputs: str, length: int) -> None:
+    torch.manual_seed(0)
+    model, x = Ranged().double(), torch.randn(2, length, 16, dtype=torch.double)
+    found = tspc.verify(model, (x.requires_grad_(),), {}, 3, {"outputs": outputs}, 1e-12)
+    (graph,) = found.graphs
+    assert len(found.errors["output"]) == 3
+    assert len(graph.rewritten.choice.regions) == 1 and not graph.rewritten.typed.fallbacks

@@ -67,10 +67,11 @@ def test_programs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = sorted(f.name for f in tmp_path.iterdir())
     assert names == [
         "0_normalize.txt",
-        "1_masks.txt",
-        "2_draws.txt",
-        "3_windows.txt",
-        "4_fold.txt",
-        "5_propagate.txt",
+        "1_attend.txt",
+        "2_masks.txt",
+        "3_draws.txt",
+        "4_windows.txt",
+        "5_fold.txt",
+        "6_propagate.txt",
     ]
-    assert "llama_like.py:" in (tmp_path / "4_fold.txt").read_text()
+    assert "llama_like.py:" in (tmp_path / "5_fold.txt").read_text()

@@ -18,7 +18,7 @@ class Widen(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0].double()
-        if func is torch.Tensor.to:
+        if func in (torch.Tensor.to, torch.Tensor.type):
             args = tuple(
                 torch.float64 if isinstance(a, torch.dtype) and a in NARROW else a for a in args
             )

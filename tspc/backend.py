@@ -289,7 +289,7 @@ def _results(
     out = []
     for x, r in zip(outs, compiled.rewritten.results):
         if r is None or r.kind == "whole":
-            out.append(x)
+            out.append(x if r is None else r.given(x, sizes))
             continue
         shape = tuple(evaluate(s, sizes) for s in r.shape)
         if r.kind == "sharded":
@@ -300,7 +300,9 @@ def _results(
         def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
             lead = evaluate(r.lead, sizes)
             steps = whole(place.axis, layout, x, r.dim, lead, rows, length)
-            return distributed(steps, place.axis, place.groups)
+            return r.given(distributed(steps, place.axis, place.groups), sizes)
 
+        if r.ranges:
+            shape = tuple(evaluate(s, sizes) for s in r.ranges[-1].shape)
         out.append(defer(gather, shape, r.dtype, x.device))
     return out

@@ -105,7 +105,11 @@ def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
     tensors = graph.captured.given(nodes, args, drawn)
-    return written(graph.captured, args, list(_Run.apply(graph, *tensors)))
+    outs = [
+        x if r is None else r.given(x, graph.sizes)
+        for x, r in zip(_Run.apply(graph, *tensors), graph.rewritten.results)
+    ]
+    return written(graph.captured, args, outs)
 
 
 def written(captured: Captured, args: Sequence[Any], outs: list[Any]) -> list[Any]:

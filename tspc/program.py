@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -28,6 +29,12 @@ SEED = "tspc.seed"  # the input that a program with random ops has besides its o
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+SHAPE_ONLY = (  # take no value of their operand
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,20 @@ class Program:
     name: str
     nodes: tuple[Node, ...]
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)
+
+    @cached_property
+    def replicated(self) -> frozenset[str]:
+        """Values without a parameter and without a float input behind them."""
+        out: set[str] = set()
+        for n in self.nodes:
+            if n.op in PLACEHOLDERS:
+                is_data = n.op == INPUT and n.type.is_float
+                known = n.op != PARAM and not is_data
+            else:
+                known = n.op in SHAPE_ONLY or all(r.name in out for r in n.refs())
+            if known and n.op != OUTPUT:
+                out.add(n.name)
+        return frozenset(out)
 
     def node(self, name: str) -> Node:
         return next(n for n in self.nodes if n.name == name)

@@ -4,6 +4,7 @@ expression, None where unknown."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -89,13 +90,24 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _compare(kind: str) -> None:
     @rule(kind)
     def compare(r: Reader, x: Any, y: Any) -> Any:
-        pair = [r.env[a] if isinstance(a, Ref) else literal(a, torch.int64) for a in (x, y)]
-        if any(isinstance(e, Cases) for e in pair):
+        if isinstance(x, Ref) and isinstance(r.env[x], Cases) and isinstance(y, (int, float)):
+            number = float(torch.tensor(y, dtype=r.types[x].dtype))
+            values = r.aligned(x).values
+            return sympy.Or(*(p for v, p in values if getattr(operator, kind)(v, number)))
+        pair = [r.env[a] if isinstance(a, Ref) else _integer(a) for a in (x, y)]
+        if any(e is None or isinstance(e, Cases) for e in pair):
             return None
         a, b = (r.aligned(v) if isinstance(v, Ref) else e for v, e in zip((x, y), pair))
         if is_predicate(a) or is_predicate(b):
             return None
         return COMPARE[kind](a, b)
+
+
+def _integer(v: Any) -> Any:
+    """A number that integers are compared with, None if it is none of them."""
+    if isinstance(v, float):
+        return sympy.Integer(int(v)) if v.is_integer() else None
+    return literal(v, torch.int64)
 
 
 for _kind in COMPARE:

@@ -1,0 +1,343 @@
+"""Find attention that is written out as products and a softmax, and make it one op.
+
+In: a normalized program. Out: the same where softmax(scale * q kᵀ + mask) v, of which nothing else
+reads what is between, is `scaled_dot_product_attention`. The mask is what is added or filled in,
+if it is made of no weight and no float input. Rows without a key stay what the model makes of them:
+NaN where all is -inf.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from tspc.passes.masks import K, Q, expressions, predicate
+
+from tspc.index import Cases, substitute
+from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
+
+aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+VIEWS = (aten.view.default, aten.reshape.default)
+FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+ABSORBS = -1e30  # a fill so low that adding it to a score gives it, in any type
+
+
+@dataclass
+class _Scores:
+    """scale * q kᵀ + terms; q [*lead, queries, d], k [*lead, keys, d]."""
+
+    q: Ref
+    k: Ref
+    scale: float
+    terms: list[Ref] = field(default_factory=list)
+
+
+def find_attention(program: Program) -> Program:
+    """Every attention that is spelled out becomes the op."""
+    if not any(n.op in SOFTMAX for n in program.nodes):
+        return program
+    finder = _Finder(program)
+    for n in program.nodes:
+        finder.nodes += finder.replaced(n) or [n]
+    return replace(program, nodes=tuple(finder.nodes)).without_dead_nodes()
+
+
+class _Finder:
+    def __init__(self, program: Program):
+        self.program = program
+        self.by_name = {n.name: n for n in program.nodes}
+        self.users = Counter(r.name for n in program.nodes for r in n.refs())
+        self.replicated = set(program.replicated)
+        self.nodes: list[Node] = []
+        self.new: list[Node] = []
+        self.env: dict[Ref, Any] = {}  # index expressions, made where they are asked for
+        self.types: dict[Ref, Type] = {}
+        self.at = program.nodes[0]
+
+    def replaced(self, n: Node) -> list[Node] | None:
+        """The nodes instead of a product of probabilities and values."""
+        self.at, self.new = n, []
+        product = self._product(n)
+        if product is None:
+            return None
+        weights, values, to_out = product
+        dropout, node = 0.0, self._inner(weights)
+        while node is not None and node.op not in SOFTMAX:
+            if node.op == aten.dropout.default and not dropout:
+                dropout = float(node.args[1]) if node.args[2] else 0.0
+            elif node.op not in (*CASTS, *VIEWS) or not self._keeps_rows(node):
+                return None
+            node = self._inner(node.args[0])
+        if node is None or node.args[1] % len(node.type.shape) != len(node.type.shape) - 1:
+            return None
+        lead, scores = node.type.shape[:-2], self._scores(node.args[0])
+        if scores is None or len(lead) not in (1, 2):
+            return None
+        heads = len(lead) == 2
+        lead = lead if heads else (*lead, 1)
+        q, k, v = (self._led(x, lead) for x in (scores.q, scores.k, values))
+        kinds = {self._type(x).dtype for x in (q, k, v)}
+        if len(kinds) != 1:
+            return None
+        mask = self._mask(scores.terms, self._type(q).dtype)
+        if mask is not None and not heads and len(self._type(mask).shape) == 3:
+            m = self._type(mask)
+            shape = (m.shape[0], 1, *m.shape[1:])
+            mask = self._emit(aten.unsqueeze.default, (mask, 1), shape, m.dtype)
+        shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
+        args = (q, k, v, mask, dropout, False)
+        out = self._emit(SDPA, args, shape, kinds.pop(), {"scale": scores.scale})
+        out = self._undefined(out, mask)
+        out = to_out(self._led(out, self._type(values).shape[:-2]))
+        last = self.new[-1]
+        if Ref(last.name) != out or last.types[0] is None or last.type.shape != n.type.shape:
+            return None
+        self.new[-1] = replace(last, name=n.name, types=n.types)
+        for made in self.new:
+            self.by_name[made.name] = made
+        return self.new
+
+    # -- reading --------------------------------------------------------------------------
+
+    def _type(self, r: Ref) -> Type:
+        made = {m.name: m for m in self.new}
+        return (made.get(r.name) or self.by_name[r.name]).type
+
+    def _inner(self, r: Any) -> Node | None:
+        """What makes a value that has this one use, in the same part of the model."""
+        node = self.by_name[r.name] if isinstance(r, Ref) else None
+        if node is None or not node.is_call or self.users[node.name] != 1 or r.item is not None:
+            return None
+        return node if node.recompute == self.at.recompute else None
+
+    def _keeps_rows(self, n: Node) -> bool:
+        """The last two dims are those of the operand."""
+        before = self._type(n.args[0]).shape
+        return len(n.type.shape) > 2 and n.type.shape[-2:] == before[-2:]
+
+    def _product(self, n: Node) -> tuple[Ref, Ref, Any] | None:
+        """(weights [*lead, q, t], values [*lead, t, e], what makes the result of [*lead, q, e])."""
+        if n.op not in PRODUCTS:
+            return None
+        if n.op == aten.einsum.default:
+            return self._einsum_of_values(n)
+        a, b = n.args[:2]
+        shapes = self._type(a).shape, self._type(b).shape
+        if min(map(len, shapes)) < 3 or shapes[0][:-2] != shapes[1][:-2]:
+            return None
+        return a, b, lambda out: out
+
+    def _letters(self, n: Node) -> tuple[list[str], list[str], list[str]] | None:
+        """Of an einsum of two operands whose dims are single letters."""
+        match = re.fullmatch(r"(\w+),(\w+)->(\w+)", n.args[0].replace(" ", ""))
+        if match is None or len(n.args[1]) != 2:
+            return None
+        a, b, out = map(list, match.groups())
+        return (a, b, out) if all(len(set(x)) == len(x) for x in (a, b, out)) else None
+
+    def _einsum_of_values(self, n: Node) -> tuple[Ref, Ref, Any] | None:
+        letters = self._letters(n)
+        if letters is None:
+            return None
+        a, b, out = letters
+        *lead, q, t = a
+        rest = [x for x in b if x not in a]
+        if t not in b or q in b or len(rest) != 1 or set(out) != {*lead, q, *rest}:
+            return None
+        if not set(lead) <= set(b):
+            return None
+        values = self._permuted(n.args[1][1], b, [*lead, t, *rest])
+        return n.args[1][0], values, lambda made: self._permuted(made, [*lead, q, *rest], out)
+
+    def _scores(self, r: Ref) -> _Scores | None:
+        """Back from the softmax to the product of queries and keys."""
+        lead = self._type(r).shape[:-2]
+        scale, terms, node = 1.0, [], self._inner(r)
+        while node is not None and node.op not in PRODUCTS:
+            x, step = node.args[0], node.op
+            if step in CASTS or (step in VIEWS and self._keeps_rows(node)):
+                pass
+            elif step in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+                number = self._number(node.args[1])
+                if number is None:
+                    return None
+                scale *= number if step in (aten.mul.Tensor, aten.mul.Scalar) else 1 / number
+            elif step in (aten.add.Tensor, aten.sub.Tensor):
+                sign = -1.0 if step == aten.sub.Tensor else 1.0
+                x, m = node.args[:2]
+                if sign > 0 and self._is_mask(x):
+                    x, m = m, x
+                if not self._is_mask(m) or node.kwargs.get("alpha", 1) != 1:
+                    return None
+                terms.append(self._term(self._times(m, sign * scale), node, lead))
+            elif step in FILLS or step in WHERE:
+                filled = self._fill(node)
+                if filled is None:
+                    return None
+                x, term = filled
+                terms.append(self._term(term, node, lead))
+            else:
+                return None
+            if isinstance(x, Ref) and self._type(x).shape[-2:] != node.type.shape[-2:]:
+                return None  # broadcast here
+            node = self._inner(x)
+        if node is None or scale <= 0:
+            return None
+        pair = self._queries_and_keys(node)
+        return None if pair is None else _Scores(*pair, scale, terms)
+
+    def _term(self, m: Ref, at: Node, lead: Sequence[Any]) -> Ref:
+        """What is added to scores of other leading dims than in the end, over those."""
+        shape = self._type(m).shape
+        if len(shape) < 3 or at.type.shape[:-2] == tuple(lead) or shape[:-2] != at.type.shape[:-2]:
+            return m
+        return self._led(m, lead)
+
+    def _queries_and_keys(self, n: Node) -> tuple[Ref, Ref] | None:
+        if n.op == aten.einsum.default:
+            letters = self._letters(n)
+            if letters is None:
+                return None
+            a, b, out = letters
+            *lead, q, t = out
+            rest = [x for x in a if x not in out]
+            if len(rest) != 1 or set(a) != {*lead, q, *rest} or set(b) != {*lead, t, *rest}:
+                return None
+            return (
+                self._permuted(n.args[1][0], a, [*lead, q, *rest]),
+                self._permuted(n.args[1][1], b, [*lead, t, *rest]),
+            )
+        a, b = n.args[:2]
+        if len(self._type(a).shape) < 3 or self._type(a).shape[:-2] != self._type(b).shape[:-2]:
+            return None
+        return a, self._transposed(b)
+
+    def _number(self, x: Any) -> float | None:
+        """A number, or a tensor that is filled with one."""
+        if isinstance(x, (int, float)):
+            return float(x) or None
+        node = self.by_name[x.name] if isinstance(x, Ref) else None
+        if node is not None and node.op == aten.full.default and not node.type.shape:
+            return self._number(node.args[1])
+        return None
+
+    def _is_mask(self, x: Any) -> bool:
+        return isinstance(x, Ref) and x.name in self.replicated and len(self._type(x).shape) <= 4
+
+    def _fill(self, n: Node) -> tuple[Ref, Ref] | None:
+        """(scores, additive mask) of a fill that leaves nothing of the score."""
+        if n.op in FILLS:
+            x, gone, value = n.args
+        else:
+            gone, value, x = n.args
+            if not isinstance(x, Ref) or x.name in self.replicated:
+                x, value = value, x
+                gone = self._emit(aten.logical_not.default, (gone,), self._type(gone).shape)
+        number = value
+        if isinstance(value, Ref):
+            node = self.by_name[value.name]
+            number = node.args[1] if node.op == aten.full.default else None
+            number = node.args[0] if node.op == aten.scalar_tensor.default else number
+        if not isinstance(number, (int, float)) or number > ABSORBS or not self._is_mask(gone):
+            return None
+        dtype, shape = self._type(x).dtype, self._type(gone).shape
+        zeros = self._emit(aten.zeros_like.default, (gone,), shape, dtype, {"dtype": dtype})
+        args = (zeros, gone, float(number))
+        return x, self._emit(aten.masked_fill.Scalar, args, shape, dtype)
+
+    # -- writing --------------------------------------------------------------------------
+
+    def _emit(
+        self,
+        op: Any,
+        args: Sequence[Any],
+        shape: Sequence[Any],
+        dtype: torch.dtype = torch.bool,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Ref:
+        name = f"{self.at.name}.attend{len(self.new)}"
+        grad = any(self._type(r).requires_grad for r in Node("", op, tuple(args)).refs())
+        kind = Type(tuple(shape), dtype, grad and dtype.is_floating_point)
+        at = self.at
+        self.new.append(Node(name, op, tuple(args), kwargs or {}, (kind,), at.source, at.recompute))
+        if all(r.name in self.replicated for r in self.new[-1].refs()):
+            self.replicated.add(name)
+        return Ref(name)
+
+    def _permuted(self, x: Ref, before: list[str], after: list[str]) -> Ref:
+        if before == after:
+            return x
+        order = tuple(before.index(l) for l in after)
+        t = self._type(x)
+        return self._emit(aten.permute.default, (x, order), [t.shape[k] for k in order], t.dtype)
+
+    def _transposed(self, x: Ref) -> Ref:
+        t, node = self._type(x), self.by_name.get(x.name)
+        rank = len(t.shape)
+        is_swap = node is not None and node.op == aten.transpose.int
+        if is_swap and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}:
+            return node.args[0]
+        shape = (*t.shape[:-2], t.shape[-1], t.shape[-2])
+        return self._emit(aten.transpose.int, (x, -2, -1), shape, t.dtype)
+
+    def _led(self, x: Ref, lead: Sequence[Any]) -> Ref:
+        """With these leading dims."""
+        t = self._type(x)
+        if t.shape[:-2] == tuple(lead):
+            return x
+        shape = (*lead, *t.shape[-2:])
+        return self._emit(aten.reshape.default, (x, shape), shape, t.dtype)
+
+    def _times(self, x: Ref, factor: float) -> Ref:
+        if factor == 1:
+            return x
+        t = self._type(x)
+        return self._emit(aten.mul.Scalar, (x, factor), t.shape, t.dtype)
+
+    def _mask(self, terms: list[Ref], dtype: torch.dtype) -> Ref | None:
+        """The sum of what is added to the scores."""
+        total: Ref | None = None
+        for m in reversed(terms):
+            if self._type(m).dtype != dtype:
+                m = self._emit(aten.to.dtype, (m, dtype), self._type(m).shape, dtype)
+            if total is None:
+                total = m
+                continue
+            shapes = [list(self._type(x).shape) for x in (total, m)]
+            rank = max(map(len, shapes))
+            padded = [[1] * (rank - len(s)) + s for s in shapes]
+            shape = [b if a == 1 else a for a, b in zip(*padded)]
+            total = self._emit(aten.add.Tensor, (total, m), shape, dtype)
+        return total
+
+    def _undefined(self, out: Ref, mask: Ref | None) -> Ref:
+        """A softmax of nothing but -inf is NaN, where torch's op gives zeros."""
+        if mask is None or not self._may_be_empty(mask):
+            return out
+        t, m = self._type(out), self._type(mask)
+        rows = (*m.shape[:-1], 1)
+        gone = self._emit(aten.eq.Scalar, (mask, -math.inf), m.shape)
+        empty = self._emit(aten.all.dim, (gone, -1, True), rows)
+        return self._emit(aten.masked_fill.Scalar, (out, empty, math.nan), t.shape, t.dtype)
+
+    def _may_be_empty(self, mask: Ref) -> bool:
+        """Whether all of a row may be -inf: not where each query has its own key."""
+        if not self.types:
+            expressions(self.program.nodes, self.env, self.types)
+        expressions(self.new, self.env, self.types)
+        e = self.env.get(mask)
+        if not isinstance(e, Cases):
+            return True
+        if -math.inf not in (v for v, _ in e.values):
+            return False
+        p = predicate(e, self.types[mask])
+        return p is None or substitute(p, {K: Q}) != sympy.true
