@@ -7,8 +7,9 @@ where a fold cannot run it; its weights are then gathered at use.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tspc.passes.factorize import Analysis, Record, in_segment
@@ -16,7 +17,7 @@ from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view, se
 
 from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
-from tspc.factor import Factor
+from tspc.factor import Factor, const
 from tspc.placement import indices
 from tspc.program import OUTPUT, PARAM, Node, casts_of_parameters
 from tspc.shard import ShardMap, chunked
@@ -57,7 +58,7 @@ def choose(
     leaf, users = sequence(a), _users(a)
     refused: list[tuple[Region, str]] = []
     while True:  # a refused region makes way for others, and may take some with it
-        regions = find_regions(a, {g.key for g, _ in refused})
+        regions = find_regions(a, leaf, {g.key for g, _ in refused})
         lookups = _lookups(a, regions, leaf)
         found = [(g, _why_not(a, g, leaf, users, lookups, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
@@ -136,16 +137,14 @@ def _why_not(
                 return f"{r.node.name} has no sequence"
             if in_segment(a.F, dims, leaf):
                 return f"the sequence is part of a dim of {r.node.name}"
-        why = _needs_sequence(r, g, leaf) or _escapes(r, g, users, regions)
-        why = why or _reads_pieces(r, g, leaf, made)
+        why = _needs_sequence(r, g, leaf) or _escapes(a, r, g, leaf, users, regions)
+        why = why or _reads_pieces(a, r, g, leaf, made)
         if why:
             return why
         if r.node.op in ATTENTIONS:
             mask = r.refs[3] if len(r.refs) > 3 else None
-            if mask is not None and (
-                mask.name not in a.program.replicated or g.factor in r.carried_in[3]
-            ):
-                return f"the mask of {r.node.name} is computed from weights or differs by head"
+            if mask is not None and mask.name not in a.program.replicated:
+                return f"the mask of {r.node.name} is computed from weights"
     return ""
 
 
@@ -161,12 +160,22 @@ def _needs_sequence(r: Record, g: Region, leaf: Factor) -> str:
     return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
 
 
-def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], regions: Regions) -> str:
-    """Where a value of the region that still carries the factor is used outside of it.
+def _escapes(
+    a: Analysis,
+    r: Record,
+    g: Region,
+    leaf: Factor,
+    users: Mapping[str, list[Record]],
+    regions: Regions,
+) -> str:
+    """Where a value of the region that still carries the factor is used outside of it and cannot
+    leave it in pieces.
 
     Regions may share what they recompute: each user is then in a region that makes the value.
     """
     if any(role in ENDS for role, *_ in r.roles.get(g.factor, ())):
+        return ""
+    if all(leaf in c and _apart(a, d, g.factor, leaf) for c, d in zip(r.carried_out, r.outs)):
         return ""
     same = [x.ops for x in regions.chosen if x.factor is g.factor and r.index in x.ops]
     made = g.ops.union(*same)
@@ -176,12 +185,21 @@ def _escapes(r: Record, g: Region, users: Mapping[str, list[Record]], regions: R
     return ""
 
 
-def _reads_pieces(r: Record, g: Region, leaf: Factor, made: set[str]) -> str:
-    """An operand from outside that would be cut along the sequence and along the factor."""
-    for ref, carried in zip(r.refs, r.carried_in):
-        if ref is not None and ref.name not in made and {leaf, g.factor} <= carried:
+def _reads_pieces(a: Analysis, r: Record, g: Region, leaf: Factor, made: set[str]) -> str:
+    """An operand from outside with the sequence and the factor, of which no step can take its
+    piece."""
+    for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
+        if ref is None or ref.name in made or not {leaf, g.factor} <= carried:
+            continue
+        if not _apart(a, dims, g.factor, leaf):
             return f"{r.node.name} reads {ref.name}, which has the sequence and its columns"
     return ""
+
+
+def _apart(a: Analysis, dims: Sequence[Any], f: Factor, leaf: Factor) -> bool:
+    """The factor is in one dim, as a whole, with nothing beside it whose size may change."""
+    hit = [a.F.expand(tuple(d)) for d in dims if f in a.F.leaves(tuple(d))]
+    return len(hit) == 1 and hit[0].count(f) == 1 and all(const(x.size) for x in hit[0])
 
 
 def _of_weight(r: Record, params: Mapping[str, Node], users: object, a: Analysis) -> bool:

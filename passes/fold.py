@@ -46,7 +46,7 @@ class Fold:
     body: tuple[Node, ...]
     records: dict[str, Record]
     dims: dict[Ref, tuple[tuple[Factor, ...], ...]]  # of each operand, as the body reads it
-    tokens: tuple[Ref, ...]  # carry the sequence
+    tokens: tuple[Ref, ...]  # carry the sequence; those with the factor are read at shard j's
     invariants: tuple[Ref, ...]  # carry neither the sequence nor the factor
     sliced: tuple[Ref, ...]  # whole on every rank, read at the rows of shard j
     weights: tuple[str, ...]
@@ -68,9 +68,11 @@ def outline(
     leaves: the factors of the sequence.
         differentiable_outputs: gradients flow back from the program's outputs that a region makes.
     """
+    readers = _readers(analysis, [region for _, region, _ in regions])
+    outputs = set(analysis.program.output.refs()) if differentiable_outputs else set()
     folds = [
-        _fold(analysis, name, region, schedule, leaves, ranks, differentiable_outputs)
-        for name, region, schedule in regions
+        _fold(analysis, name, region, schedule, leaves, ranks, outside | outputs)
+        for (name, region, schedule), outside in zip(regions, readers)
     ]
     inside = {n.name for f in folds for n in f.body}
     moved: dict[Ref, Ref] = {}
@@ -110,6 +112,26 @@ def outline(
     return replace(analysis.program, nodes=_sorted(nodes)).without_dead_nodes()
 
 
+def _readers(a: Analysis, regions: Sequence[Region]) -> list[set[Ref]]:
+    """Of each region: what others read, but for what they make themselves too."""
+    made = {r.node.name: r.index for r in a.records}
+    holders: dict[int, list[int]] = {}
+    for k, g in enumerate(regions):
+        for i in g.ops:
+            holders.setdefault(i, []).append(k)
+    out: list[set[Ref]] = [set() for _ in regions]
+    for x in a.records:
+        if x.node.op == OUTPUT:
+            continue
+        own = holders.get(x.index, [])
+        for ref in x.node.refs():
+            makers = holders.get(made.get(ref.name, -1), [])
+            if makers and not all(k in makers for k in own or [-1]):
+                for k in makers:
+                    out[k].add(ref)
+    return out
+
+
 def _fold(
     a: Analysis,
     name: str,
@@ -117,8 +139,9 @@ def _fold(
     schedule: str,
     leaves: frozenset[Factor],
     ranks: int,
-    differentiable_outputs: bool,
+    outside: set[Ref],
 ) -> Fold:
+    """outside: values that are read outside of the regions and differentiated there."""
     f = region.factor
     records = {a.records[i].node.name: a.records[i] for i in sorted(region.ops)}
     body = []
@@ -143,6 +166,8 @@ def _fold(
                 big = kinds[ref.name] == PARAM and len(a.program.node(ref.name).type.shape) > 1
                 if big:
                     weights[ref.name] = None
+                elif carried & leaves:
+                    tokens[ref] = None
                 else:
                     sliced[ref] = None
             elif carried & leaves:
@@ -150,7 +175,7 @@ def _fold(
             else:
                 invariants[ref] = None
     exits = []
-    outputs = {r for r in a.program.output.refs()}
+    outputs = set(a.program.output.refs())
     for r in records.values():
         roles = {role for role, *_ in r.roles.get(f, ())}
         for item, (dims, t) in enumerate(zip(r.outs, r.node.types)):
@@ -162,8 +187,8 @@ def _fold(
                 exits.append(Exit(ref, SUM, shape, t))
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
-            elif ref in outputs:
-                grad = t.requires_grad and differentiable_outputs
+            elif ref in outputs or ref in outside:
+                grad = t.requires_grad and ref in outside
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
     size = int(f.size)
     body, casts = _cast_before(body, set(weights))

@@ -82,6 +82,8 @@ def normalize(program: Program) -> Program:
             continue
         if n.op == aten.copy.default:
             n = _copied(b, n)
+        if n.op == aten.slice_scatter.default:
+            n = _joined(b, n)
         if n.op in (aten.addmm.default, aten.baddbmm.default):
             n = _scaled(b, n)
         if n.op == SDPA and len(n.type.shape) == 3:
@@ -165,6 +167,37 @@ def _copied(b: _Builder, n: Node) -> Node:
         cast = Node(f"{n.name}.cast", aten.to.dtype, (n.args[1], t.dtype), {}, (t,), n.source)
         n = replace(n, args=(n.args[0], b.add(cast)))
     return replace(n, op=aten.expand.default, args=(n.args[1], n.type.shape), kwargs={})
+
+
+def _joined(b: _Builder, n: Node) -> Node:
+    """Ranges that are written one after another and leave nothing of what they are written into:
+    their concatenation."""
+    names = ("self", "src", "dim", "start", "end", "step")
+    parts: dict[int, tuple[int, Ref]] = {}
+    node, dim, size = n, None, 0
+    while node.op == aten.slice_scatter.default:
+        given = dict(zip(names, (None, None, 0, None, None, 1))) | dict(zip(names, node.args))
+        given |= node.kwargs
+        dim = given["dim"] % len(n.type.shape) if dim is None else dim
+        size, lo = n.type.shape[dim], given["start"] or 0
+        hi = size if given["end"] is None else given["end"]
+        numbers = all(isinstance(x, int) for x in (size, lo, hi))
+        if given["dim"] % len(n.type.shape) != dim or given["step"] != 1 or not numbers or lo < 0:
+            return n
+        if lo in parts or b.type(given["src"]).dtype != n.type.dtype:
+            return n
+        parts[lo] = min(hi, size), given["src"]
+        node = next((m for m in b.nodes if m.name == given["self"].name), n)
+        if node is n:
+            return n
+        at = 0
+        while at in parts:
+            at = parts[at][0]
+        if at == size:
+            pieces = tuple(x for _, (_, x) in sorted(parts.items()))
+            whole = sum(hi - lo for lo, (hi, _) in parts.items()) == size
+            return replace(n, op=aten.cat.default, args=(pieces, dim), kwargs={}) if whole else n
+    return n
 
 
 def _scaled(b: _Builder, n: Node) -> Node:

@@ -50,9 +50,16 @@ class _Maker:
     def sizes(self, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
         return Sizes(self.factors, symbols, {self.leaf: rows, self.fold.factor: self.fold.units})
 
-    def shape(self, dims: Sequence[Sequence[Factor]], symbols: Sequence[sympy.Symbol]) -> tuple:
-        sizes = self.sizes({s: s for s in symbols}, ROWS)
+    def shape(
+        self, dims: Sequence[Sequence[Factor]], symbols: Sequence[sympy.Symbol], all_units: bool
+    ) -> tuple:
+        same = {s: s for s in symbols}
+        whole = Sizes(self.factors, same, {self.leaf: ROWS})
+        sizes = whole if all_units else self.sizes(same, ROWS)
         return tuple(_plain(sizes.dim(d)) for d in dims)
+
+    def has_units(self, dims: Sequence[Sequence[Factor]]) -> bool:
+        return any(self.fold.factor in self.factors.leaves(tuple(d)) for d in dims)
 
 
 def _plain(n: Any) -> Any:
@@ -86,21 +93,23 @@ def make_body(
         name = f"{kind}{sum(v.startswith(kind) for v in values)}"
         t = types[ref.name][ref.item or 0]
         assert t is not None
-        shape = maker.shape(dims, symbols) if local else t.shape
+        shape = maker.shape(dims, symbols, kind == "token") if local else t.shape
         values[name] = Value(shape, t.dtype, t.requires_grad)
         return name
 
     tokens, invariants, shards = [], [], []
+    tables: dict[Ref, tuple[int, torch.Tensor]] = {}
     for old, new in zip(fold.tokens, operands[0]):
         whole = typed.places[new.name, new.item or 0] == "R"
         dims = fold.dims[old]
         names[old] = known(new, dims, "token", local=True)
         k, lead = _where(maker, dims, symbols)
         tokens.append(Token(names[old], k, lead, whole))
+        if maker.has_units(dims):
+            tables[old] = _table(maker, dims)
     for old, new in zip(fold.invariants, operands[1]):
         names[old] = known(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
-    tables: dict[Ref, tuple[int, torch.Tensor]] = {}
     for old, new in zip(fold.sliced, operands[2]):
         names[old] = known(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
@@ -214,7 +223,7 @@ def _cut(
             names[Ref(n.name, item)] = name
             if item == 0:
                 names[Ref(n.name)] = name
-            shape = m.shape(record.outs[item], symbols)
+            shape = m.shape(record.outs[item], symbols, False)
             values[name] = Value(shape, t.dtype, t.requires_grad)
     wanted = {names[e.ref] for e in m.fold.exits}
     steps: list[Piece | Attention] = []
@@ -228,15 +237,24 @@ def _cut(
         reads = tuple(
             dict.fromkeys(names[r] for n in nodes for r in n.refs() if names[r] not in made)
         )
+        cuts = {}  # what an exchange reads of an operand without an op between
+        for n in exchanges.get(depth, []):
+            for r in (r for r in n.refs() if r in tables):
+                whole, cut = names[r], f"{names[r]}_cut"
+                shape = m.shape(m.fold.dims[r], symbols, False)
+                cuts[r], values[cut] = cut, replace(values[whole], shape=shape)
+        reads = tuple(dict.fromkeys((*reads, *(names[r] for r in cuts))))
+        writes = (*writes, *cuts.values())
         if writes:
             saves = (
                 _saves(m, nodes, names, values, {names[e.ref] for e in m.fold.exits})
                 if save
                 else ()
             )
-            steps.append(Piece(reads, writes, _runner(m, nodes, names, tables), saves))
+            copies = {names[r]: cut for r, cut in cuts.items()}
+            steps.append(Piece(reads, writes, _runner(m, nodes, names, tables, copies), saves))
         for n in exchanges.get(depth, []):
-            steps.append(_attention(n, names, values))
+            steps.append(_attention(n, {**names, **cuts}, values))
     return tuple(steps)
 
 
@@ -301,7 +319,9 @@ def _runner(
     nodes: Sequence[Node],
     names: Mapping[Ref, str],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    copies: Mapping[str, str],
 ) -> Callable[..., dict[str, Any]]:
+    """copies: operand -> the name that its units of shard j are written under."""
     sliced = {names[r]: t for r, t in tables.items()}
 
     def run(
@@ -316,6 +336,7 @@ def _runner(
             if name in env:
                 at = table.to(step.device).index_select(0, step.view(1)).view(-1)
                 env[name] = env[name].index_select(k, at)
+        env.update({cut: env[name] for name, cut in copies.items()})
         for n in nodes:
             record = m.fold.records[n.name]
             result = _one(m, n, record, sizes, step, lambda r: env[names[r]])

@@ -228,7 +228,7 @@ def _fold(s: _State, n: Node) -> None:
         if old in masks
         else new
         if _weak(s, new)
-        else s.sequence(new, n.source)
+        else s.sequence(new, n.source, fold.dims[old])
         for old, new in zip(fold.tokens, n.args[0])
     )
     invariants = tuple(s.varying(s.replicated(r, n.source), n.source) for r in n.args[1])

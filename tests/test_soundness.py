@@ -68,7 +68,7 @@ def test_equal_sizes_merge_nothing() -> None:
     apart, _ = analysed(library("qwen3", 24, 10, 4, 2, 6, 23), {"input_ids": tokens})
     equal = torch.randint(0, 16, (16, 16))
     same, _ = analysed(library("qwen3", 16, 16, 4, 4, 4, 16), {"input_ids": equal})
-    one, two = find_regions(apart), find_regions(same)
+    one, two = (find_regions(a, sequence(a)) for a in (apart, same))
     assert len(one.chosen) == len(two.chosen) == 3
     assert [sorted(g.weights) for g in one.chosen] == [sorted(g.weights) for g in two.chosen]
     for a in (apart, same):
