@@ -200,7 +200,7 @@ class Block(nn.Module):
     def __init__(self, s: Script) -> None:
         super().__init__()
         self.s, self.attention, self.mlp = s, Attention(s), MLP(s)
-        count = 4 if s.norms[1] == "sandwich" else 2
+        count = {"pre": 2, "post": 1 if s.parallel else 2, "sandwich": 4}[s.norms[1]]
         self.norms = nn.ModuleList(norm(s.norms[0], s.hidden) for _ in range(count))
 
     def feed(self, x: Tensor) -> Tensor:
@@ -209,14 +209,14 @@ class Block(nn.Module):
         return self.mlp(x)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Any) -> Tensor:
-        s, first, second = self.s, self.norms[0], self.norms[1]
+        s, first, second = self.s, self.norms[0], self.norms[-1]
         drop = lambda y: F.dropout(y, s.dropout, self.training)  # noqa: E731
         if s.norms[1] == "post":
             if s.parallel:
                 return first(x + drop(self.attention(x, mask, rotary) + self.feed(x)))
             x = first(x + drop(self.attention(x, mask, rotary)))
             return second(x + drop(self.feed(x)))
-        after = list(self.norms)[2:] or [nn.Identity()] * 2
+        after = list(self.norms)[1:3] if s.norms[1] == "sandwich" else [nn.Identity()] * 2
         attended = after[0](drop(self.attention(first(x), mask, rotary)))
         if s.parallel:
             return x + attended + after[1](drop(self.feed(second(x))))

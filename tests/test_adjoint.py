@@ -8,7 +8,9 @@ backward on simulated ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tspc.runtime.schedules import choose
+from tspc.runtime import schedules
 
+from tspc.body import Body
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 
@@ -128,40 +131,39 @@ def one_device() -> tuple[Side, Tensors, Tensor, Tensors, Tensors]:
 
 @pytest.mark.parametrize("policy", ["min", "max-speed"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("schedule", ["ring", "broadcast", "gather", "stationary"])
-def test_adjoint(schedule: str, ranks: int, policy: str) -> None:
+def test_adjoint(ranks: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every schedule of one compile: the schedule is chosen at a call."""
     model, given, labels, directions, moved = one_device()
     made: list[Simulated] = []
-    options = {"schedule": schedule, "memory_budget": policy, "outputs": "full"}
+    options = {"memory_budget": policy, "outputs": "full"}
     torch._dynamo.reset()
     fn = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
-    x = given["x"].clone().requires_grad_()
-    outs = fn(x, labels)
-    torch.manual_seed(1)
-    cotangents = {n: torch.randn_like(t) for n, t in outs.items()}
-    model.zero_grad()
-    torch.autograd.backward(list(outs.values()), list(cotangents.values()))
-    (graph,) = made
-    check_folds(graph, schedule, policy)
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    for i, n in enumerate(outs):
-        forward = float((moved[n] * cotangents[n]).sum())
+    choose, chosen = schedules.choose, set[str]()
+    for schedule in ("ring", "broadcast", "gather", "stationary"):
+
+        def fixed(body: Body, *sizes: Any, schedule: str = schedule) -> str:
+            chosen.add(got := choose(replace(body, schedule=schedule), *sizes))
+            return got
+
+        chosen.clear()
+        monkeypatch.setattr(schedules, "choose", fixed)
+        x = given["x"].clone().requires_grad_()
+        outs = fn(x, labels)
+        torch.manual_seed(1)
+        cotangents = {n: torch.randn_like(t) for n, t in outs.items()}
+        model.zero_grad()
+        torch.autograd.backward(list(outs.values()), list(cotangents.values()))
         assert x.grad is not None
-        back = float((directions["x"][i] * x.grad[i]).sum())
-        for name, g in grads.items():
-            if name.startswith(f"regions.{n}."):
-                assert g is not None
-                back += float((directions[name] * g).sum())
-        assert back == pytest.approx(forward, rel=1e-9), n
-
-
-def check_folds(graph: Simulated, schedule: str, policy: str) -> None:
-    """Every region is folded and runs as it is asked to."""
+        for i, n in enumerate(REGIONS):
+            forward = float((moved[n] * cotangents[n]).sum())
+            back = float((directions["x"][i] * x.grad[i]).sum())
+            for name, p in model.regions[n].named_parameters():
+                assert p.grad is not None
+                back += float((directions[f"regions.{n}.{name}"] * p.grad).sum())
+            assert back == pytest.approx(forward, rel=1e-9), (schedule, n)
+        assert schedule in chosen
+    (graph,) = made
     folds = {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
     assert {n.split(".")[1] for n in folds} == set(REGIONS) and len(folds) == len(REGIONS)
-    sizes = [graph.sizes[s] for s in graph.rewritten.symbols]
     for body in folds.values():
-        got = choose(body, graph.ranks, sizes, graph.rows())
-        exchanged = schedule == "ring" and body.attentions
-        assert got == ("broadcast" if exchanged else schedule)
         assert any(p.saves for p in body.pieces) == (policy == "max-speed")

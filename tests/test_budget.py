@@ -23,7 +23,9 @@ def graph_of(value: Any, length: int = LENGTH) -> Simulated:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = LlamaLike(VOCABULARY, 32, 2, 4, 2, 50)
-    fn = torch.compile(model, backend=simulated_backend(RANKS, parse({"memory_budget": value}), made))
+    fn = torch.compile(
+        model, backend=simulated_backend(RANKS, parse({"memory_budget": value}), made)
+    )
     tokens = tokens_of(length)
     fn(tokens, tokens)
     return made[0]
@@ -103,5 +105,7 @@ def test_the_plan_tells_what_is_kept() -> None:
     "value", [-0.1, 1.5, -1, True, 1, "2", "2 cows", "half", None, float("nan"), "1iB"]
 )
 def test_a_bad_value(value: Any) -> None:
-    with pytest.raises(tspc.OptionError, match="memory_budget=.*valid: 'max-speed', 'min', a share"):
+    with pytest.raises(
+        tspc.OptionError, match="memory_budget=.*valid: 'max-speed', 'min', a share"
+    ):
         parse({"memory_budget": value})
