@@ -24,14 +24,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared relu": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
 }
+EXTRAS = ("cap", "z loss", "gate", "shift", "middle norm", "scale", "own frequencies")
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Script:
     """heads: (of queries, of keys, width of each). groups: how few keys meet many queries. norms:
-    (kind, where). fused: q, k and v of one weight, gate and up of one. loss: inside of the model,
-    alone or beside the logits, or outside of it. lengths: of the two steps.
+    (kind, where). fused: q, k and v of one weight, gate and up of one. shared: all layers are one.
+    extra: one more thing in the model. loss: inside of the model, alone or beside the logits, or
+    outside of it. target: every token, or a class of the whole sequence. frozen: which parameters
+    want no gradient. lengths: of the two steps.
     """
 
     heads: tuple[int, int, int]
@@ -39,6 +42,8 @@ class Script:
     ffn: int
     vocabulary: int
     layers: int
+    shared: bool
+    extra: str
     positions: str
     norms: tuple[str, str]
     head_norm: str
@@ -50,10 +55,12 @@ class Script:
     parallel: bool
     tied: bool
     loss: str
+    target: str
     shift: bool
     smoothing: float
     mask: str
     dropout: float
+    frozen: str
     checkpointed: str
     lengths: tuple[int, int]
     batch: int
@@ -79,13 +86,16 @@ def scripts(draw: st.DrawFn) -> Script:
         return draw(st.sampled_from(values))
 
     dtype = one(torch.float64, torch.float64, torch.float64, torch.bfloat16)
-    length = draw(st.integers(2, 13))
+    length, other = draw(st.integers(2, 13)), draw(st.integers(2, 13))
+    layers = one(1, 1, 1, 1, 1, 2)
     return Script(
         heads=one((2, 2, 4), (3, 3, 4), (4, 2, 2), (4, 1, 4), (6, 3, 2), (3, 1, 2), (6, 2, 2)),
         hidden=one(8, 12),
         ffn=one(8, 10, 13),
         vocabulary=one(11, 16, 23),
-        layers=one(1, 1, 1, 2),
+        layers=layers,
+        shared=layers > 1 and one(False, True),
+        extra=one("none", "none", *EXTRAS),
         positions=one("none", "learned", "rotary"),
         norms=(one("layer", "rms", "plain rms"), one("pre", "post", "sandwich")),
         head_norm=one("none", "each", "all"),
@@ -97,19 +107,21 @@ def scripts(draw: st.DrawFn) -> Script:
         parallel=one(False, False, True),
         tied=one(False, True),
         loss=one("inside", "inside", "beside", "outside"),
+        target=one("token", "token", "token", "token", "token", "last", "mean"),
         shift=one(False, True),
         smoothing=one(0.0, 0.0, 0.1),
         mask=one("causal", "causal", "none", "padding", "causal padding", "additive", "window"),
-        dropout=one(0.0, 0.0, 0.3),
+        dropout=0.3 if dtype == torch.float64 and layers == 1 and one(False, False, True) else 0.0,
+        frozen=one("none", "none", "none", "words", "mlp", "attention", "norms"),
         checkpointed=one("no", "no", "block", "mlp"),
-        lengths=(length, one(length, length, length, draw(st.integers(2, 13)))),
+        lengths=(length, one(length, length, length, other)),
         batch=one(1, 2, 3),
         ranks=one(2, 3, 4),
         schedule=one("auto", "ring", "broadcast", "gather", "stationary"),
         budget=one("max-speed", "min"),
         layout=one("auto", "auto", "contiguous", "zigzag"),
         dtype=dtype,
-        dynamic=one(None, True),
+        dynamic=one(None, None, True),
         accumulation=one(1, 1, 2),
         clip=one(False, True),
         adam=one(False, True),
@@ -152,6 +164,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * width, s.hidden, s.bias)
         kinds = {"none": None, "each": (width, width), "all": self.sizes[:2]}[s.head_norm]
         self.norms = nn.ModuleList(norm(s.norms[0], n) for n in kinds or ())
+        self.gate = nn.Linear(s.hidden, heads * width, s.bias) if s.extra == "gate" else None
 
     def forward(
         self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
@@ -176,7 +189,9 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, mask, p, is_causal=s.mask == "causal", enable_gqa=grouped
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
+        return self.out(y)
 
 
 class MLP(nn.Module):
@@ -187,13 +202,17 @@ class MLP(nn.Module):
         widths = [count * s.ffn] if s.fused else count * [s.ffn]
         self.up = nn.ModuleList(nn.Linear(s.hidden, n, s.bias) for n in widths)
         self.down = nn.Linear(s.ffn, s.hidden, s.bias)
+        self.norm = norm(s.norms[0], s.ffn) if s.extra == "middle norm" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.s.extra == "shift":  # half of what a token sees is of the one before
+            before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+            x = 0.5 * (x + before)
         made = [w(x) for w in self.up]
         made = list(made[0].chunk(2, -1)) if self.s.gated and len(made) == 1 else made
         h = self.activation(made[0])
         h = h * made[1] if self.s.gated else h
-        return self.down(F.dropout(h, self.s.dropout, self.training))
+        return self.down(F.dropout(self.norm(h), self.s.dropout, self.training))
 
 
 class Block(nn.Module):
@@ -231,11 +250,17 @@ class Model(nn.Module):
         super().__init__()
         self.s, self.words = s, nn.Embedding(s.vocabulary, s.hidden)
         self.places = nn.Embedding(16, s.hidden) if s.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
+        block = Block(s)
+        self.blocks = nn.ModuleList(
+            block if s.shared or not i else Block(s) for i in range(s.layers)
+        )
         self.norm = norm(s.norms[0], s.hidden) if s.norms[1] != "post" else nn.Identity()
         self.head = nn.Linear(s.hidden, s.vocabulary, s.bias and not s.tied)
         if s.tied:
             self.head.weight = self.words.weight
+        count = s.heads[2] // 2
+        own = s.extra == "own frequencies" and s.positions == "rotary"
+        self.frequencies = nn.Parameter(torch.rand(count)) if own else None
 
     def mask(self, x: Tensor, keep: Tensor) -> Tensor | None:
         at = torch.arange(x.shape[1])
@@ -257,6 +282,8 @@ class Model(nn.Module):
             return None
         width = self.s.heads[2]
         frequencies = 10.0 ** -torch.arange(0, 1, 2 / width, dtype=torch.float64)
+        if self.frequencies is not None:
+            frequencies = self.frequencies
         angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequencies
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -265,6 +292,8 @@ class Model(nn.Module):
         s, x = self.s, self.words(tokens)
         if self.places is not None:
             x = x + self.places(torch.arange(tokens.shape[1]))
+        if s.extra == "scale":
+            x = x * s.hidden**0.5
         x = F.dropout(x, s.dropout, self.training)
         mask, rotary = self.mask(x, keep), self.rotary(x)
         for block in self.blocks:
@@ -272,7 +301,12 @@ class Model(nn.Module):
                 x = checkpoint(block, x, mask, rotary, use_reentrant=False)
             else:
                 x = block(x, mask, rotary)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        if s.target != "token":
+            x = x[:, -1] if s.target == "last" else x.mean(1)
+        logits = self.head(x)
+        if s.extra == "cap":
+            logits = 3.0 * torch.tanh(logits / 3.0)
         if s.loss == "outside":
             return logits
         loss = loss_of(s, logits, labels)
@@ -281,10 +315,15 @@ class Model(nn.Module):
 
 def loss_of(s: Script, logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if s.target != "token":
+        return F.cross_entropy(logits, labels[:, 0], label_smoothing=s.smoothing)
     if s.shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     flat = logits.flatten(0, 1)
-    return F.cross_entropy(flat, labels.flatten(), label_smoothing=s.smoothing)
+    loss = F.cross_entropy(flat, labels.flatten(), label_smoothing=s.smoothing)
+    if s.extra == "z loss":
+        loss = loss + 1e-2 * flat.logsumexp(-1).square().mean()
+    return loss
 
 
 def make(s: Script) -> Model:
@@ -295,6 +334,9 @@ def make(s: Script) -> Model:
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn_like(p) * 0.1)
+    parts = {"words": ["words"], "mlp": [".mlp."], "attention": [".attention."], "norms": ["norm"]}
+    for n, p in model.named_parameters():
+        p.requires_grad_(not any(part in n for part in parts.get(s.frozen, ())))
     return model.to(s.dtype)
 
 

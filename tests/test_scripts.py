@@ -26,9 +26,10 @@ def train(fn: Callable[..., Any], model: Model, s: Script) -> Outcome:
     parameters = dict(model.named_parameters())
     start = {n: p.detach().clone() for n, p in parameters.items()}
     # eps: Adam magnifies the rounding of a gradient that is exactly zero by 1 / eps
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    live = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(live, lr=0.1)
     if s.adam:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        optimizer = torch.optim.AdamW(live, lr=1e-2, eps=1e-4)
     torch.manual_seed(2)
     losses: dict[str, Tensor] = {}
     logits: dict[str, Tensor] = {}
@@ -43,9 +44,9 @@ def train(fn: Callable[..., Any], model: Model, s: Script) -> Outcome:
             (loss / s.accumulation).backward()
         if not step:
             grads = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
-            assert grads.keys() == parameters.keys()
+            assert grads.keys() == {n for n, p in parameters.items() if p.requires_grad}
         if s.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            torch.nn.utils.clip_grad_norm_(live, 0.5)
         optimizer.step()
         optimizer.zero_grad()
     moved = {n: p.detach() - start[n] for n, p in parameters.items()}
