@@ -273,7 +273,10 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
     elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
-        if all(r in cut for r in n.args[:3]):
+        mask = mask_of(n)
+        if mask is not None and s.types[mask.name, mask.item or 0].requires_grad:
+            _fall_back(s, n, outs, "its mask has a gradient")
+        elif all(r in cut for r in n.args[:3]):
             _attention(s, n, outs, operands)
         else:
             _fall_back(s, n, outs, "its queries are of another sequence")

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import Tensor
 
-from tests.scripts import Model, Script, batches, loss_of, make, scripts
+from tests.script_models import Model, loss_of, make
+from tests.scripts import Script, batches, scripts
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
 from tspc.reference import reference_backend
