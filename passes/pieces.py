@@ -152,25 +152,32 @@ def make_body(
             tuple(shards),
             tuple(outs),
             fold.schedule,
-            *_products(fold, names, values),
+            *_products(fold, names, values, steps),
             hardware,
             reduce,
         )
     return BODIES[key]
 
 
-def _products(fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Value]) -> tuple[Any, Any]:
-    """(FLOPs, elements of the results that stay inside) of the matrix products of one step."""
+def _products(
+    fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Value], steps: Sequence[Any]
+) -> tuple[Any, Any, Any]:
+    """(FLOPs, elements of the results that stay inside, FLOPs of saved results) of the matrix
+    products of one step."""
+    saved = {n for s in steps if isinstance(s, Piece) for n in s.saves}
     flops: Any = 0
     inner: Any = 0
+    spared: Any = 0
     leaving = {e.ref.name for e in fold.exits if e.kind == "sum"}
     for n in fold.body:
         if n.op in WEIGHTED:
             left = n.refs()[1] if n.op == aten.addmm.default else n.refs()[0]
             made = math.prod(values[names[Ref(n.name)]].shape)
-            flops += 2 * made * values[names[left]].shape[-1]
+            mine = 2 * made * values[names[left]].shape[-1]
+            flops += mine
             inner += made if n.name not in leaving else 0
-    return flops, inner
+            spared += mine if names[Ref(n.name)] in saved else 0
+    return flops, inner, spared
 
 
 def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any]:

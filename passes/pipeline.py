@@ -25,7 +25,8 @@ from tspc.passes.regions import sequence
 from tspc.passes.verify import check_program, check_typed
 from tspc.passes.windows import widen
 
-from tspc.body import Body
+from tspc import budget
+from tspc.body import Body, made_again
 from tspc.counter import ATTENTIONS
 from tspc.hardware import Hardware
 from tspc.options import Options
@@ -36,7 +37,7 @@ from tspc.program import FOLD, SEED, Node, Program, Ref
 class Rewritten:
     """Everything that the passes decided.
 
-    bodies: by region name, in order.
+    bodies: by region name, in order. keepings: of the regions with matrix products to keep.
     """
 
     analysis: Analysis
@@ -46,6 +47,7 @@ class Rewritten:
     bodies: tuple[Body, ...]
     symbols: tuple[sympy.Symbol, ...]
     results: tuple[Result | None, ...]
+    keepings: tuple[budget.Keeping, ...] = ()
 
     @property
     def draws(self) -> bool:
@@ -95,10 +97,10 @@ def rewrite(
     typed = propagate(folded, analysis, choice.leaf, gathered, choice.lookups)
     check_typed(typed)
     _dump("propagate", typed.program)
-    nodes, bodies = [], []
+    bodies = {}
     for n in typed.program.nodes:
         if n.op == FOLD:
-            body = make_body(
+            bodies[n.name] = make_body(
                 n.kwargs["fold"],
                 typed,
                 n.args,
@@ -106,19 +108,27 @@ def rewrite(
                 ranks,
                 choice.order,
                 hardware,
-                options.save and _saves(n, typed.program),
+                _saves(n, typed.program),
                 options.reduce_dtype,
             )
-            bodies.append(body)
-            n = replace(n, kwargs={**n.kwargs, "body": body})
-        nodes.append(n)
-    typed = replace(typed, program=replace(typed.program, nodes=tuple(nodes)))
+    names = {n.kwargs["fold"].name: n.name for n in typed.program.nodes if n.op == FOLD}
+    regions = [(name, bodies[node]) for name, node in names.items()]
+    keepings = budget.choose(options.memory_budget, regions, program.hints)
+    for k in keepings:
+        if not k.kept:
+            bodies[names[k.name]] = made_again(k.body)
+    nodes = tuple(
+        replace(n, kwargs={**n.kwargs, "body": bodies[n.name]}) if n.op == FOLD else n
+        for n in typed.program.nodes
+    )
+    typed = replace(typed, program=replace(typed.program, nodes=nodes))
     local = LocalProgram(typed, symbols, choice.order, axis, left, options.reduce_dtype)
     results = tuple(
         replace(r, ranges=ranges[i]) if r is not None and i in ranges else r
         for i, r in enumerate(local.results())
     )
-    return Rewritten(analysis, choice, typed, local, tuple(bodies), tuple(symbols), results)
+    rest = tuple(bodies.values()), tuple(symbols), results, keepings
+    return Rewritten(analysis, choice, typed, local, *rest)
 
 
 def prepare(program: Program) -> Program:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from tspc.backend import GRAPHS, Compiled
 from tspc.body import evaluate
+from tspc.budget import lines
 from tspc.capture import capture
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.errors import CaptureError, ParityError, PlanError
@@ -216,7 +217,7 @@ def _explained(graph: Compiled) -> str:
 
 def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
     leaf = rewritten.choice.leaf
-    schedules = {}
+    schedules, kept = {}, []
     if leaf is not None and all(s in sizes for s in rewritten.symbols):
         layout = Layout(ranks, rewritten.choice.order)
         rows = int(layout.chunk_rows(int(evaluate(leaf.size, sizes))))
@@ -224,7 +225,8 @@ def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
         names = [name for name, _, _ in rewritten.choice.regions]
         by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
         schedules = {n: choose(by_name[n], ranks, values, rows) for n in names if n in by_name}
-    return show(rewritten, schedules=schedules)
+        kept = lines(rewritten.keepings, sizes)
+    return show(rewritten, schedules=schedules, notes=kept)
 
 
 def verify(

@@ -180,7 +180,7 @@ class Factors:
         if None in inner:
             return None
         if not f.cat:
-            f.cat = tuple((self.new(n, f.origin),) for n in inner)
+            f.cat = tuple(self.dim(n, f.origin) for n in inner)
         segs, it = [], self.flat(f.cat)
         for n in inner:
             got, total = [], 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tspc import budget
 from tspc.errors import OptionError
 from tspc.hardware import hardware
 
@@ -21,7 +22,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "check_inputs": ("auto", True, False),
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
-    "memory_budget": ("max-speed", "min"),
 }
 
 
@@ -37,7 +37,9 @@ class Options:
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
-        share; "min" makes them again.
+        share; "min" makes them again; a share from 0.0 to 1.0 of what "max-speed" keeps, or bytes
+        per rank (an int or text such as "2GiB"), lets some regions keep theirs, as many as fit at
+        the sizes of the compile.
         param_dtype: what the float parameters are cast to before they travel and are computed with;
         stored as they are. reduce_dtype: what gradients add up in over the ranks; default fp32, or
         theirs where it is wider.
@@ -57,14 +59,9 @@ class Options:
     strict: bool = False
     compiler: str = "inductor"
     hardware: Any = None
-    memory_budget: str = "max-speed"
+    memory_budget: budget.Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
-
-    @property
-    def save(self) -> bool:
-        """A region's backward takes the results of its matrix products from the forward."""
-        return self.memory_budget == "max-speed"
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
@@ -82,6 +79,8 @@ def parse(given: Mapping[str, Any] | None) -> Options:
     for name, choices in _CHOICES.items():
         if name in given and not any(given[name] is c or given[name] == c for c in choices):
             raise OptionError(f"{name}={given[name]!r}; valid: {', '.join(map(repr, choices))}")
+    if "memory_budget" in given:
+        budget.check(given["memory_budget"])
     schedule = given.get("schedule", "auto")
     values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
     for v in values:

@@ -3,7 +3,7 @@ last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -25,9 +25,15 @@ _SHORT = {
 
 
 def show(
-    rewritten: Rewritten, axis: str = "tsp", schedules: Mapping[str, str] | None = None
+    rewritten: Rewritten,
+    axis: str = "tsp",
+    schedules: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Schedules: by region name, as chosen for some sizes; else what the options ask for."""
+    """Schedules: by region name, as chosen for some sizes; else what the options ask for.
+
+    notes: lines that come after the sequence's.
+    """
     names = _symbol_names(rewritten)
     lines = [
         _line(n, rewritten, names, axis, schedules or {}) for n in rewritten.typed.program.nodes
@@ -41,6 +47,7 @@ def show(
         if rewritten.choice.leaf
         else ["no sequence"]
     )
+    rows += notes
     rows += [f"not folded: {', '.join(g.weights)}: {why}" for g, why in rewritten.choice.refused]
     rows += [f"replicated: {f.op} ({f.why}) {f.source}" for f in rewritten.typed.fallbacks]
     source = rewritten.analysis.program.node

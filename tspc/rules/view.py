@@ -55,7 +55,7 @@ def permute(op: Op) -> list:
 def expand(op: Op) -> list:
     shape = op.node.types[0].shape
     n = len(shape) - len(op.ins[0])
-    old = [()] * n + [() if op.F.size(d) == 1 else d for d in op.ins[0]]
+    old = [()] * n + list(op.ins[0])
     return [[d if d or s == 1 else op.F.dim(s, op.node.name) for d, s in zip(old, shape)]]
 
 

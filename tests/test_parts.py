@@ -1,0 +1,69 @@
+"""Parts of models beside the usual regions equal one device, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import tspc
+from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
+from tspc.check import Simulated
+
+
+def run(make: type[Base], ranks: int = 3) -> Simulated:
+    torch.manual_seed(0)
+    model = make().double()
+    tokens = torch.randint(0, VOCABULARY, (2, 13))
+    (graph,) = tspc.verify(model, (tokens,), {}, ranks, {}, 1e-9).graphs
+    return graph
+
+
+def folds(graph: Simulated) -> set[str]:
+    return {n.kwargs["fold"].name for n in graph.rewritten.folds}
+
+
+class Mixture(Base):
+    """Two experts, each token a weighted sum of both: the weights are slices of size one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.other = nn.Linear(WIDTH, 2), MLP()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stem(tokens)
+        p = self.router(x).softmax(-1)
+        x = x + p[..., :1] * self.mlp(x) + p[..., 1:] * self.other(x)
+        return self.loss(self.head(x), tokens)
+
+
+def test_a_mixture() -> None:
+    assert folds(run(Mixture)) == {"mlp", "other", "head"}
+
+
+class LearnedBias(Base):
+    """What attention adds to its scores is looked up by distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.bias = nn.Embedding(7, HEADS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stem(tokens)
+        at = torch.arange(x.shape[1])
+        distance = at[:, None] - at[None, :]
+        bias = self.bias(distance.clamp(-3, 3) + 3).permute(2, 0, 1)[None]
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.into(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, bias.masked_fill(distance < 0, -torch.inf))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.loss(self.head(x + self.mlp(x)), tokens)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_mask_with_a_gradient(ranks: int) -> None:
+    graph = run(LearnedBias, ranks)
+    assert folds(graph) == {"mlp", "head"}
+    assert [f.why for f in graph.rewritten.typed.fallbacks] == ["its mask has a gradient"]

@@ -1,0 +1,121 @@
+"""`memory_budget`: which regions keep their matrix products for the backward, which make them
+again.
+
+In: a budget and what each region would keep, of one rank. The regions that spare the most
+computation per byte come first, of equal ones the last; each that still fits keeps its products.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tspc.body import ROWS, Body, evaluate, numel
+from tspc.errors import OptionError
+from tspc.layout import Layout
+
+Budget = str | float | int
+MAX_SPEED, MIN = "max-speed", "min"
+VALID = (
+    f"{MAX_SPEED!r}, {MIN!r}, a share of what {MAX_SPEED!r} keeps from 0.0 to 1.0, or bytes per "
+    "rank as an int or as text such as '2GiB'"
+)
+_UNITS = {
+    "B": 1,
+    **{f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)},
+    **{f"{u}IB": 1024**k for k, u in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """The matrix products of a region that its backward wants.
+
+    body: as it keeps them. kept: whether the budget lets it.
+    """
+
+    name: str
+    body: Body
+    kept: bool
+
+    def bytes(self, sizes: Mapping[Any, Any]) -> int:
+        """Of one rank, at these values of the symbols."""
+        return kept_bytes(self.body, sizes)
+
+
+def check(budget: Any) -> None:
+    """Raises `OptionError` naming what is valid."""
+    limit(budget, 0)
+
+
+def limit(budget: Any, most: int) -> float:
+    """Bytes of one rank, of the `most` that there are to keep."""
+    if isinstance(budget, str):
+        if budget in (MAX_SPEED, MIN):
+            return most if budget == MAX_SPEED else 0
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", budget.strip().upper())
+        if found and found[2] in _UNITS:
+            return float(found[1]) * _UNITS[found[2]]
+    elif isinstance(budget, float) and 0 <= budget <= 1:
+        return budget * most
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 and budget != 1:
+        return budget
+    hint = "; one byte is '1B', all of it 1.0" if type(budget) is int and budget == 1 else ""
+    raise OptionError(f"memory_budget={budget!r}; valid: {VALID}{hint}")
+
+
+def kept_bytes(body: Body, sizes: Mapping[Any, Any]) -> int:
+    """What the pieces of a fold keep on one rank, all shards together."""
+    values = _values(body, sizes)
+    elements = (
+        numel(body.values[n].shape, values) * body.values[n].dtype.itemsize
+        for p in body.pieces
+        for n in p.saves
+    )
+    return int(body.ranks * sum(elements))
+
+
+def spared(body: Body, sizes: Mapping[Any, Any]) -> int:
+    """FLOPs of one rank's backward that keeping them spares, all shards together."""
+    return int(body.ranks * evaluate(body.spared, _values(body, sizes)))
+
+
+def _values(body: Body, sizes: Mapping[Any, Any]) -> dict[Any, Any]:
+    layout = Layout(body.ranks, body.order)
+    rows = layout.chunks * layout.chunk_rows(int(evaluate(body.length, sizes)))
+    return {**sizes, ROWS: int(rows)}
+
+
+def choose(
+    budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Mapping[Any, Any]
+) -> tuple[Keeping, ...]:
+    """Regions that keep nothing are left out."""
+    regions = [(n, b) for n, b in regions if any(p.saves for p in b.pieces)]
+    bytes_of = [kept_bytes(b, sizes) for _, b in regions]
+    gain = [spared(b, sizes) / max(n, 1) for (_, b), n in zip(regions, bytes_of)]
+    left, kept = limit(budget, sum(bytes_of)), set()
+    for i in sorted(range(len(regions)), key=lambda i: (-gain[i], -i)):
+        if bytes_of[i] <= left:
+            left -= bytes_of[i]
+            kept.add(i)
+    return tuple(Keeping(n, b, i in kept) for i, (n, b) in enumerate(regions))
+
+
+def lines(keepings: Sequence[Keeping], sizes: Mapping[Any, Any]) -> list[str]:
+    """For people: which regions keep, which make again, with bytes of one rank."""
+    out = []
+    for title, kept in (("kept for backward", True), ("made again in backward", False)):
+        mine = [(k.name, k.bytes(sizes)) for k in keepings if k.kept == kept]
+        if mine:
+            listed = ", ".join(f"{n} {_size(b)}" for n, b in mine)
+            out.append(f"{title}: {_size(sum(b for _, b in mine))} a rank: {listed}")
+    return out
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
