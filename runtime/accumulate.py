@@ -20,6 +20,7 @@ from tspc.runtime.execute import Place
 
 from tspc.errors import PendingGradientError, PlanError
 
+aten = torch.ops.aten
 _QUIET: list[nn.Module] = []
 _OPEN: dict[int, weakref.ref[nn.Parameter]] = {}  # whose gradients were kept, in that order
 _HOOKS: list[Any] = []
@@ -50,6 +51,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 class Kept(torch.Tensor):
     """In `.grad`: `total`, the sum of this rank's gradients of its chunk, and what was `before`."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # may be looked at
+
     place: Place
     total: torch.Tensor
     before: torch.Tensor | None
@@ -73,33 +76,18 @@ class Kept(torch.Tensor):
             p.grad = torch.zeros_like(p) if self.before is None else self.before.zero_()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        if func not in (torch.Tensor.zero_, torch._foreach_zero_):
-            raise PendingGradientError(_MESSAGE)
-        for x in tree_leaves(args):
-            x.clear() if isinstance(x, Kept) else x.zero_()
-        return args[0]
-
-    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A gradient of code outside of the compiled graphs, averaged already, is added."""
-        if func is not torch.ops.aten.add_.Tensor or not isinstance(args[0], Kept):
-            raise PendingGradientError(_MESSAGE)
-        kept, g = args[:2]
-        kept.before = g if kept.before is None else kept.before + g
-        return kept
-
-
-# what clearing reads
-_LOOKS = {
-    torch.Tensor.requires_grad_,
-    *(
-        getattr(torch.Tensor, n).__get__
-        for n in ("device", "dtype", "grad_fn", "is_sparse", "layout", "requires_grad", "shape")
-    ),
-}
+        """Cleared, or added to by code outside of the compiled graphs, whose gradients are means
+        already; nothing else."""
+        if func in (aten.zero_.default, aten._foreach_zero_.default):
+            for x in tree_leaves(args):
+                x.clear() if isinstance(x, Kept) else x.zero_()
+            return args[0] if func is aten.zero_.default else None
+        if func is aten.add_.Tensor and isinstance(args[0], Kept):
+            kept, g = args
+            kept.before = g.clone() if kept.before is None else kept.before + g
+            return kept
+        raise PendingGradientError(_MESSAGE)
 
 
 def is_cut(p: DTensor) -> bool:
