@@ -92,14 +92,13 @@ FIRST, LAST = ("replicas", "tsp"), ("tsp", "replicas")
 
 
 CASES = [
+    ((2, 1), FIRST, False, 3, True, "llama_like", EAGER),
+    ((2, 1), LAST, True, 1, False, "llama_like", EAGER | ZERO),
+    ((2, 1), FIRST, True, 3, True, "gpt2_like", EAGER | ZERO),
     ((2, 2), FIRST, False, 1, False, "llama_like", {}),
     ((2, 2), LAST, True, 3, True, "gpt2_like", EAGER),
     ((2, 2), FIRST, True, 3, True, "llama_like", EAGER | ZERO),
     ((2, 2), LAST, False, 3, False, "gpt2_like", EAGER | ZERO),
-    ((1, 4), FIRST, True, 3, True, "llama_like", EAGER | ZERO),
-    ((2, 1), FIRST, False, 3, True, "llama_like", EAGER),
-    ((2, 1), FIRST, True, 3, True, "gpt2_like", EAGER | ZERO),
-    ((2, 1), LAST, True, 1, False, "llama_like", EAGER | ZERO),
 ]
 
 
@@ -138,9 +137,7 @@ def floats(model: str, options: dict[str, Any]) -> tuple[float, float]:
     return worst, float(((second - first) / first).abs().max())
 
 
-@pytest.mark.parametrize(
-    "model, options", [("hf_llama", {}), ("hf_llama", ZERO), ("hf_qwen3", ZERO)]
-)
+@pytest.mark.parametrize("model, options", [("hf_llama", ZERO), ("hf_qwen3", {})])
 def test_float32(world: Any, model: str, options: dict[str, Any]) -> None:
     for grads, losses in world(4).run(floats, model=model, options=options):
         assert grads <= 1e-5 and losses <= 1e-4
@@ -190,7 +187,7 @@ def held(options: dict[str, Any]) -> tuple[float, float, float]:
     ends = []
     for tsp in (False, True):
         torch.manual_seed(0)
-        m = LlamaLike(512, 64, 2, 8, 4, 256)
+        m = LlamaLike(512, 64, 1, 8, 4, 256)
         given = {"mesh": mesh, **EAGER, **options}
         fn = torch.compile(m, backend="tsp", options=given) if tsp else m
         optimizer = torch.optim.AdamW(m.parameters())
