@@ -51,7 +51,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 class Kept(torch.Tensor):
     """In `.grad`: `total`, the sum of this rank's gradients of its chunk, and what was `before`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # may be looked at
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     place: Place
     total: torch.Tensor
