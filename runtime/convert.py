@@ -42,10 +42,16 @@ class ShardedParameter(nn.Parameter):
         raise ShardedParameterError(cls._MESSAGE)
 
 
-def convert(module: nn.Module, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]) -> None:
+def convert(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    axis: str,
+    dims: Mapping[int, int | None],
+    cut: bool = False,
+) -> None:
     """Shard in place, exchange the parameters in live optimizers, free the whole copies."""
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
-    exchanged = shard_parameters(module, mesh, axis, dims)
+    exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
         _EXCHANGED[id(old)] = (weakref.ref(old), new)
         grad = grads.get(id(old))
@@ -81,7 +87,11 @@ def rebind(optimizer: Optimizer) -> None:
 
 
 def convert_and_restart(
-    gm: torch.fx.GraphModule, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
+    gm: torch.fx.GraphModule,
+    mesh: DeviceMesh,
+    axis: str,
+    dims: Mapping[int, int | None],
+    cut: bool,
 ) -> None:
     """Called inside of the backend for a graph with whole parameters: raises so that Dynamo
     traces again."""
@@ -96,5 +106,5 @@ def convert_and_restart(
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
         for m in roots:
             if any(not isinstance(p, DTensor) for p in m.parameters()):
-                convert(m, mesh, axis, dims)
+                convert(m, mesh, axis, dims, cut)
     raise RestartTrace(restart_reason="tspc sharded the parameters")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tspc.runtime import attention as attn
-from tspc.runtime import exchange, schedules
+from tspc.runtime import exchange, replicas, schedules
 from tspc.runtime.drivers import distributed
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
@@ -26,11 +26,12 @@ GENERATORS: dict[str, Callable[..., Steps]] = {}
 @dataclass(frozen=True)
 class Place:
     """A rank's place on an axis and the process groups of its links; its place among the replicas
-    of a data-parallel axis."""
+    of a data-parallel axis; the one-dim mesh of the axis."""
 
     axis: Axis
     groups: Mapping[str, Any] = field(default_factory=dict)
     replicas: Axis | None = None
+    mesh: Any = None
 
     def from_first_replica(self, x: torch.Tensor) -> torch.Tensor:
         """The first replica's value."""
@@ -40,18 +41,36 @@ class Place:
         dist.broadcast(out, dist.get_global_rank(group, 0), group)
         return out
 
-    def mean(self, grads: Sequence[Any], reduce: torch.dtype | None = None) -> list[Any]:
-        """Gradients (None: none) averaged over the replicas, as DDP does; one communication per
-        dtype."""
-        at = [i for i, g in enumerate(grads) if g is not None]
-        if self.replicas is None or not at:
-            return list(grads)
-        given = [grads[i] for i in at]
-        steps = exchange.bucket_all_reduce(self.replicas, given, reduce)
-        sums = distributed(steps, self.replicas, {"activations": self.groups["replicas"]})
+    def gather(
+        self, parts: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """The chunks of `sizes` rows of what is cut over the replicas too."""
+        if self.replicas is None or not parts:
+            return list(parts)
+        steps = replicas.gather(self.replicas, parts, dims, sizes)
+        return distributed(steps, self.replicas, self.groups)
+
+    def mean(
+        self,
+        grads: Sequence[Any],
+        dims: Sequence[int | None],
+        reduce: torch.dtype | None = None,
+    ) -> list[Any]:
+        """Gradients (None: none) averaged over the replicas; with a dim, this rank's part only."""
         out = list(grads)
-        for i, g in zip(at, sums):
-            out[i] = g.div_(self.replicas.size)
+        if self.replicas is None:
+            return out
+        cut, kept = (
+            [i for i, g in enumerate(grads) if g is not None and (dims[i] is not None) is whether]
+            for whether in (True, False)
+        )
+        given = [grads[i] for i in cut], [dims[i] for i in cut]
+        for at, steps in (
+            (cut, replicas.scatter_mean(self.replicas, *given, reduce)),
+            (kept, replicas.mean(self.replicas, [grads[i] for i in kept], reduce)),
+        ):
+            for i, g in zip(at, distributed(steps, self.replicas, self.groups)):
+                out[i] = g
         return out
 
 
@@ -80,12 +99,14 @@ def _nothing(result: Any) -> Steps:
     yield
 
 
-def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.Tensor:
+def _whole_weight(local: torch.Tensor, dim: int, size: int, cut: bool, name: str) -> torch.Tensor:
     """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are
     stored."""
     if dim < 0:
         return local.clone()
     place = PLACES[name]
+    if cut:
+        (local,) = place.gather([local], [dim], [chunk_rows(place.axis, size)])
     missing = -(-size // place.axis.size) - local.shape[dim]
     if missing:
         shape = list(local.shape)
@@ -95,18 +116,24 @@ def _whole_weight(local: torch.Tensor, dim: int, size: int, name: str) -> torch.
     return distributed(steps, place.axis, place.groups)
 
 
+def chunk_rows(axis: Axis, size: int) -> int:
+    """Rows of this rank's chunk, as torch cuts."""
+    chunk = -(-size // axis.size)
+    return max(0, min(chunk, size - axis.rank * chunk))
+
+
 def _whole_weight_backward(
-    g: torch.Tensor, dim: int, size: int, name: str, rows: int
+    g: torch.Tensor, dim: int, size: int, cut: bool, name: str, rows: int
 ) -> torch.Tensor:
     """Eager code runs alike on all ranks: the gradient of the chunk is its part of the whole
     one."""
     place = PLACES[name]
-    (g,) = place.mean([g])
-    if dim < 0:
-        return g.clone()
-    axis = place.axis
-    start = min(axis.rank * -(-size // axis.size), size)
-    return g.narrow(dim, start, rows).clone()
+    if dim >= 0:
+        axis = place.axis
+        start = min(axis.rank * -(-size // axis.size), size)
+        g = g.narrow(dim, start, chunk_rows(axis, size))
+    (mine,) = place.mean([g], [dim if cut else None])
+    return mine.clone(memory_format=torch.contiguous_format)
 
 
 LIB.impl("whole_weight", _whole_weight, "CompositeExplicitAutograd")

@@ -1,8 +1,12 @@
 """The TSP axis of a run: which mesh dim, this rank's place on it, its process groups over the same
-ranks (weights, activations, and checks on the CPU), and the replicas on the other mesh dim."""
+ranks (weights, activations, and checks on the CPU), and the replicas on the other mesh dim.
+
+Parameters are stored on the mesh of the axis, or of the axis and then the replicas.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +19,26 @@ from tspc.errors import PlanError
 from tspc.options import Options
 
 _WORLD: dict[str, DeviceMesh] = {}
-# (a mesh of two axes, the name of one) or that axis itself, by identity -> (the axis, its replicas)
-_PAIRS: dict[Any, tuple[DeviceMesh, DeviceMesh | None]] = {}
-_KEPT: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axis to fold on, the data-parallel one if there is one, and what parameters are stored
+    on."""
+
+    tsp: DeviceMesh
+    replicas: DeviceMesh | None
+    storage: DeviceMesh
+
+
+# by identity: (a mesh of two axes, the name of one) or a mesh that parameters are stored on
+_AXES: dict[Any, Axes] = {}
+_KEPT: list[DeviceMesh] = []
 
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
-    """The place of this rank and the one-dim mesh of the axis; without a process group an axis of
-    one rank."""
+    """The place of this rank and the mesh that parameters are stored on; without a process group
+    an axis of one rank."""
     if not dist.is_initialized():
         if options.mesh is not None:
             raise PlanError("a mesh was given but no process group is initialized")
@@ -38,23 +54,23 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
         if kind not in _WORLD or _WORLD[kind].size() != dist.get_world_size():
             _WORLD[kind] = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tsp",))
         mesh = _WORLD[kind]
-    mesh, replicas = _axes(mesh, options.axis)
+    axes = _axes(mesh, options.axis)
     if mesh.device_type != device.type:
         raise PlanError(
             f"the model is on {device.type}, the mesh on {mesh.device_type}: {move} first"
         )
-    ranks = dist.get_process_group_ranks(mesh.get_group())
-    names = mesh.mesh_dim_names
+    ranks = dist.get_process_group_ranks(axes.tsp.get_group())
+    names = axes.tsp.mesh_dim_names
     name = f"{names[0] if names else 'tsp'}_{'_'.join(map(str, ranks))}"
-    if replicas is not None:
-        name += f"_of_{replicas.size()}"
+    if axes.replicas is not None:
+        name += f"_of_{axes.replicas.size()}"
     if name not in PLACES:
-        PLACES[name] = _place(name, mesh, replicas)
-    return PLACES[name], mesh
+        PLACES[name] = _place(name, axes)
+    return PLACES[name], axes.storage
 
 
-def _place(name: str, mesh: DeviceMesh, replicas: DeviceMesh | None) -> Place:
-    group = mesh.get_group()
+def _place(name: str, axes: Axes) -> Place:
+    group = axes.tsp.get_group()
     ranks = dist.get_process_group_ranks(group)
     axis = Axis(name, len(ranks), dist.get_rank(group))
     groups: dict[str, Any] = {
@@ -62,28 +78,28 @@ def _place(name: str, mesh: DeviceMesh, replicas: DeviceMesh | None) -> Place:
         "activations": group,
         "checks": dist.new_group(ranks, backend="gloo", use_local_synchronization=True),
     }
-    if replicas is None:
-        return Place(axis, groups)
-    other = replicas.get_group()
+    if axes.replicas is None:
+        return Place(axis, groups, None, axes.tsp)
+    other = axes.replicas.get_group()
     all_of_them = dist.get_process_group_ranks(other)
     groups["replicas"] = other
     groups["replica checks"] = dist.new_group(
         all_of_them, backend="gloo", use_local_synchronization=True
     )
-    return Place(axis, groups, Axis("replicas", replicas.size(), dist.get_rank(other)))
+    replicas = Axis("replicas", axes.replicas.size(), dist.get_rank(other))
+    return Place(axis, groups, replicas, axes.tsp)
 
 
-def _axes(mesh: DeviceMesh, axis: str | None) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """(the axis to fold on, the data-parallel axis if there is one)."""
-    if id(mesh) in _PAIRS:
-        return _PAIRS[id(mesh)]
+def _axes(mesh: DeviceMesh, axis: str | None) -> Axes:
     names = mesh.mesh_dim_names or ()
     if axis is not None and axis not in names:
         raise PlanError(
             f"the mesh has no axis {axis!r}; its axes are {', '.join(names) or 'unnamed'}"
         )
     if mesh.ndim == 1:
-        return mesh, None
+        return Axes(mesh, None, mesh)
+    if axis is None and id(mesh) in _AXES:
+        return _AXES[id(mesh)]
     if mesh.ndim > 2:
         raise PlanError(
             f"the mesh is {tuple(mesh.shape)}: give two axes, one to fold on and one of replicas"
@@ -92,10 +108,23 @@ def _axes(mesh: DeviceMesh, axis: str | None) -> tuple[DeviceMesh, DeviceMesh | 
         listed = ", ".join(names)
         raise PlanError(f"name the axis to fold on: options={{'axis': ...}}, one of {listed}")
     chosen = axis or "tsp"
-    (other,) = [n for n in names if n != chosen]
     key = id(mesh), chosen
-    if key not in _PAIRS:
-        pair = mesh[chosen], mesh[other] if mesh[other].size() > 1 else None
-        _KEPT.append((mesh, pair))
-        _PAIRS[key] = _PAIRS[id(pair[0])] = pair
-    return _PAIRS[key]
+    if key not in _AXES:
+        _AXES[key] = axes = _pair(mesh, chosen)
+        _AXES[id(axes.storage)] = axes
+        _KEPT.append(mesh)
+    return _AXES[key]
+
+
+def _pair(mesh: DeviceMesh, chosen: str) -> Axes:
+    (other,) = [n for n in mesh.mesh_dim_names or () if n != chosen]
+    tsp, replicas = mesh[chosen], mesh[other]
+    if replicas.size() == 1:
+        return Axes(tsp, None, tsp)
+    if mesh.mesh_dim_names == (chosen, other):
+        return Axes(tsp, replicas, mesh)
+    groups = [tsp.get_group(), replicas.get_group()]
+    storage = DeviceMesh.from_group(
+        groups, mesh.device_type, mesh.mesh.T.contiguous(), mesh_dim_names=(chosen, other)
+    )
+    return Axes(tsp, replicas, storage)

@@ -2,8 +2,9 @@
 inside a compiled root.
 
 `shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose
-properties read them. `Prologue` turns the stored chunks into the equal shards that the folds
-take, and gradients back (DESIGN section 9).
+properties read them. `Prologue` turns what is stored into the equal shards that the folds take,
+and gradients back (DESIGN section 9). Stored are torch's chunks over the TSP axis, and then over
+the replicas, where there are some: whole chunks or, with `cut`, parts of them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.execute import PLACES, Place, chunk_rows
 from tspc.runtime.repack import repack, repack_backward
 
 from tspc.shard import ShardMap
@@ -33,11 +35,11 @@ def _reading() -> bool:
 
 
 def _whole(p: DTensor, axis: str) -> torch.Tensor:
-    (placement,) = p.placements
-    local = p.to_local()
+    placement, local = p.placements[0], p.to_local()
     if isinstance(placement, Replicate):
-        return torch.ops.tspc.whole_weight(local, -1, 0, axis)
-    return torch.ops.tspc.whole_weight(local, placement.dim, p.shape[placement.dim], axis)
+        return torch.ops.tspc.whole_weight(local, -1, 0, False, axis)
+    dim = placement.dim
+    return torch.ops.tspc.whole_weight(local, dim, p.shape[dim], is_cut(p), axis)
 
 
 def _property(name: str, axis: str) -> property:
@@ -124,17 +126,22 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
 
 
 def shard_parameters(
-    module: nn.Module, mesh: DeviceMesh, axis: str, dims: Mapping[int, int | None]
+    module: nn.Module,
+    mesh: DeviceMesh,
+    axis: str,
+    dims: Mapping[int, int | None],
+    cut: bool = False,
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Every parameter becomes a DTensor, by rank 0's values (of the first replica); buffers too
     come from rank 0.
 
     -> old to new.
         dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their
-        largest dim.
+        largest dim. cut: over the replicas too, as those that are stored so already.
     """
+    cut = cut or any(is_cut(p) for p in module.parameters() if isinstance(p, DTensor))
     assign_data_of_shards()
-    group = mesh.get_group()
+    group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
@@ -148,10 +155,10 @@ def shard_parameters(
                     continue
                 if id(p) not in made:
                     dim = dims[id(p)] if id(p) in dims else default_dim(p)
-                    placement = Replicate() if dim is None else Shard(dim)
+                    chunk = Replicate() if dim is None else Shard(dim)
+                    placements = [chunk, chunk if cut else Replicate()][: mesh.ndim]
                     rank = None if p.is_meta else 0
-                    whole = PLACES[axis].from_first_replica(p.data)
-                    data = distribute_tensor(whole, mesh, [placement], src_data_rank=rank)
+                    data = distribute_tensor(p.data, mesh, placements, src_data_rank=rank)
                     made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
                     exchanged[p] = made[id(p)]
                 m._parameters[n] = made[id(p)]
@@ -175,46 +182,68 @@ def placed(m: ShardMap | None) -> Placement:
     return Replicate() if m is None else Shard(m.dim)
 
 
-def _exchanged(x: DTensor, wanted: Placement) -> DTensor:
-    """Collective, unless it is stored so already."""
-    return x if x.placements[0] == wanted else x.detach().redistribute(placements=[wanted])
+def _exchanged(
+    x: torch.Tensor, p: DTensor, given: Placement, wanted: Placement, mesh: DeviceMesh
+) -> torch.Tensor:
+    """Collective, unless the chunk is cut as wanted already."""
+    if given == wanted:
+        return x
+    rest = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+    chunk = DTensor.from_local(x, mesh, [given], **rest)
+    return chunk.redistribute(placements=[wanted]).to_local()
+
+
+def _chunks(place: Place, params: Sequence[DTensor]) -> list[torch.Tensor]:
+    """This rank's chunks, whole: gathered over the replicas where they are cut."""
+    out = [p._local_tensor for p in params]
+    cut = [i for i, p in enumerate(params) if is_cut(p)]
+    dims = [params[i].placements[0].dim for i in cut]
+    sizes = [chunk_rows(place.axis, params[i].shape[d]) for i, d in zip(cut, dims)]
+    for i, x in zip(cut, place.gather([out[i] for i in cut], dims, sizes)):
+        out[i] = x
+    return out
 
 
 class Prologue(torch.autograd.Function):
-    """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go
-    back as DTensors.
+    """What is stored of all parameters -> the tensors that one rank's program takes; gradients go
+    back as DTensors, their means over the replicas.
 
     A parameter stored otherwise than the program's map wants is exchanged, either way.
+    reduce: the type in which gradients add up.
     """
 
     @staticmethod
-    def forward(ctx: Any, place: Place, maps: Sequence[ShardMap | None], *params: DTensor) -> Any:
-        ctx.place, ctx.maps = place, maps
-        ctx.stored = [p._spec for p in params]
-        given = [_exchanged(p, placed(m)) for p, m in zip(params, maps)]
-        ctx.specs = [(p._spec, p._local_tensor.shape) for p in given]
+    def forward(
+        ctx: Any,
+        place: Place,
+        maps: Sequence[ShardMap | None],
+        reduce: torch.dtype | None,
+        *params: DTensor,
+    ) -> Any:
+        ctx.rest = place, maps, reduce, params
+        ctx.rows = []
         ctx.set_materialize_grads(False)
         outs = []
-        for p, m in zip(given, maps):
-            local = p._local_tensor
+        for p, m, x in zip(params, maps, _chunks(place, params)):
+            x = _exchanged(x, p, p.placements[0], placed(m), place.mesh)
+            ctx.rows.append(0 if m is None else x.shape[m.dim])
             if m is None:
-                outs.append(local.view_as(local))
+                outs.append(x.view_as(x))
             else:
-                steps = repack(place.axis, m, local, p.shape[m.dim])
+                steps = repack(place.axis, m, x, p.shape[m.dim])
                 outs.append(distributed(steps, place.axis, place.groups))
         return tuple(outs)
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
-        place, local = ctx.place, []
-        for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
-            if g is not None and m is not None:
-                steps = repack_backward(place.axis, m, g, spec.shape[m.dim], shape[m.dim])
-                g = distributed(steps, place.axis, place.groups)
-            local.append(g)
-        out = []
-        for g, stored, (spec, _) in zip(place.mean(local), ctx.stored, ctx.specs):
-            whole = None if g is None else DTensor(g, spec, requires_grad=False)
-            out.append(None if whole is None else _exchanged(whole, stored.placements[0]))
-        return (None, None, *out)
+        place, maps, reduce, params = ctx.rest
+        chunks = []
+        for g, m, p, rows in zip(grads, maps, params, ctx.rows):
+            if g is not None:
+                if m is not None:
+                    steps = repack_backward(place.axis, m, g, p.shape[m.dim], rows)
+                    g = distributed(steps, place.axis, place.groups)
+                g = _exchanged(g, p, placed(m), p.placements[0], place.mesh)
+            chunks.append(g)
+        return (None, None, None, *reduced(place, params, chunks, reduce))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from tspc.runtime.convert import convert
 from tspc.runtime.mesh import resolve
@@ -20,8 +20,11 @@ from tspc.runtime.mesh import resolve
 from tests.models import call, loss_of, make, tokens_of, whole
 from tspc.options import parse
 
+# TSP ranks and replicas that hold parts, by the ranks of a world
+SHARES = {4: (2, 2), 2: (1, 2)}
 MODELS = {"llama_like": (6, 3), "gpt2_like": (4, 4), "hf_qwen3": (4, 2)}
 EAGER = {"compiler": "eager"}
+Found = dict[str, tuple[list[float], dict[str, torch.Tensor]]]
 
 
 def _steps(
@@ -52,14 +55,29 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": both[0], "optimizer": both[1]}
 
 
-def saved(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
-    """Per model: the losses of the next three steps, and what was saved."""
+def _models(cut: bool) -> list[tuple[str, tuple[int, int]]]:
+    return [(name, heads) for name, heads in MODELS.items() if not cut or name != "hf_qwen3"]
+
+
+def _mesh(cut: bool) -> DeviceMesh:
+    ranks = dist.get_world_size()
+    if cut:
+        return init_device_mesh("cpu", SHARES[ranks], mesh_dim_names=("tsp", "replicas"))
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tsp",))
+
+
+def saved(folder: str, cut: bool = False) -> Found:
+    """Per model: the losses of the next three steps, and what was saved.
+
+    cut: over replicas too, which all get the same batch here.
+    """
     out = {}
-    for name, heads in MODELS.items():
+    for name, heads in _models(cut):
         torch._dynamo.reset()
         m = make(name, *heads, layers=1)
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
-        fn = torch.compile(m, backend="tsp", options=EAGER)
+        options = {**EAGER, "mesh": _mesh(cut), "replicas": "shard" if cut else "replicate"}
+        fn = torch.compile(m, backend="tsp", options=options)
         _steps(name, m, fn, optimizer, 0)
         state = _state(m, optimizer)
         dcp.save(state, checkpoint_id=f"{folder}/{name}")
@@ -68,18 +86,18 @@ def saved(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]
     return out
 
 
-def resumed(folder: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+def resumed(folder: str, cut: bool = False) -> Found:
     """The same, from the checkpoint, into other weights; on several ranks sharded before."""
     out = {}
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    for name, heads in MODELS.items():
+    for name, heads in _models(cut):
         torch._dynamo.reset()
         m = make(name, *heads, layers=1, seed=7)
         fn: Any = m
         if ranks > 1:
-            mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tsp",))
-            place, _ = resolve(parse({"mesh": mesh}), torch.device("cpu"))
-            convert(m, mesh, place.axis.name, {})  # cut along other dims than it was saved
+            place, mesh = resolve(parse({"mesh": _mesh(cut)}), torch.device("cpu"))
+            # cut along other dims than it was saved
+            convert(m, mesh, place.axis.name, {}, cut)
             assert all(isinstance(p, DTensor) for p in m.parameters())
             fn = torch.compile(m, backend="tsp", options=EAGER)
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
@@ -103,6 +121,18 @@ def test_resumes_on_other_ranks(world: Any, tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found[1] = resumed(str(tmp_path))
     dist.destroy_process_group()
+    _equal(wanted, found)
+
+
+@pytest.mark.dist
+def test_resumes_on_other_parts(world: Any, tmp_path: Path) -> None:
+    wanted = world(4).run(saved, folder=str(tmp_path), cut=True)[0]
+    found = {2: world(2).run(resumed, folder=str(tmp_path), cut=True)[0]}
+    found[0] = resumed(str(tmp_path), True)
+    _equal(wanted, found)
+
+
+def _equal(wanted: Found, found: dict[int, Found]) -> None:
     assert all(len(w[1]) > 20 for w in wanted.values())
     for ranks, models in found.items():
         for name, (losses, state) in models.items():

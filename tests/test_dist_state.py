@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -32,9 +33,9 @@ TOKENS = tokens_of(9)
 class Twins:
     """The same model compiled over the ranks, and on one device; `found` is the worst error."""
 
-    def __init__(self, mine: nn.Module, one: nn.Module):
+    def __init__(self, mine: nn.Module, one: nn.Module, options: dict[str, Any] = EAGER):
         self.mine, self.one = mine, one
-        self.fn: Any = torch.compile(mine, backend="tsp", options=EAGER)
+        self.fn: Any = torch.compile(mine, backend="tsp", options=options)
         self.found: dict[str, float] = {}
 
     def both(self, do: Callable[[nn.Module], Any]) -> list[Any]:
@@ -80,16 +81,24 @@ def modes() -> dict[str, float]:
     return t.found
 
 
-def copies() -> dict[str, float]:
+def parts() -> dict[str, Any]:
+    """Options: two replicas, which get the same batch here, and parameters cut over them too."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "tsp"))
+    return {**EAGER, "mesh": mesh, "replicas": "shard"}
+
+
+def copies(cut: bool = False) -> dict[str, float]:
     """deepcopy, averages, an eager call, saving and loading."""
-    t = Twins(*(make("gpt2_like", layers=1) for _ in range(2)))
+    options = parts() if cut else EAGER
+    t = Twins(*(make("gpt2_like", layers=1) for _ in range(2)), options)
     t.check("first")
     assert [n for n, _ in t.mine.named_parameters()] == [n for n, _ in t.one.named_parameters()]
     assert t.mine.state_dict().keys() == t.one.state_dict().keys()
     assert all(isinstance(p, DTensor) for p in t.mine.parameters())
     t.found["eager"] = float((t.mine(TOKENS, TOKENS) - t.one(TOKENS, TOKENS)).detach().abs())
-    ema = Twins(*t.both(copy.deepcopy))
-    average = Twins(*t.both(lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9))))
+    ema = Twins(*t.both(copy.deepcopy), options)
+    averages = t.both(lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
+    average = Twins(*averages, options)
     assert ema.mine.head.weight is ema.mine.tokens.weight
     assert ema.mine.head.weight is not t.mine.head.weight
     t.both(lambda m: m.load_state_dict(_weights(t.one, 1)))
@@ -115,13 +124,13 @@ def copies() -> dict[str, float]:
     file = io.BytesIO()
     torch.save(t.mine, file)
     file.seek(0)
-    Twins(torch.load(file, weights_only=False), t.one).check("saved module")
+    Twins(torch.load(file, weights_only=False), t.one, options).check("saved module")
     return t.found | ema.found | average.found
 
 
-def changed() -> dict[str, float]:
+def changed(cut: bool = False) -> dict[str, float]:
     """Parameters replaced, assigned, moved to other types; optimizers, schedules, clipping."""
-    t = Twins(*(make("gpt2_like", layers=1) for _ in range(2)))
+    t = Twins(*(make("gpt2_like", layers=1) for _ in range(2)), parts() if cut else EAGER)
     t.check("first")
     w = _weights(t.one, 2)["blocks.0.wide.weight"]
     t.both(lambda m: setattr(m.blocks[0].wide, "weight", nn.Parameter(w.clone())))
@@ -174,8 +183,13 @@ def buffers() -> dict[str, float]:
     return t.found
 
 
-@pytest.mark.parametrize("life", [modes, copies, changed, buffers])
-def test_stays_equal_to_one_device(world: Any, life: Callable[[], dict[str, float]]) -> None:
-    for found in world(2).run(life):
+LIVES = [(modes, 2), (copies, 2), (changed, 2), (buffers, 2), (copies, 4), (changed, 4)]
+
+
+@pytest.mark.parametrize("life, ranks", LIVES)
+def test_stays_equal_to_one_device(
+    world: Any, life: Callable[..., dict[str, float]], ranks: int
+) -> None:
+    for found in world(ranks).run(life, **({"cut": True} if ranks == 4 else {})):
         bad = {n: e for n, e in found.items() if not e < (1e-5 if n == "float32" else 1e-9)}
         assert not bad and len(found) > 2

@@ -7,6 +7,7 @@ from tspc.errors import (
     CaptureError,
     OptionError,
     ParityError,
+    PendingGradientError,
     PlanError,
     RankMismatchError,
     RuleError,
@@ -14,11 +15,13 @@ from tspc.errors import (
     TspcError,
     UnsupportedError,
 )
+from tspc.runtime.accumulate import no_sync
 
 __all__ = [
     "CaptureError",
     "OptionError",
     "ParityError",
+    "PendingGradientError",
     "Plan",
     "PlanError",
     "RankMismatchError",
@@ -28,6 +31,7 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "explain",
+    "no_sync",
     "plan",
     "tsp",
     "verify",

@@ -66,12 +66,12 @@ class Plan:
         device = next(iter(parameters.values())).device
         if mesh is not None and device.type == "meta":
             device = torch.device(mesh.device_type)
-        place, one = resolve(replace(self.options, mesh=mesh or self.options.mesh), device)
+        place, storage = resolve(replace(self.options, mesh=mesh or self.options.mesh), device)
         if place.axis.size != self.ranks:
             raise PlanError(f"the plan is for {self.ranks} ranks, the axis has {place.axis.size}")
         dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}
-        if one is not None and (self.ranks > 1 or place.replicas is not None):
-            convert(model, one, place.axis.name, dims)
+        if storage is not None and (self.ranks > 1 or place.replicas is not None):
+            convert(model, storage, place.axis.name, dims, self.options.cut)
 
     def init(
         self,

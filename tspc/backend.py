@@ -57,7 +57,6 @@ class Compiled:
     captured: Captured
     rewritten: Rewritten
     place: Place
-    mesh: DeviceMesh
     sizes: dict[Any, int] = field(default_factory=dict)
 
 
@@ -78,10 +77,17 @@ def tsp(
     the model.
     """
     chosen = parse(options)
+    stored = (x for x in example_inputs if isinstance(x, DTensor))
+    meshes = [x.device_mesh for x in stored if isinstance(x, torch.nn.Parameter)]
     if chosen.mesh is None:
-        meshes = [x.device_mesh for x in example_inputs if isinstance(x, DTensor)]
         chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
+    for given in meshes if mesh is not None else ():
+        if given.shape != mesh.shape:
+            raise PlanError(
+                f"the parameters are stored on a mesh of {tuple(given.shape)} ranks, the options "
+                f"give one of {tuple(mesh.shape)}: compile with the mesh of plan.apply"
+            )
     if mesh is None or (place.axis.size == 1 and place.replicas is None):
         return compile_fx(gm, list(example_inputs))
     if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
@@ -114,10 +120,10 @@ def _compile(
         isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
-        convert_and_restart(gm, mesh, place.axis.name, dims)
+        convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
     for line in found if place.axis.rank == 0 else ():
         log.warning(line)
-    compiled = Compiled(captured, rewritten, place, mesh)
+    compiled = Compiled(captured, rewritten, place)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
     return _function(compiled, chosen, example_inputs, gm)
@@ -247,7 +253,7 @@ def _function(
     run_local = compile_local(rewritten.local, fakes, options.compiler)
     _restate_guards(compiled, fakes)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
-    device = _device(example_inputs)
+    device, reduce = _device(example_inputs), options.reduce_dtype
     examples = captured.given(nodes, example_inputs, None)
     sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
     maps = []
@@ -273,7 +279,7 @@ def _function(
             given = captured.given(nodes, args, seed.shared(place, device))
         if sharded:
             stored = [given[i] for i in sharded]
-            for i, local in zip(sharded, Prologue.apply(place, maps, *stored)):
+            for i, local in zip(sharded, Prologue.apply(place, maps, reduce, *stored)):
                 given[i] = local
         with off():
             outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
@@ -294,7 +300,7 @@ def _results(
         shape = tuple(evaluate(s, sizes) for s in r.shape)
         if r.kind == "sharded":
             rest = (layout, r.dim, rows, length, shape)
-            out.append(sharded(x, place, compiled.mesh, *rest))
+            out.append(sharded(x, place, place.mesh, *rest))
             continue
 
         def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:

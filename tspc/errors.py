@@ -33,6 +33,10 @@ class ShardedParameterError(TspcError, RuntimeError):
     """A stale reference to a whole parameter that has been sharded."""
 
 
+class PendingGradientError(TspcError, RuntimeError):
+    """A gradient that `no_sync` keeps was used."""
+
+
 class RankMismatchError(TspcError, RuntimeError):
     """Ranks of one axis that disagree."""
 

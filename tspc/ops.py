@@ -20,10 +20,12 @@ _DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str orde
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
-# a stored shard (torch's chunk of `dim`, -1: all of it) -> the whole weight; stands in a traced
-# model where it reads a parameter
-LIB.define("whole_weight(Tensor local, int dim, int size, str axis) -> Tensor")
-LIB.define("whole_weight_backward(Tensor g, int dim, int size, str axis, SymInt rows) -> Tensor")
+# a stored shard (torch's chunk of `dim`, -1: all of it; cut: its chunk over the replicas) -> the
+# whole weight; stands in a traced model where it reads a parameter
+LIB.define("whole_weight(Tensor local, int dim, int size, bool cut, str axis) -> Tensor")
+LIB.define(
+    "whole_weight_backward(Tensor g, int dim, int size, bool cut, str axis, SymInt rows) -> Tensor"
+)
 LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
 LIB.define(f"whole_backward(Tensor g, {_DIM}) -> Tensor")
 LIB.define(f"local(Tensor x, {_DIM}) -> Tensor")
@@ -105,12 +107,12 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @_fake("whole_weight")
-def _whole_weight_fake(local, dim, size, axis):
+def _whole_weight_fake(local, dim, size, cut, axis):
     return torch.empty_like(local) if dim < 0 else _resized(local, dim, size)
 
 
 @_fake("whole_weight_backward")
-def _whole_weight_backward_fake(g, dim, size, axis, rows):
+def _whole_weight_backward_fake(g, dim, size, cut, axis, rows):
     return torch.empty_like(g) if dim < 0 else _resized(g, dim, rows)
 
 
@@ -195,7 +197,7 @@ def _whole_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _whole_weight_grad(ctx: Any, g: torch.Tensor) -> Any:
-    return (torch.ops.tspc.whole_weight_backward(g, *ctx.rest, ctx.rows), None, None, None)
+    return (torch.ops.tspc.whole_weight_backward(g, *ctx.rest, ctx.rows), *(None for _ in ctx.rest))
 
 
 _register("whole_weight", _whole_weight_setup, _whole_weight_grad)

@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "check_inputs": ("auto", True, False),
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
+    "replicas": ("replicate", "shard"),
 }
 
 
@@ -29,7 +30,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Options:
     """Mesh: a DeviceMesh, default the world as one axis.
 
-    axis: the mesh dim to fold on.
+    axis: the mesh dim to fold on; the other one is data-parallel.
+        replicas: what the data-parallel axis does with parameters, gradients and optimizer state:
+        "replicate" them, or "shard" the chunks of the first axis once more (ZeRO).
         schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or
         glob to one.
         outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
@@ -51,6 +54,7 @@ class Options:
 
     mesh: Any = None
     axis: str | None = None
+    replicas: str = "replicate"
     plan: Any = None
     schedule: str | Mapping[str, str] = "auto"
     layout: str = "auto"
@@ -62,6 +66,11 @@ class Options:
     memory_budget: budget.Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Parameters are cut over the replicas too."""
+        return self.replicas == "shard"
 
 
 def parse(given: Mapping[str, Any] | None) -> Options:
