@@ -79,9 +79,10 @@ def whole(
     lead: int,
     rows: int,
     length: int,
+    link: str = "activations",
 ) -> Steps:
     """S -> R: gather, undo the order, drop the pads."""
-    handle = yield AllGather(x)
+    handle = yield AllGather(x, link)
     joined = join(handle.wait(), dim, lead)
     count = axis.size * layout.chunks * rows
     parts = layout.whole(_split(joined, dim, lead, count), 1, rows, length)

@@ -1,5 +1,6 @@
 """The TSP axis of a run: which mesh dim, this rank's place on it, its process groups over the same
-ranks (weights, activations, and checks on the CPU), and the replicas on the other mesh dim."""
+ranks (weights, activations, and checks on the CPU), with the timeout of the given one, and the
+replicas on the other mesh dim."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from tspc.runtime.requests import Axis
 
 from tspc.errors import PlanError
 from tspc.options import Options
+from tspc.torch_seams import timeout_of
 
 _WORLD: dict[str, DeviceMesh] = {}
 # (a mesh of two axes, the name of one) or that axis itself, by identity -> (the axis, its replicas)
@@ -56,11 +58,12 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
 def _place(name: str, mesh: DeviceMesh, replicas: DeviceMesh | None) -> Place:
     group = mesh.get_group()
     ranks = dist.get_process_group_ranks(group)
-    axis = Axis(name, len(ranks), dist.get_rank(group))
+    axis, timeout = Axis(name, len(ranks), dist.get_rank(group)), timeout_of(group)
     groups: dict[str, Any] = {
-        "weights": dist.new_group(ranks, use_local_synchronization=True),
+        "outputs": group,
         "activations": group,
-        "checks": dist.new_group(ranks, backend="gloo", use_local_synchronization=True),
+        "weights": dist.new_group(ranks, timeout, use_local_synchronization=True),
+        "checks": dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True),
     }
     if replicas is None:
         return Place(axis, groups)
@@ -68,7 +71,7 @@ def _place(name: str, mesh: DeviceMesh, replicas: DeviceMesh | None) -> Place:
     all_of_them = dist.get_process_group_ranks(other)
     groups["replicas"] = other
     groups["replica checks"] = dist.new_group(
-        all_of_them, backend="gloo", use_local_synchronization=True
+        all_of_them, timeout_of(other), "gloo", use_local_synchronization=True
     )
     return Place(axis, groups, Axis("replicas", replicas.size(), dist.get_rank(other)))
 

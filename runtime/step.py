@@ -54,6 +54,7 @@ class Call:
     sizes: Sequence[int]
     rows: int  # c
     length: int
+    turn: int = 0  # the step that it is at, from 1
 
     @property
     def layout(self) -> Layout:

@@ -19,11 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.failures import told
+from tspc.runtime.finite import check_gradients
 from tspc.runtime.repack import repack, repack_backward
 
 from tspc.shard import ShardMap
 from tspc.torch_seams import assign_data_of_shards, move_shard
 
+EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
 _CLASSES: dict[tuple[type, tuple[str, ...], str], type] = {}
 
@@ -138,7 +141,7 @@ def shard_parameters(
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
-    with torch.no_grad():
+    with torch.no_grad(), told("the sharding of the parameters", group):
         for m in module.modules():
             names = tuple(n for n, p in m._parameters.items() if p is not None)
             for n in names:
@@ -185,11 +188,19 @@ class Prologue(torch.autograd.Function):
     back as DTensors.
 
     A parameter stored otherwise than the program's map wants is exchanged, either way.
+    names: of the parameters, if their gradients are to be checked (`check_nan`).
     """
 
     @staticmethod
-    def forward(ctx: Any, place: Place, maps: Sequence[ShardMap | None], *params: DTensor) -> Any:
-        ctx.place, ctx.maps = place, maps
+    def forward(
+        ctx: Any,
+        place: Place,
+        maps: Sequence[ShardMap | None],
+        names: Sequence[str],
+        *params: DTensor,
+    ) -> Any:
+        ctx.place, ctx.maps, ctx.names = place, maps, names
+        ctx.params = [p._local_tensor for p in params] if names else ()
         ctx.stored = [p._spec for p in params]
         given = [_exchanged(p, placed(m)) for p, m in zip(params, maps)]
         ctx.specs = [(p._spec, p._local_tensor.shape) for p in given]
@@ -201,7 +212,7 @@ class Prologue(torch.autograd.Function):
                 outs.append(local.view_as(local))
             else:
                 steps = repack(place.axis, m, local, p.shape[m.dim])
-                outs.append(distributed(steps, place.axis, place.groups))
+                outs.append(distributed(steps, place.axis, place.groups, EXCHANGE))
         return tuple(outs)
 
     @staticmethod
@@ -211,10 +222,12 @@ class Prologue(torch.autograd.Function):
         for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
             if g is not None and m is not None:
                 steps = repack_backward(place.axis, m, g, spec.shape[m.dim], shape[m.dim])
-                g = distributed(steps, place.axis, place.groups)
+                g = distributed(steps, place.axis, place.groups, EXCHANGE)
             local.append(g)
-        out = []
-        for g, stored, (spec, _) in zip(place.mean(local), ctx.stored, ctx.specs):
+        out, mean = [], place.mean(local)
+        if ctx.names:
+            check_gradients(place, [*zip(ctx.names, mean)], [*zip(ctx.names, ctx.params)])
+        for g, stored, (spec, _) in zip(mean, ctx.stored, ctx.specs):
             whole = None if g is None else DTensor(g, spec, requires_grad=False)
             out.append(None if whole is None else _exchanged(whole, stored.placements[0]))
-        return (None, None, *out)
+        return (None, None, None, *out)

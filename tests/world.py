@@ -47,7 +47,7 @@ def _in_turn(rank: int, folder: str) -> Callable[[], None]:
 def _work(rank: int, ranks: int, folder: str, cache: str | None, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if cache is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.format(rank=rank)
     torch.set_num_threads(1)
     store = os.path.join(folder, "store")
     dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{store}")
@@ -70,7 +70,7 @@ class World:
     """run(function, **kwargs) on every rank; the results, or an error of the first rank that
     failed.
 
-    cache: Inductor's cache folder, default its own.
+    cache: Inductor's cache folder ("{rank}" in it: one of each rank), default its own.
     """
 
     def __init__(self, ranks: int, cache: str | None = None):

@@ -5,9 +5,11 @@ from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp
 from tspc.errors import (
     CaptureError,
+    NonFiniteError,
     OptionError,
     ParityError,
     PlanError,
+    RankFailureError,
     RankMismatchError,
     RuleError,
     ShardedParameterError,
@@ -17,10 +19,12 @@ from tspc.errors import (
 
 __all__ = [
     "CaptureError",
+    "NonFiniteError",
     "OptionError",
     "ParityError",
     "Plan",
     "PlanError",
+    "RankFailureError",
     "RankMismatchError",
     "RuleError",
     "ShardedParameterError",

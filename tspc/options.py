@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
     "memory_budget": ("max-speed", "min"),
+    "check_nan": (True, False),
 }
 
 
@@ -36,6 +37,8 @@ class Options:
         whole; "sharded" as DTensors.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
+        check_nan: after each forward and backward of the compiled model, what is not finite is an
+        error that names it, alike on all ranks.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
         share; "min" makes them again.
         param_dtype: what the float parameters are cast to before they travel and are computed with;
@@ -60,6 +63,7 @@ class Options:
     memory_budget: str = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    check_nan: bool = False
 
     @property
     def save(self) -> bool:
