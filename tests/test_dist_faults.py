@@ -115,8 +115,8 @@ def test_a_kill_inside_of_a_region(tmp_path: Path) -> None:
     first, second, killed = ends(3, killed_in_a_region, tmp_path)
     assert killed[0] == "killed" and first[0] == second[0] == "RankFailureError"
     assert re.search(
-        r"^rank 0 waited in tspc::fold, region 'blocks.0.mlp' \(ring, step [23] of 3\) for Shift of "
-        r"weights, which failed \(.*\); missing: rank 2[;.]",
+        r"^rank 0 waited in tspc::fold, region 'blocks.0.mlp' \(ring, step [23] of 3\) for Shift "
+        r"of weights, which failed \(.*\); missing: rank 2[;.]",
         first[1],
     ), first[1]
     assert re.search(r"missing: rank 2|rank 0 waits in tspc::fold, region", second[1]), second[1]
