@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place
 from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
-from tspc.runtime.repack import repack, repack_backward
+from tspc.runtime.repack import fits, repack, repack_backward
 
 from tspc.shard import ShardMap
 from tspc.torch_seams import assign_data_of_shards, move_shard
@@ -183,51 +185,63 @@ def _exchanged(x: DTensor, wanted: Placement) -> DTensor:
     return x if x.placements[0] == wanted else x.detach().redistribute(placements=[wanted])
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How one graph takes its sharded parameters.
+
+    names: of the parameters, if their gradients are to be checked (`check_nan`).
+    """
+
+    place: Place
+    maps: Sequence[ShardMap | None]
+    names: Sequence[str] = ()
+
+    @cached_property
+    def wanted(self) -> list[Placement]:
+        """How each is stored where nothing has to be exchanged."""
+        return [placed(m) for m in self.maps]
+
+
 class Prologue(torch.autograd.Function):
     """Stored chunks of all parameters -> the tensors that one rank's program takes; gradients go
     back as DTensors.
 
     A parameter stored otherwise than the program's map wants is exchanged, either way.
-    names: of the parameters, if their gradients are to be checked (`check_nan`).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        place: Place,
-        maps: Sequence[ShardMap | None],
-        names: Sequence[str],
-        *params: DTensor,
-    ) -> Any:
-        ctx.place, ctx.maps, ctx.names = place, maps, names
-        ctx.params = [p._local_tensor for p in params] if names else ()
-        ctx.stored = [p._spec for p in params]
-        given = [_exchanged(p, placed(m)) for p, m in zip(params, maps)]
-        ctx.specs = [(p._spec, p._local_tensor.shape) for p in given]
+    def forward(ctx: Any, taken: Taken, *params: DTensor) -> Any:
+        place = ctx.place = taken.place
+        ctx.taken, ctx.stored, ctx.specs, outs = taken, [], [], []
+        ctx.params = [p._local_tensor for p in params] if taken.names else ()
         ctx.set_materialize_grads(False)
-        outs = []
-        for p, m in zip(given, maps):
-            local = p._local_tensor
-            if m is None:
+        for p, m, wanted in zip(params, taken.maps, taken.wanted):
+            ctx.stored.append(p._spec)
+            p = _exchanged(p, wanted)
+            spec, local = p._spec, p._local_tensor
+            ctx.specs.append((spec, local.shape))
+            if m is None or fits(m, local.shape, spec.shape):
                 outs.append(local.view_as(local))
             else:
-                steps = repack(place.axis, m, local, p.shape[m.dim])
+                steps = repack(place.axis, m, local, spec.shape[m.dim])
                 outs.append(distributed(steps, place.axis, place.groups, EXCHANGE))
         return tuple(outs)
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
-        place, local = ctx.place, []
-        for g, m, (spec, shape) in zip(grads, ctx.maps, ctx.specs):
-            if g is not None and m is not None:
+        taken, place, local = ctx.taken, ctx.place, []
+        for g, m, (spec, shape) in zip(grads, taken.maps, ctx.specs):
+            if g is not None and m is not None and not fits(m, shape, spec.shape):
                 steps = repack_backward(place.axis, m, g, spec.shape[m.dim], shape[m.dim])
                 g = distributed(steps, place.axis, place.groups, EXCHANGE)
             local.append(g)
         out, mean = [], place.mean(local)
-        if ctx.names:
-            check_gradients(place, [*zip(ctx.names, mean)], [*zip(ctx.names, ctx.params)])
+        if taken.names:
+            check_gradients(place, [*zip(taken.names, mean)], [*zip(taken.names, ctx.params)])
         for g, stored, (spec, _) in zip(mean, ctx.stored, ctx.specs):
-            whole = None if g is None else DTensor(g, spec, requires_grad=False)
-            out.append(None if whole is None else _exchanged(whole, stored.placements[0]))
-        return (None, None, None, *out)
+            if g is not None:
+                g = DTensor(g.contiguous(), spec, requires_grad=False)
+                g = g if spec is stored else _exchanged(g, stored.placements[0])
+            out.append(g)
+        return (None, *out)

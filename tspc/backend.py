@@ -40,7 +40,7 @@ from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
 from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
-from tspc.runtime.storage import Prologue, placed
+from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.torch_seams import compiled_roots
 
@@ -263,20 +263,22 @@ def _function(
                 "every call"
             )
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
-    watched = [nodes[i].name for i in sharded] if options.check_nan else ()
+    names = [nodes[i].name for i in sharded] if options.check_nan else ()
+    taken = Taken(place, maps, names)
+    positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
 
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
-        given = captured.given(nodes, args, None)
+        given = [None if i is None else args[i] for i in positions]
         check([given[i] for i in plain])
         if rewritten.draws:
-            given = captured.given(nodes, args, seed.shared(place, device))
+            given[positions.index(None)] = seed.shared(place, device)
         if sharded:
             stored = [given[i] for i in sharded]
-            for i, local in zip(sharded, Prologue.apply(place, maps, watched, *stored)):
+            for i, local in zip(sharded, Prologue.apply(taken, *stored)):
                 given[i] = local
         with off():
             outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
