@@ -355,9 +355,9 @@ class _Run:
         body = n.kwargs["body"]
         tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
         values = [self.sizes.symbols[s] for s in body.symbols]
-        rest = (values, self.rows, self.length, body.key, self.program.axis)
-        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *rest)
         fold = n.kwargs["fold"]
+        rest = (values, self.rows, self.length, fold.name, body.key, self.program.axis)
+        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *rest)
         out = []
         for e, x in zip(fold.exits, got):
             if e.kind == "lse":

@@ -176,8 +176,8 @@ def _joined(b: _Builder, n: Node) -> Node:
     parts: dict[int, tuple[int, Ref]] = {}
     node, dim, size = n, None, 0
     while node.op == aten.slice_scatter.default:
-        given = dict(zip(names, (None, None, 0, None, None, 1))) | dict(zip(names, node.args))
-        given |= node.kwargs
+        defaults: tuple[Any, ...] = (None, None, 0, None, None, 1)
+        given = dict(zip(names, defaults)) | dict(zip(names, node.args)) | node.kwargs
         dim = given["dim"] % len(n.type.shape) if dim is None else dim
         size, lo = n.type.shape[dim], given["start"] or 0
         hi = size if given["end"] is None else given["end"]

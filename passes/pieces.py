@@ -8,7 +8,6 @@ logits of pad units are
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from tspc.passes.fold import Fold
+from tspc.passes.key import structural_key
 from tspc.passes.localize import call
 from tspc.passes.propagate import Typed
 from tspc.passes.sizes import Sizes
@@ -126,15 +126,15 @@ def make_body(
         name = names[e.ref]
         k, lead = _where(maker, e.dims, symbols)
         outs.append(Out(name, e.kind, k, lead, e.type.requires_grad))
-    text = _text(
-        maker,
+    key = structural_key(
+        fold,
+        maker.leaf.size,
         names,
         values,
         tables,
         symbols,
         (tokens, outs, ranks, order, fold.schedule, hardware, save, reduce),
     )
-    key = f"{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     if key not in BODIES:
         BODIES[key] = Body(
             key,
@@ -391,30 +391,3 @@ def _neutral(
     shape = [1] * x.dim()
     shape[k] = real.shape[0]
     return torch.where(real.view(shape), x, fill)
-
-
-def _text(m: _Maker, names: Any, values: Any, tables: Any, symbols: Any, rest: Any) -> str:
-    """What decides the compiled pieces and the schedule, with canonical names of values and
-    symbols."""
-    renamed = {s: sympy.Symbol(f"s{i}") for i, s in enumerate(symbols)}
-
-    def show(a: Any) -> str:
-        if isinstance(a, Ref):
-            return names[a]
-        if isinstance(a, (tuple, list)):
-            return "(" + ",".join(map(show, a)) + ")"
-        if isinstance(a, sympy.Expr):
-            return str(a.xreplace(renamed))
-        if isinstance(a, Token):
-            return show((a.name, a.dim, a.lead, a.whole))
-        if isinstance(a, Out):
-            return show((a.name, a.kind, a.dim, a.lead, a.differentiable))
-        return repr(a)
-
-    lines = [show(rest), str((m.fold.units, m.fold.size)), show(m.leaf.size)]
-    lines += [f"{k} {show(v.shape)} {v.dtype} {v.requires_grad}" for k, v in values.items()]
-    for n in m.fold.body:
-        kwargs = ",".join(f"{k}={show(v)}" for k, v in n.kwargs.items())
-        lines.append(f"{names[Ref(n.name)]} {n.op} {show(n.args)} {kwargs}")
-    lines += [f"{names[r]} {k} {t.tolist()}" for r, (k, t) in tables.items()]
-    return "\n".join([*lines, torch.__version__])

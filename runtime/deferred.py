@@ -3,13 +3,14 @@ at first use."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from tspc.errors import UnsupportedError
+from tspc.errors import RankFailureError, UnsupportedError
 
 
 class DeferredTensor(torch.Tensor):
@@ -37,8 +38,16 @@ class DeferredTensor(torch.Tensor):
         """The gathered tensor."""
         if self._value is None:
             assert self._gather is not None
-            with torch.no_grad():
-                self._value = self._gather()
+            try:
+                with torch.no_grad():
+                    self._value = self._gather()
+            except RankFailureError as e:
+                raise RankFailureError(
+                    f"{_reader()} reads an output of the compiled model that is deferred, "
+                    f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}: that is a "
+                    'collective; read it on all ranks, or compile with options={"outputs": "full"} '
+                    f'or "sharded". {e}'
+                ) from e
             self._gather = None
         return self._value
 
@@ -55,6 +64,16 @@ class DeferredTensor(torch.Tensor):
             return x.whole() if isinstance(x, DeferredTensor) else x
 
         return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+def _reader() -> str:
+    """file:line of the caller's own code."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("torch", "tspc"):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
 
 class _NoGradient(torch.autograd.Function):

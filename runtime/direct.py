@@ -8,84 +8,117 @@ Every rank issues as many sends of the same shapes. Sums are in rank order, as i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from tspc.runtime.failures import lost
 
 Tensor = torch.Tensor
 
 
-def send(x: Tensor, to: int, group: Any) -> Any:
-    return dist.isend(x, group=group, group_dst=to)
+def send(x: Tensor, to: int, group: Any, tag: int = 0) -> Any:
+    return group.send([x], to, tag)  # dist.isend's checks take longer than the send
 
 
-def receive(into: Tensor, source: int, group: Any) -> Any:
-    return dist.irecv(into, group=group, group_src=source)
+def receive(into: Tensor, source: int, group: Any, tag: int = 0) -> Any:
+    return group.recv([into], source, tag)
 
 
 @dataclass
-class Received:
-    """Transfers under way and what is there when they are done; keeps what is sent alive."""
+class Transfers:
+    """Transfers under way. The driver says which request they answer.
+
+    near: (rank, ranks) of sends between ranks, nearest neighbours first.
+    """
 
     works: list[Any]
+    kind: type = field(default=object, init=False)
+    link: str = field(default="", init=False)
+    near: tuple[int, int] | None = field(default=None, init=False)
+
+    def finish(self) -> None:
+        """Raises `failures.Lost` if one of them does not happen."""
+        for i, work in enumerate(self.works):
+            try:
+                work.wait()
+            except RuntimeError as e:
+                raise lost(e, self.kind, self.link, self._peer(i)) from e
+        self.works = []
+
+    def _peer(self, i: int) -> int | None:
+        if self.near is None:
+            return None
+        (rank, ranks), k = self.near, i // 2 + 1
+        return (rank + k if i % 2 else rank - k) % ranks
+
+
+@dataclass
+class Received(Transfers):
+    """What is there when they are done; keeps what is sent alive."""
+
     result: Any
     sent: Any = None
 
     def wait(self) -> Any:
-        for work in self.works:
-            work.wait()
-        self.works, self.sent = [], None
+        self.finish()
+        self.sent = None
         return self.result
 
 
 @dataclass
-class Summed:
+class Summed(Transfers):
     """One block of every rank under way, summed in rank order when they are there."""
 
-    works: list[Any]
     blocks: list[Tensor]
     rank: int
     sent: Any
     result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        for work in self.works:
-            work.wait()
+        self.finish()
         if self.result is None:
             self.result = self.blocks[0].clone() if self.rank == 0 else self.blocks[0]
             for block in self.blocks[1:]:
                 self.result += block
-        self.works, self.blocks, self.sent = [], [], None
+        self.blocks, self.sent = [], None
         return self.result
 
 
 def shift(x: Tensor, rank: int, ranks: int, group: Any) -> Received:
     out = torch.empty_like(x)
     works = [receive(out, (rank - 1) % ranks, group), send(x, (rank + 1) % ranks, group)]
-    return Received(works, out, x)
+    return _near(Received(works, out, x), rank, ranks)
 
 
-def all_gather(x: Tensor, rank: int, ranks: int, group: Any) -> Received:
+def all_gather(x: Tensor, rank: int, ranks: int, group: Any, tag: int = 0) -> Received:
     out = x.new_empty((ranks, *x.shape))
-    works = _everyone([x] * ranks, list(out), rank, group)
+    works = _everyone([x] * ranks, list(out), rank, group, tag)
     out[rank] = x
-    return Received(works, out, x)
+    return _near(Received(works, out, x), rank, ranks)
 
 
 def reduce_scatter(x: Tensor, rank: int, ranks: int, group: Any) -> Summed:
     blocks = [x[r] if r == rank else x.new_empty(x.shape[1:]) for r in range(ranks)]
-    return Summed(_everyone(x, blocks, rank, group), blocks, rank, x)
+    return _near(Summed(_everyone(x, blocks, rank, group), blocks, rank, x), rank, ranks)
+
+
+def _near(transfers: Any, rank: int, ranks: int) -> Any:
+    transfers.near = rank, ranks
+    return transfers
 
 
 def _everyone(
-    sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor], rank: int, group: Any
+    sent: Sequence[Tensor] | Tensor,
+    received: Sequence[Tensor],
+    rank: int,
+    group: Any,
+    tag: int = 0,
 ) -> list[Any]:
     """Block i goes to rank i, block i comes from rank i; nearest neighbours first."""
     ranks, works = len(received), []
     for k in range(1, ranks):
         source, to = (rank - k) % ranks, (rank + k) % ranks
-        works.append(receive(received[source], source, group))
-        works.append(send(sent[to], to, group))
+        works.append(receive(received[source], source, group, tag))
+        works.append(send(sent[to], to, group, tag))
     return works

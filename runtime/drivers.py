@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tspc.runtime import direct
 from tspc.runtime.direct import Received
+from tspc.runtime.failures import Lost, failure, lost
 from tspc.runtime.requests import (
     AllGather,
     AllReduce,
@@ -31,6 +32,9 @@ from tspc.runtime.requests import (
 )
 
 from tspc.errors import RankMismatchError
+
+# of the links that share a group with another: what goes over one is never taken for the other's
+TAGS = {"outputs": 1}
 
 # torch 2.13 renamed them
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -93,20 +97,37 @@ class _Done:
         return self.result
 
 
-def distributed(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
-    """Run one rank's generator over process groups, one per link."""
+def distributed(
+    steps: Steps, axis: Axis, groups: Mapping[str, Any], what: str = "a collective"
+) -> Any:
+    """Run one rank's generator over process groups, one per link.
+
+    what: where this is, for the message. Raises `RankFailureError` if another rank does not come.
+    """
+    try:
+        with torch.no_grad():
+            return _run(steps, axis, groups)
+    except Lost as e:
+        raise failure(e, what, next(iter(groups.values()))) from e.cause
+
+
+def _run(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
     handle: Any = None
-    with torch.no_grad():
-        while True:
-            try:
-                request = steps.send(handle)
-            except StopIteration as stop:
-                return stop.value
-            if axis.size == 1:
-                handle = _Done(_answers([request])[0])
-                continue
-            _note(request, axis.size)
+    while True:
+        try:
+            request = steps.send(handle)
+        except StopIteration as stop:
+            return stop.value
+        if axis.size == 1:
+            handle = _Done(_answers([request])[0])
+            continue
+        _note(request, axis.size)
+        try:
             handle = _issue(request, axis, groups[request.link])
+        except RuntimeError as e:
+            steps.throw(lost(e, type(request), request.link))
+            raise
+        handle.kind, handle.link = type(request), request.link
 
 
 def _issue(request: Request, axis: Axis, group: Any) -> Any:
@@ -156,7 +177,7 @@ def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: Any) -
     if isinstance(request, Shift):
         return direct.shift(x, rank, ranks, group)
     if isinstance(request, AllGather):
-        return direct.all_gather(x, rank, ranks, group)
+        return direct.all_gather(x, rank, ranks, group, TAGS.get(request.link, 0))
     assert isinstance(request, ReduceScatter)
     return direct.reduce_scatter(x, rank, ranks, group)
 

@@ -49,6 +49,8 @@ def clear(
     layout: Layout, rank: int, x: torch.Tensor, dim: int, lead: int, rows: int, length: int
 ) -> torch.Tensor:
     """Zero in the pads."""
+    if layout.ranks * layout.chunks * rows == length:
+        return x.clone(memory_format=torch.contiguous_format)
     valid = layout.valid(rank, rows, length).to(x.device)
     parts = _split(x, dim, lead, layout.chunks * rows)
     return torch.where(valid[None, :, None], parts, 0).reshape(x.shape).contiguous()
@@ -79,9 +81,10 @@ def whole(
     lead: int,
     rows: int,
     length: int,
+    link: str = "activations",
 ) -> Steps:
     """S -> R: gather, undo the order, drop the pads."""
-    handle = yield AllGather(x)
+    handle = yield AllGather(x, link)
     joined = join(handle.wait(), dim, lead)
     count = axis.size * layout.chunks * rows
     parts = layout.whole(_split(joined, dim, lead, count), 1, rows, length)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tspc.runtime import attention as attn
 from tspc.runtime import exchange, replicas, schedules
 from tspc.runtime.drivers import distributed
+from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
@@ -48,7 +49,7 @@ class Place:
         if self.replicas is None or not parts:
             return list(parts)
         steps = replicas.gather(self.replicas, parts, dims, sizes)
-        return distributed(steps, self.replicas, self.groups)
+        return self._among_replicas(steps, "the gathering of weights over the replicas")
 
     def mean(
         self,
@@ -69,9 +70,14 @@ class Place:
             (cut, replicas.scatter_mean(self.replicas, *given, reduce)),
             (kept, replicas.mean(self.replicas, [grads[i] for i in kept], reduce)),
         ):
-            for i, g in zip(at, distributed(steps, self.replicas, self.groups)):
+            what = "the mean of gradients over the replicas"
+            for i, g in zip(at, self._among_replicas(steps, what)):
                 out[i] = g
         return out
+
+    def _among_replicas(self, steps: Steps, what: str) -> Any:
+        assert self.replicas is not None
+        return distributed(steps, self.replicas, {"replicas": self.groups["replicas"]}, what)
 
 
 PLACES: dict[str, Place] = {}
@@ -81,11 +87,11 @@ def _steps(name: str) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
     """Register a generator function (axis, *arguments of the op) and the op's implementation."""
 
     def register(fn: Callable[..., Steps]) -> Callable[..., Steps]:
-        GENERATORS[name] = fn
+        GENERATORS[name], what = fn, f"tspc::{name}"
 
         def run(*args: Any) -> Any:
             place = PLACES[args[-1]]
-            return distributed(fn(place.axis, *args), place.axis, place.groups)
+            return distributed(fn(place.axis, *args), place.axis, place.groups, what)
 
         LIB.impl(name, run, "CompositeExplicitAutograd")
         return fn
@@ -113,7 +119,7 @@ def _whole_weight(local: torch.Tensor, dim: int, size: int, cut: bool, name: str
         shape[dim] = missing
         local = torch.cat([local, local.new_zeros(shape)], dim)
     steps = exchange.gather_weight(place.axis, local, dim, size)
-    return distributed(steps, place.axis, place.groups)
+    return distributed(steps, place.axis, place.groups, "the read of a whole weight")
 
 
 def chunk_rows(axis: Axis, size: int) -> int:
@@ -232,18 +238,33 @@ def _attention_backward(
 
 
 @_steps("fold")
-def _fold(axis, tokens, invariants, shards, sizes, rows, length, key, name):
+def _fold(axis, tokens, invariants, shards, sizes, rows, length, region, key, name):
     call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
-    outs, saved = yield from schedules.forward(call)
+    try:
+        outs, saved = yield from schedules.forward(call)
+    except Lost as e:
+        e.places.append(_where(region, call))
+        raise
     return _apart([*outs, *saved], [*tokens, *invariants, *shards])
 
 
 @_steps("fold_backward")
-def _fold_backward(axis, gs, tokens, invariants, shards, saved, sizes, rows, length, key, name):
+def _fold_backward(
+    axis, gs, tokens, invariants, shards, saved, sizes, rows, length, region, key, name
+):
     call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
-    grads = yield from schedules.backward(call, saved, gs)
+    try:
+        grads = yield from schedules.backward(call, saved, gs)
+    except Lost as e:
+        e.places.append(_where(region, call))
+        raise
     given = [g for g in (*gs, *tokens, *invariants, *shards, *saved) if g is not None]
     return _apart([g for part in grads for g in part if g is not None], given)
+
+
+def _where(region: str, call: Call) -> str:
+    step = f", step {call.turn} of {call.axis.size}" if call.turn else ""
+    return f"region {region!r} ({call.schedule}{step})"
 
 
 def _apart(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,23 +1,41 @@
 """Compile one rank's program: AOTAutograd, then Inductor with the order of communications kept,
-or plain eager graphs."""
+or plain eager graphs.
+
+The program is traced first, so that AOTAutograd's cache knows it: a second start lowers nothing.
+The graph holds no rank: one rank's cache serves all.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.aot_autograd import (
+    SerializableAOTDispatchCompiler,
+    aot_module_simplified,
+    make_boxed_func,
+)
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
+from torch._inductor.codecache import FxGraphCache
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch._inductor.lowering import make_pointwise, register_lowering
+from torch._inductor.output_code import OutputCode
 from torch._inductor.virtualized import V, ops
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 from torch.utils._ordered_set import OrderedSet
 from tspc.runtime.trace import Fakes, tag
 
@@ -70,14 +88,46 @@ def _partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
 
+@dataclass
+class Lowered(OutputCode):
+    """What Inductor made of a graph, as AOTAutograd's cache takes it.
+
+    The casts are in the program; a caller's autocast must not cast again.
+    """
+
+    graph: Any
+    _boxed_call: bool = True
+
+    def __call__(self, inputs: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return self.graph(inputs)
+
+    def prepare_for_serialization(self) -> None:
+        self.graph = copy.copy(self.graph)
+        self.graph.prepare_for_serialization()
+
+    def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
+        """Called when it was loaded."""
+        loaded, _ = FxGraphCache.cache_hit_post_compile(self.graph, {}, constants)
+        if loaded is None:
+            raise RuntimeError("a compiled graph cannot be loaded again")
+        self.graph = loaded
+        self.graph.post_compile(example_inputs, constants, graph_kwargs)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        self.graph.set_triton_bundle(triton_bundle)
+
+
 def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
     def compile_graph(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
         with V.set_fake_mode(fakes.mode):
-            return _without_autocast(compile_fx_inner(gm, inputs, is_backward=is_backward))
+            lowered = Lowered(compile_fx_inner(gm, inputs, is_backward=is_backward))
+        # a backward inside of a compiled function
+        return torch._dynamo.disable(lowered) if is_backward else lowered
 
-    return compile_graph
+    return SerializableAOTDispatchCompiler(OutputCode, compile_graph)
 
 
 def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
@@ -96,6 +146,32 @@ def _without_autocast(compiled: Any) -> Any:
     return whole
 
 
+def _traced(program: torch.nn.Module, fakes: Fakes) -> torch.fx.GraphModule:
+    """The forward above autograd. What a cache's key of a graph leaves out is told in `tspc_key`:
+    what is made again, the constants' values, and the code that made all this."""
+    with fakes.mode, torch.enable_grad(), preserve_node_meta():
+        gm = make_fx(program, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *fakes.inputs
+        )
+    metas = [[str(n.meta.get(k)) for k in ("recompute", "ac_graph_id")] for n in gm.graph.nodes]
+    held = [n.target for n in gm.graph.find_nodes(op="get_attr")]
+    values = [getattr(gm, str(t)).tolist() for t in held]
+    told = repr((_own_code(), metas, values))
+    gm.tspc_key = hashlib.sha256(told.encode()).hexdigest()
+    return gm
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """A hash of tspc's own files."""
+    digest = hashlib.sha256()
+    for package in ("tspc", "tspc.rules", "tspc.passes", "tspc.runtime"):
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def compile_local(
     program: torch.nn.Module, fakes: Fakes, compiler: str
 ) -> Callable[..., Sequence[Any]]:
@@ -104,13 +180,14 @@ def compile_local(
     inductor = compiler == "inductor"
     forward = _inner(fakes, False) if inductor else _eager
     backward = _inner(fakes, True) if inductor else _eager
+    patches = {"force_non_lazy_backward_lowering": True, "bundled_autograd_cache": inductor}
     with (
         tracing(TracingContext(fakes.mode)),
-        functorch_config.patch(force_non_lazy_backward_lowering=True),
+        functorch_config.patch(patches),
         inductor_config.patch(post_grad_custom_post_pass=KeepOrder()),
     ):
         return aot_module_simplified(
-            program,
+            _traced(program, fakes) if inductor else program,
             tuple(fakes.inputs),
             fw_compiler=forward,
             bw_compiler=backward,

@@ -125,7 +125,8 @@ class Wholes(TorchDispatchMode):
         k.tensor.untyped_storage().resize_(n * k.tensor.element_size())
         if k.chunk is not None:
             steps = exchange.gather_weight(self.place.axis, k.chunk, 0, n)
-            k.tensor.copy_(distributed(steps, self.place.axis, self.place.groups))
+            got = distributed(steps, self.place.axis, self.place.groups, "an initial value")
+            k.tensor.copy_(got)
         k.chunk, k.resident = None, True
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tspc.runtime import failures
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Steps
 
 from tspc.errors import RankMismatchError
 
+CHECK = "the check that starts a call or a compile"
 FIRST, EVERY = 3, 100  # calls of a graph whose contents "auto" compares
 LISTED = 4  # inputs that a message names
 ADVICE = (
@@ -53,11 +55,12 @@ def agree(place: Place, told: Mapping[str, str], verb: str) -> None:
     """
     mine = hashlib.blake2b(repr((verb, sorted(told.items()))).encode(), digest_size=8).digest()
     steps = _gather(torch.tensor([int.from_bytes(mine, "little", signed=True)]))
-    found = distributed(steps, place.axis, place.groups).view(-1).tolist()
+    found = distributed(steps, place.axis, place.groups, CHECK).view(-1).tolist()
     if all(h == found[0] for h in found):
         return
     said: list[Any] = [None] * place.axis.size
-    dist.all_gather_object(said, (verb, dict(told)), place.groups["checks"])
+    with failures.told(CHECK, place.groups["checks"]):
+        dist.all_gather_object(said, (verb, dict(told)), place.groups["checks"])
     wrong = [r for r, h in enumerate(found) if h != found[0]]
     lines = "; ".join(f"rank {r} {_differs(said, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(

@@ -1,5 +1,6 @@
 """The TSP axis of a run: which mesh dim, this rank's place on it, its process groups over the same
-ranks (weights, activations, and checks on the CPU), and the replicas on the other mesh dim.
+ranks (weights, activations, and checks on the CPU) with the timeout of the given one, and the
+replicas on the other mesh dim.
 
 Parameters are stored on the mesh of the axis, or of the axis and then the replicas.
 """
@@ -17,6 +18,7 @@ from tspc.runtime.requests import Axis
 
 from tspc.errors import PlanError
 from tspc.options import Options
+from tspc.torch_seams import timeout_of
 
 _WORLD: dict[str, DeviceMesh] = {}
 
@@ -72,11 +74,12 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
 def _place(name: str, axes: Axes) -> Place:
     group = axes.tsp.get_group()
     ranks = dist.get_process_group_ranks(group)
-    axis = Axis(name, len(ranks), dist.get_rank(group))
+    axis, timeout = Axis(name, len(ranks), dist.get_rank(group)), timeout_of(group)
     groups: dict[str, Any] = {
-        "weights": dist.new_group(ranks, use_local_synchronization=True),
+        "outputs": group,
         "activations": group,
-        "checks": dist.new_group(ranks, backend="gloo", use_local_synchronization=True),
+        "weights": dist.new_group(ranks, timeout, use_local_synchronization=True),
+        "checks": dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True),
     }
     if axes.replicas is None:
         return Place(axis, groups, None, axes.tsp)
@@ -84,7 +87,7 @@ def _place(name: str, axes: Axes) -> Place:
     all_of_them = dist.get_process_group_ranks(other)
     groups["replicas"] = other
     groups["replica checks"] = dist.new_group(
-        all_of_them, backend="gloo", use_local_synchronization=True
+        all_of_them, timeout_of(other), "gloo", use_local_synchronization=True
     )
     replicas = Axis("replicas", axes.replicas.size(), dist.get_rank(other))
     return Place(axis, groups, replicas, axes.tsp)

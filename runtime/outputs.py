@@ -75,13 +75,14 @@ class _Chunk(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.rest = place, layout, dim, rows, length, x.shape[dim] // (layout.chunks * rows)
         steps = to_chunks(place.axis, layout, x, dim, rows, length)
-        return distributed(steps, place.axis, place.groups)
+        return distributed(steps, place.axis, place.groups, "an output as a DTensor")
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         place, layout, dim, rows, length, trail = ctx.rest
         steps = from_chunks(place.axis, layout, g, dim, rows, length, trail)
-        return distributed(steps, place.axis, place.groups), None, None, None, None, None
+        local = distributed(steps, place.axis, place.groups, "the gradient of a DTensor output")
+        return local, None, None, None, None, None
 
 
 def sharded(

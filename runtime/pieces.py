@@ -102,7 +102,7 @@ class InductorPieces:
         self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
         self.forwards: dict[int, Any] = {}
         self.agains: dict[int, Any] = {}
-        self.backwards: dict[int, tuple[Any, list[str]]] = {}
+        self.backwards: dict[int, tuple[Any, list[str], tuple[str, ...]]] = {}
         for index, step in enumerate(body.steps):
             if isinstance(step, Piece):
                 self._compile(index, step, hints, rows, device)
@@ -147,7 +147,8 @@ class InductorPieces:
             self.agains[index] = self._lower(again, sizes, reads, device, True)
         if cotangents and wanted:
             reads = (*piece.reads, *piece.saves, *cotangents)
-            self.backwards[index] = self._lower(backward, sizes, reads, device, True), names
+            lowered = self._lower(backward, sizes, reads, device, True)
+            self.backwards[index] = lowered, names, cotangents
 
     def _split(
         self, given: Sequence[Any], names: Sequence[str]
@@ -222,9 +223,9 @@ class InductorPieces:
         assert isinstance(piece, Piece)
         if index not in self.backwards:
             return {}
-        compiled, names = self.backwards[index]
+        compiled, names, wanted = self.backwards[index]
         gs = []
-        for n in cotangent_names(self.body, index):
+        for n in wanted:
             v = self.body.values[n]
             if n in cotangents:
                 gs.append(cotangents[n].to(v.dtype))

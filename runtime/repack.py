@@ -3,6 +3,7 @@ where the maps agree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,11 @@ def _fit(m: ShardMap, rank: int, local: torch.Tensor, size: int) -> torch.Tensor
     shape = [1] * local.dim()
     shape[dim] = len(rows)
     return torch.where(keep.view(shape), local.index_select(dim, at), 0)
+
+
+def fits(m: ShardMap, local: Sequence[int], whole: Sequence[int]) -> bool:
+    """A chunk of this shape is the shard as it is: nothing to exchange, either way."""
+    return local[m.dim] == m.length and m.is_chunked(whole[m.dim])
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,8 @@ def draw() -> torch.Tensor:
 
 def shared(place: Place, device: torch.device) -> torch.Tensor:
     """One seed for all ranks of the axis; collective."""
-    return distributed(_first(draw()), place.axis, place.groups).to(device)
+    steps = _first(draw())
+    return distributed(steps, place.axis, place.groups, "the seed of a call").to(device)
 
 
 def _first(seed: torch.Tensor) -> Steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
@@ -54,8 +54,10 @@ class Call:
     sizes: Sequence[int]
     rows: int  # c
     length: int
+    turn: int = 0  # the step that it is at, from 1
+    known: dict[int, dict[Any, Any]] = field(default_factory=dict)  # symbols by rows
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout(self.axis.size, self.body.order)
 
@@ -64,7 +66,9 @@ class Call:
         return self.layout.chunks * self.rows
 
     def symbols(self, rows: int) -> dict[Any, Any]:
-        return symbol_values(self.body, self.sizes, rows)
+        if rows not in self.known:
+            self.known[rows] = symbol_values(self.body, self.sizes, rows)
+        return self.known[rows]
 
     def lead(self, size: Any) -> int:
         return evaluate(size, self.symbols(self.local_rows))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,11 +23,14 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place, chunk_rows
-from tspc.runtime.repack import repack, repack_backward
+from tspc.runtime.failures import told
+from tspc.runtime.finite import check_gradients
+from tspc.runtime.repack import fits, repack, repack_backward
 
 from tspc.shard import ShardMap
 from tspc.torch_seams import assign_data_of_shards, move_shard
 
+EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
 _CLASSES: dict[tuple[type, tuple[str, ...], str], type] = {}
 
@@ -145,7 +150,7 @@ def shard_parameters(
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
-    with torch.no_grad():
+    with torch.no_grad(), told("the sharding of the parameters", group):
         for m in module.modules():
             names = tuple(n for n, p in m._parameters.items() if p is not None)
             for n in names:
@@ -204,46 +209,66 @@ def _chunks(place: Place, params: Sequence[DTensor]) -> list[torch.Tensor]:
     return out
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How one graph takes its sharded parameters.
+
+    reduce: the type in which gradients add up. names: of the parameters, if their gradients are to
+    be checked (`check_nan`).
+    """
+
+    place: Place
+    maps: Sequence[ShardMap | None]
+    reduce: torch.dtype | None = None
+    names: Sequence[str] = ()
+
+    @cached_property
+    def wanted(self) -> list[Placement]:
+        """How each is stored where nothing has to be exchanged."""
+        return [placed(m) for m in self.maps]
+
+
 class Prologue(torch.autograd.Function):
     """What is stored of all parameters -> the tensors that one rank's program takes; gradients go
     back as DTensors, their means over the replicas.
 
     A parameter stored otherwise than the program's map wants is exchanged, either way.
-    reduce: the type in which gradients add up.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        place: Place,
-        maps: Sequence[ShardMap | None],
-        reduce: torch.dtype | None,
-        *params: DTensor,
-    ) -> Any:
-        ctx.rest = place, maps, reduce, params
-        ctx.rows = []
+    def forward(ctx: Any, taken: Taken, *params: DTensor) -> Any:
+        place = taken.place
+        ctx.rest, ctx.shapes, outs = (taken, params), [], []
         ctx.set_materialize_grads(False)
-        outs = []
-        for p, m, x in zip(params, maps, _chunks(place, params)):
-            x = _exchanged(x, p, p.placements[0], placed(m), place.mesh)
-            ctx.rows.append(0 if m is None else x.shape[m.dim])
-            if m is None:
+        chunks = _chunks(place, params)
+        for p, m, wanted, x in zip(params, taken.maps, taken.wanted, chunks):
+            spec = p._spec
+            x = _exchanged(x, p, spec.placements[0], wanted, place.mesh)
+            ctx.shapes.append(x.shape)
+            if m is None or fits(m, x.shape, spec.shape):
                 outs.append(x.view_as(x))
             else:
-                steps = repack(place.axis, m, x, p.shape[m.dim])
-                outs.append(distributed(steps, place.axis, place.groups))
+                steps = repack(place.axis, m, x, spec.shape[m.dim])
+                outs.append(distributed(steps, place.axis, place.groups, EXCHANGE))
         return tuple(outs)
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
-        place, maps, reduce, params = ctx.rest
-        chunks = []
-        for g, m, p, rows in zip(grads, maps, params, ctx.rows):
+        taken, params = ctx.rest
+        place, chunks = taken.place, []
+        for g, m, p, wanted, shape in zip(grads, taken.maps, params, taken.wanted, ctx.shapes):
+            spec = p._spec
             if g is not None:
-                if m is not None:
-                    steps = repack_backward(place.axis, m, g, p.shape[m.dim], rows)
-                    g = distributed(steps, place.axis, place.groups)
-                g = _exchanged(g, p, placed(m), p.placements[0], place.mesh)
+                if m is not None and not fits(m, shape, spec.shape):
+                    steps = repack_backward(place.axis, m, g, spec.shape[m.dim], shape[m.dim])
+                    g = distributed(steps, place.axis, place.groups, EXCHANGE)
+                g = _exchanged(g, p, wanted, spec.placements[0], place.mesh)
             chunks.append(g)
-        return (None, None, None, *reduced(place, params, chunks, reduce))
+        out = reduced(place, params, chunks, taken.reduce)
+        if taken.names:
+            made = [(n, None if g is None else g._local_tensor) for n, g in zip(taken.names, out)]
+            check_gradients(
+                place, made, [(n, p._local_tensor) for n, p in zip(taken.names, params)]
+            )
+        return (None, *out)

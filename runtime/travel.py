@@ -26,6 +26,7 @@ class Weights:
         """-> (j, the shards j by name)."""
         call, axis, turn = self.call, self.call.axis, self.turn
         self.turn += 1
+        call.turn = self.turn
         if call.schedule == GATHER:
             if self.blocks is None:
                 handle = yield AllGather(call.flat(), "weights")

@@ -83,6 +83,22 @@ def test_ranks_with_other_frozen_parameters(world: Any) -> None:
     _match(world(2).run(frozen_on_one), pattern)
 
 
+def other_ops() -> str:
+    act = torch.nn.GELU() if dist.get_rank() else torch.nn.SiLU()
+    m = torch.nn.Sequential(torch.nn.Linear(16, 32), act, torch.nn.Linear(32, 16))
+    fn = torch.compile(m, backend="tsp", options=EAGER)
+    return _told(lambda: fn(torch.ones(2, 8, 16)))
+
+
+def test_ranks_with_other_ops(world: Any) -> None:
+    told = world(2).run(other_ops)
+    pattern = (
+        r"ranks \[1\] .* rank 0 compiles a graph of op 1: aten.silu.default; "
+        r"rank 1 compiles a graph of op 1: aten.gelu.default"
+    )
+    _match(told, pattern)
+
+
 def on_another_device(mesh: bool) -> str:
     m = make("llama_like", layers=1).float().to("meta")
     given = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh else None

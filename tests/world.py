@@ -19,35 +19,41 @@ WAIT = 120.0  # seconds for another rank's compile
 
 
 def _in_turn(rank: int, folder: str) -> Callable[[], None]:
-    """Inductor lowers each graph on rank 0 first, so that the others find it in its cache; -> to
-    be called before each task."""
-    from torch._inductor import compile_fx
+    """Each graph and each piece is compiled on rank 0 first, so that the others find it in its
+    cache; -> to be called before each task."""
+    from tspc.runtime import pieces
 
-    lower, done = compile_fx._compile_fx_inner, [0, 0]
+    from tspc import backend
 
-    def compile_graph(*args: Any, **kwargs: Any) -> Any:
-        done[1] += 1
-        file = os.path.join(folder, f"{done[0]}_{done[1]}")
-        end = time.monotonic() + WAIT
-        while rank and not os.path.exists(file) and time.monotonic() < end:
-            time.sleep(0.01)
-        try:
-            return lower(*args, **kwargs)
-        finally:
-            if not rank:
-                open(file, "w").close()
+    done = [0, 0]
+
+    def in_turn(compiler: Any) -> Any:
+        def compile_graph(*args: Any, **kwargs: Any) -> Any:
+            done[1] += 1
+            file = os.path.join(folder, f"{done[0]}_{done[1]}")
+            end = time.monotonic() + WAIT
+            while rank and not os.path.exists(file) and time.monotonic() < end:
+                time.sleep(0.01)
+            try:
+                return compiler(*args, **kwargs)
+            finally:
+                if not rank:
+                    open(file, "w").close()
+
+        return compile_graph
 
     def task() -> None:
         done[:] = [done[0] + 1, 0]
 
-    compile_fx._compile_fx_inner = compile_graph
+    backend.compile_local = in_turn(backend.compile_local)
+    pieces.compile_fx_inner = in_turn(pieces.compile_fx_inner)
     return task
 
 
 def _work(rank: int, ranks: int, folder: str, cache: str | None, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if cache is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.format(rank=rank)
     torch.set_num_threads(1)
     store = os.path.join(folder, "store")
     dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{store}")
@@ -70,7 +76,7 @@ class World:
     """run(function, **kwargs) on every rank; the results, or an error of the first rank that
     failed.
 
-    cache: Inductor's cache folder, default its own.
+    cache: Inductor's cache folder ("{rank}" in it: one of each rank), default its own.
     """
 
     def __init__(self, ranks: int, cache: str | None = None):

@@ -5,10 +5,12 @@ from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp
 from tspc.errors import (
     CaptureError,
+    NonFiniteError,
     OptionError,
     ParityError,
     PendingGradientError,
     PlanError,
+    RankFailureError,
     RankMismatchError,
     RuleError,
     ShardedParameterError,
@@ -19,11 +21,13 @@ from tspc.runtime.accumulate import no_sync
 
 __all__ = [
     "CaptureError",
+    "NonFiniteError",
     "OptionError",
     "ParityError",
     "PendingGradientError",
     "Plan",
     "PlanError",
+    "RankFailureError",
     "RankMismatchError",
     "RuleError",
     "ShardedParameterError",

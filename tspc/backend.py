@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +35,12 @@ from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
 from tspc.runtime.exchange import whole
 from tspc.runtime.execute import Place
+from tspc.runtime.finite import check_outputs
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.mesh import resolve
 from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
-from tspc.runtime.storage import Prologue, placed
+from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.torch_seams import compiled_roots
 
@@ -89,6 +89,8 @@ def tsp(
                 f"give one of {tuple(mesh.shape)}: compile with the mesh of plan.apply"
             )
     if mesh is None or (place.axis.size == 1 and place.replicas is None):
+        if chosen.check_nan:
+            log.warning("check_nan does nothing on one rank: torch.autograd.detect_anomaly does")
         return compile_fx(gm, list(example_inputs))
     if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
         raise PlanError(
@@ -148,8 +150,8 @@ def _signature(captured: Captured) -> dict[str, str]:
             shape = [evaluate(s, program.hints) for s in n.type.shape]
             frozen = " frozen" if n.op == PARAM and not n.type.requires_grad else ""
             out[n.name] = input_check.text(n.type.dtype, shape) + frozen
-    ops = repr([str(n.op) for n in program.nodes])
-    return {**out, "ops": hashlib.blake2b(ops.encode(), digest_size=8).hexdigest()}
+    calls = [n for n in program.nodes if n.op not in PLACEHOLDERS]
+    return {**out, **{f"op {i}": str(n.op) for i, n in enumerate(calls)}}
 
 
 def reports(rewritten: Rewritten) -> list[str]:
@@ -253,7 +255,7 @@ def _function(
     run_local = compile_local(rewritten.local, fakes, options.compiler)
     _restate_guards(compiled, fakes)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
-    device, reduce = _device(example_inputs), options.reduce_dtype
+    device = _device(example_inputs)
     examples = captured.given(nodes, example_inputs, None)
     sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
     maps = []
@@ -267,25 +269,38 @@ def _function(
                 "every call"
             )
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
+    names = [nodes[i].name for i in sharded] if options.check_nan else ()
+    taken = Taken(place, maps, options.reduce_dtype, names)
+    positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
 
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
-        given = captured.given(nodes, args, None)
+        given = [None if i is None else args[i] for i in positions]
         check([given[i] for i in plain])
         if rewritten.draws:
-            given = captured.given(nodes, args, seed.shared(place, device))
+            given[positions.index(None)] = seed.shared(place, device)
         if sharded:
             stored = [given[i] for i in sharded]
-            for i, local in zip(sharded, Prologue.apply(place, maps, reduce, *stored)):
+            for i, local in zip(sharded, Prologue.apply(taken, *stored)):
                 given[i] = local
         with off():
             outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
+        if options.check_nan:
+            named = zip(_output_names(captured, len(outs)), outs)
+            check_outputs(place, [*named], [(n.name, x) for n, x in zip(nodes, given)])
         return written(captured, args, _results(compiled, outs, sizes, rows, length))
 
     return run
+
+
+def _output_names(captured: Captured, count: int) -> list[str]:
+    """What each result of the local program is: an output, or the new value of an input."""
+    by_position = {i: n for n, i in captured.positions.items()}
+    plain = [f"output {i}" for i in range(count - len(captured.writes))]
+    return plain + [f"the new value of {by_position[i]}" for i in captured.writes]
 
 
 def _results(
@@ -305,8 +320,9 @@ def _results(
 
         def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
             lead = evaluate(r.lead, sizes)
-            steps = whole(place.axis, layout, x, r.dim, lead, rows, length)
-            return r.given(distributed(steps, place.axis, place.groups), sizes)
+            steps = whole(place.axis, layout, x, r.dim, lead, rows, length, "outputs")
+            what = "the read of a deferred output"
+            return r.given(distributed(steps, place.axis, place.groups, what), sizes)
 
         if r.ranges:
             shape = tuple(evaluate(s, sizes) for s in r.ranges[-1].shape)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.hardware import HARDWARE, Hardware
 
@@ -122,22 +125,22 @@ class Body:
     reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def attentions(self) -> tuple[Attention, ...]:
         return tuple(s for s in self.steps if isinstance(s, Attention))
 
-    @property
+    @cached_property
     def pieces(self) -> tuple[Piece, ...]:
         return tuple(s for s in self.steps if isinstance(s, Piece))
 
-    @property
+    @cached_property
     def saves(self) -> tuple[str, ...]:
         """What the forward leaves for the backward, one block per j: attention's output and
         log-sum-exp, and what the pieces save."""
         attended = [n for a in self.attentions for n in (a.out, a.lse)]
         return (*attended, *(n for p in self.pieces for n in p.saves))
 
-    @property
+    @cached_property
     def weight_elements(self) -> int:
         """Of one shard, pads and duplicates included."""
         return sum(numel(self.values[s].shape, {}) for s in self.shards)
@@ -161,14 +164,27 @@ def made_again(body: Body) -> Body:
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Any]) -> Any:
     """An int, or a SymInt where `sizes` holds SymInts."""
-    if not isinstance(size, sympy.Expr):
+    if type(size) is int or not isinstance(size, sympy.Expr):
         return size
-    if not size.free_symbols:
-        return int(size)
-    from torch.utils._sympy.interp import sympy_interp
-    from torch.utils._sympy.reference import PythonReferenceAnalysis
+    values = tuple([sizes[s] for s in _symbols(size)])
+    if all(type(v) is int for v in values):
+        return _known(size, values)
+    return _interpreted(size, values)
 
-    return sympy_interp(PythonReferenceAnalysis, dict(sizes), size)
+
+@lru_cache(maxsize=1 << 16)
+def _symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted(size.free_symbols, key=str))
+
+
+def _interpreted(size: sympy.Expr, values: tuple[Any, ...]) -> Any:
+    symbols = _symbols(size)
+    if not symbols:
+        return int(size)
+    return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values)), size)
+
+
+_known = lru_cache(maxsize=1 << 16)(_interpreted)  # the sizes of a call return at the next ones
 
 
 def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:

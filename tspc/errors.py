@@ -41,5 +41,13 @@ class RankMismatchError(TspcError, RuntimeError):
     """Ranks of one axis that disagree."""
 
 
+class RankFailureError(TspcError, RuntimeError):
+    """Another rank of the axis did not come to a collective: it ended, hangs, or is elsewhere."""
+
+
+class NonFiniteError(TspcError, FloatingPointError):
+    """`check_nan=True` found a value that is not finite."""
+
+
 class ParityError(TspcError, AssertionError):
     """`tspc.verify` found a difference beyond the tolerance."""

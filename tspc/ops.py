@@ -62,16 +62,16 @@ LIB.define(
     "Tensor out, Tensor lse, bool causal, float scale, float dropout, SymInt rows, SymInt length, "
     "str order, str axis) -> (Tensor, Tensor, Tensor)"
 )
-# one region, D steps: `key` names its `Body`; results: body.outs, then body.saves
+# one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
+# body.saves
 LIB.define(
     "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, "
-    "SymInt length, "
-    "str key, str axis) -> Tensor[]"
+    "SymInt length, str region, str key, str axis) -> Tensor[]"
 )
 LIB.define(
     "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, "
     "Tensor[] saved, "
-    "SymInt[] sizes, SymInt rows, SymInt length, str key, str axis) -> Tensor[]"
+    "SymInt[] sizes, SymInt rows, SymInt length, str region, str key, str axis) -> Tensor[]"
 )
 
 
@@ -268,7 +268,7 @@ def _results(body: Body) -> list[tuple[str, bool]]:
 
 
 @_fake("fold")
-def _fold_fake(tokens, invariants, shards, sizes, rows, length, key, axis):
+def _fold_fake(tokens, invariants, shards, sizes, rows, length, region, key, axis):
     body = BODIES[key]
     symbols = symbol_values(body, sizes, local_rows(rows, body.order))
     out = []
@@ -286,7 +286,9 @@ def _operands(body: Body) -> list[str]:
 
 
 @_fake("fold_backward")
-def _fold_backward_fake(gs, tokens, invariants, shards, saved, sizes, rows, length, key, axis):
+def _fold_backward_fake(
+    gs, tokens, invariants, shards, saved, sizes, rows, length, region, key, axis
+):
     body = BODIES[key]
     operands = zip(_operands(body), [*tokens, *invariants, *shards])
     return [
@@ -297,8 +299,8 @@ def _fold_backward_fake(gs, tokens, invariants, shards, saved, sizes, rows, leng
 
 
 def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tokens, invariants, shards, ctx.sizes, ctx.rows, ctx.length, ctx.key, ctx.axis = inputs
-    body = BODIES[ctx.key]
+    tokens, invariants, shards, ctx.sizes, *ctx.rest = inputs
+    body = BODIES[ctx.rest[-2]]
     ctx.counts = (len(tokens), len(invariants), len(shards))
     ctx.outs = len(body.outs)
     plain = [x for o, x in zip(body.outs, output) if not o.differentiable]
@@ -308,12 +310,12 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
-    body, given = BODIES[ctx.key], list(ctx.saved_tensors)
+    body, given = BODIES[ctx.rest[-2]], list(ctx.saved_tensors)
     operands: list[list[torch.Tensor]] = []
     for n in ctx.counts:
         operands.append(given[:n])
         given = given[n:]
-    rest = (ctx.sizes, ctx.rows, ctx.length, ctx.key, ctx.axis)
+    rest = (ctx.sizes, *ctx.rest)
     got = iter(torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), *operands, given, *rest))
     flat = [next(got) if body.values[n].requires_grad else None for n in _operands(body)]
     grads = []
@@ -321,7 +323,7 @@ def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
         grads.append(flat[:n])
         flat = flat[n:]
     sizes = None if ctx.sizes else []  # torch takes an empty list for one of tensors
-    return (*grads, sizes, None, None, None, None)
+    return (*grads, sizes, *(None for _ in ctx.rest))
 
 
 _register("fold", _fold_setup, _fold_grad)

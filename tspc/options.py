@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "strict": (True, False),
     "compiler": ("inductor", "eager"),
     "replicas": ("replicate", "shard"),
+    "check_nan": (True, False),
 }
 
 
@@ -39,6 +40,8 @@ class Options:
         whole; "sharded" as DTensors.
         check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
         never.
+        check_nan: after each forward and backward of the compiled model, what is not finite is an
+        error that names it, alike on all ranks.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
         share; "min" makes them again; a share from 0.0 to 1.0 of what "max-speed" keeps, or bytes
         per rank (an int or text such as "2GiB"), lets some regions keep theirs, as many as fit at
@@ -66,6 +69,7 @@ class Options:
     memory_budget: budget.Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    check_nan: bool = False
 
     @property
     def cut(self) -> bool:

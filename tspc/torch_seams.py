@@ -4,9 +4,11 @@ when torch changes them."""
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
@@ -70,6 +72,21 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
                     roots[id(value)] = value
                 break
     return list(roots.values())
+
+
+def default_store() -> Any:
+    """The store that the ranks met at."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long a collective of the group waits; None where its backend does not tell."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        found = getattr(options, "_timeout", None)
+        if found is not None:
+            return found
+    return None
 
 
 def storage_key(x: torch.Tensor) -> int:

@@ -1,0 +1,50 @@
+"""The structural key of a body: what decides its compiled pieces and its schedule, with canonical
+names of values and symbols. Layers of one structure share their pieces."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from tspc.passes.fold import Fold
+
+from tspc.body import Out, Token, Value
+from tspc.program import Ref
+
+
+def structural_key(
+    fold: Fold,
+    length: Any,
+    names: Mapping[Ref, str],
+    values: Mapping[str, Value],
+    tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    symbols: Sequence[sympy.Symbol],
+    rest: Any,
+) -> str:
+    """length: of the sequence. tables: what is read at the units of a shard. rest: all else."""
+    renamed = {s: sympy.Symbol(f"s{i}") for i, s in enumerate(symbols)}
+
+    def show(a: Any) -> str:
+        if isinstance(a, Ref):
+            return names[a]
+        if isinstance(a, (tuple, list)):
+            return "(" + ",".join(map(show, a)) + ")"
+        if isinstance(a, sympy.Expr):
+            return str(a.xreplace(renamed))
+        if isinstance(a, Token):
+            return show((a.name, a.dim, a.lead, a.whole))
+        if isinstance(a, Out):
+            return show((a.name, a.kind, a.dim, a.lead, a.differentiable))
+        return repr(a)
+
+    lines = [show(rest), str((fold.units, fold.size)), show(length)]
+    lines += [f"{k} {show(v.shape)} {v.dtype} {v.requires_grad}" for k, v in values.items()]
+    for n in fold.body:
+        kwargs = ",".join(f"{k}={show(v)}" for k, v in n.kwargs.items())
+        lines.append(f"{names[Ref(n.name)]} {n.op} {show(n.args)} {kwargs}")
+    lines += [f"{names[r]} {k} {t.tolist()}" for r, (k, t) in tables.items()]
+    text = "\n".join([*lines, torch.__version__])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

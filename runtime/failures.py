@@ -1,0 +1,101 @@
+"""When another rank does not come: what failed is told with this rank, where it waited, for which
+collective, and which ranks are missing.
+
+Nothing here runs while all goes well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from tspc.errors import RankFailureError
+from tspc.torch_seams import default_store
+
+GRACE = 2.0  # seconds in which the other ranks may tell where they wait
+KEY = "tspc/waits/"
+# what torch, gloo and NCCL say of a transfer that did not happen
+_COMMUNICATION = re.compile(r"gloo|nccl|time(d )?out|connection|broken pipe|socket", re.I)
+ADVICE = (
+    "read the log of a missing rank first: it raised, was killed, or runs other code than this "
+    "rank; if it only was slow (compiling, loading data), give init_process_group a longer timeout"
+)
+
+
+class Lost(Exception):
+    """A transfer did not happen. What passes it on may add where it was.
+
+    peer: the rank in the group at the other end, where there is one.
+    """
+
+    def __init__(self, cause: Exception, collective: str, peer: int | None = None):
+        super().__init__(str(cause))
+        self.cause, self.collective, self.peer = cause, collective, peer
+        self.places: list[str] = []
+
+
+def lost(error: Exception, kind: type, link: str, peer: int | None = None) -> Exception:
+    """`Lost` if the error came from communication, else the error."""
+    if isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)):
+        return Lost(error, f"{kind.__name__} of {link}", peer)
+    return error
+
+
+def failure(lost: Lost, what: str, group: Any) -> RankFailureError:
+    """What to raise; the other ranks are told where this one waited."""
+    ranks = dist.get_process_group_ranks(group)
+    me = dist.get_rank()
+    where = ", ".join([what, *lost.places])
+    peer = None if lost.peer is None else ranks[lost.peer]
+    mine = f"waits in {where} for {lost.collective}"
+    told = _others(me, ranks, mine if peer is None else f"{mine} with rank {peer}")
+    silent = [r for r in ranks if r != me and r not in told]
+    missing = [peer] if peer in silent else silent
+    facts = [f"rank {r} {text}" for r, text in sorted(told.items())]
+    if missing:
+        facts.insert(0, f"missing: {', '.join(f'rank {r}' for r in missing)}")
+    reason = str(lost.cause).strip().splitlines()[0]
+    return RankFailureError(
+        f"rank {me} waited in {where} for {lost.collective}, which failed ({reason}); "
+        f"{'; '.join(facts)}. Do this: {ADVICE}"
+    )
+
+
+@contextlib.contextmanager
+def told(what: str, group: Any) -> Iterator[None]:
+    """torch's own collectives inside: a rank that does not come is told alike."""
+    try:
+        yield
+    except RuntimeError as e:
+        found = lost(e, dist.ProcessGroup, "torch")
+        if not isinstance(found, Lost):
+            raise
+        found.collective = "a collective of torch's"
+        raise failure(found, what, group) from e
+
+
+def _others(me: int, ranks: Sequence[int], mine: str) -> dict[int, str]:
+    """Rank -> where it waits, of those that say so in time."""
+    found: dict[int, str] = {}
+    try:
+        store = default_store()
+        before, left = store.timeout, time.monotonic() + GRACE
+        store.set_timeout(timedelta(seconds=GRACE))
+        try:
+            store.set(f"{KEY}{me}", mine)
+            while len(found) < len(ranks) - 1 and time.monotonic() < left:
+                for r in ranks:
+                    if r != me and r not in found and store.check([f"{KEY}{r}"]):
+                        found[r] = store.get(f"{KEY}{r}").decode()
+                time.sleep(0.05)
+        finally:
+            store.set_timeout(before)
+    except RuntimeError:  # the rank that holds the store is gone too
+        pass
+    return found
