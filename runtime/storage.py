@@ -96,10 +96,11 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         self._parameters.update(shards)
     with torch.no_grad():
         for n, p in shards.items():
-            grad, p.grad = p.grad, None
+            grad = None if p.grad is None else fn(p.grad)
+            p.grad = None
             moved = fn(p)
             kept = p if moved is p else move_shard(p, moved.detach())
-            kept.grad = kept.grad if grad is None else fn(grad)
+            kept.grad = kept.grad if grad is None else grad
             self._parameters[n] = kept
     return self
 
