@@ -130,12 +130,12 @@ def _kernel(
         if groups > 1 and not _takes_groups():
             k, v = _repeated(k, groups), _repeated(v, groups)
         return _fused(q, k, v, b, scale)
-    k, v = _repeated(k, groups), _repeated(v, groups)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = _scores(q, k, b, scale).to(wide)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q, _repeated(k, groups), _repeated(v, groups)))
+    scores = _scores(q, k, b, scale)
     lse = torch.logsumexp(scores, -1)
     weights = _dropped(torch.nan_to_num(torch.exp(scores - lse.unsqueeze(-1)), 0.0), factors)
-    return (weights.to(q.dtype) @ v), lse
+    return (weights @ v).to(dtype), lse
 
 
 def _kernel_backward(
@@ -157,11 +157,13 @@ def _kernel_backward(
     if fused:
         dq, dk, dv = _fused_backward(g, q, k, v, out, lse, b, scale)
         return dq, _summed(dk, groups), _summed(dv, groups)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    g, q, k, v, out = (x.to(wide) for x in (g, q, k, v, out))
     weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
-    dv = _dropped(weights, factors).to(g.dtype).transpose(-1, -2) @ g
+    dv = _dropped(weights, factors).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
     dw = _dropped(g @ v.transpose(-1, -2), factors)
-    ds = (weights * (dw - delta) * scale).to(q.dtype)
+    ds = weights * (dw - delta) * scale
     dk = ds.transpose(-1, -2) @ q
     return ds @ k, _summed(dk, groups), _summed(dv, groups)
 

@@ -149,10 +149,10 @@ def scripts(draw: st.DrawFn) -> Script:
     )
 
 
-def batches(s: Script) -> list[list[tuple[Tensor, ...]]]:
+def batches(s: Script, seed: int) -> list[list[tuple[Tensor, ...]]]:
     """(tokens, keep, labels) of each micro-batch of each step; the first two tokens are no
     padding."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     out = []
     for length in s.lengths:
         micro = []

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tspc.runtime import attention
 
 import tspc
 from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
@@ -67,3 +68,24 @@ def test_a_mask_with_a_gradient(ranks: int) -> None:
     graph = run(LearnedBias, ranks)
     assert folds(graph) == {"mlp", "head"}
     assert [f.why for f in graph.rewritten.typed.fallbacks] == ["its mask has a gradient"]
+
+
+def test_unfused_attention_rounds_as_one_device_does() -> None:
+    """Values of another width than keys, in bfloat16: scores and weights are not rounded."""
+    errors: dict[str, list[float]] = {"mine": [], "one": []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        given = [torch.randn(2, 4, 24, n).bfloat16() for n in (8, 8, 10)]
+        g = torch.randn(2, 4, 24, 10).bfloat16()
+        spec = attention.Spec(False, 8**-0.5, 24, 24)
+        out, lse = attention.attend(*given, [0], spec)
+        grads = attention.attend_backward(g, *given, out, lse, [0], spec)
+        found = {"mine": [out, *grads]}
+        for kind, dtype in (("one", torch.bfloat16), ("exact", torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in given]
+            y = F.scaled_dot_product_attention(*leaves)
+            found[kind] = [y.detach(), *torch.autograd.grad(y, leaves, g.to(dtype))]
+        for kind, seen in errors.items():
+            for a, b in zip(found[kind], found["exact"]):
+                seen.append(float((a.bfloat16().double() - b).norm() / b.norm()))
+    assert sum(errors["mine"]) <= 1.3 * sum(errors["one"])
