@@ -119,6 +119,9 @@ def partition(fn: Any, fakes: Fakes) -> Partitioned:
         joint = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=bool(tangents))
         if not tangents:
             return Partitioned(joint, None, len(outs), ())
+        checks = torch.ops.aten._assert_tensor_metadata.default  # a cast's; no part of a result
+        for n in joint.graph.find_nodes(op="call_function", target=checks):
+            joint.graph.erase_node(n)
         if any("ac_graph_id" in n.meta for n in joint.graph.nodes):
             tag(joint)
         forward, backward = default_partition(joint, fakes.inputs, num_fwd_outputs=len(outs))

@@ -291,9 +291,9 @@ def loss_of(s: Script, logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def make(s: Script) -> Model:
+def make(s: Script, draw: int = 0) -> Model:
     """Norms and biases random too."""
-    torch.manual_seed(0)
+    torch.manual_seed(draw)
     model = Model(s).double()
     with torch.no_grad():
         for p in model.parameters():

@@ -58,8 +58,14 @@ def train(fn: Callable[..., Any], model: Model, s: Script, seed: int) -> Outcome
 
 
 def every(fn: Callable[..., Any], model: Model, s: Script) -> list[Outcome]:
-    """Rounding is judged by several batches."""
-    return [train(fn, model, s, seed) for seed in range(1 if s.dtype == torch.float64 else 4)]
+    """Rounding is judged by several weights and batches."""
+    found = []
+    for draw in range(1 if s.dtype == torch.float64 else 8):
+        with torch.no_grad():
+            for p, other in zip(model.parameters(), make(s, draw).parameters()):
+                p.copy_(other)
+        found.append(train(fn, model, s, draw))
+    return found
 
 
 def on_one_device(model: Model, s: Script) -> list[Outcome]:
