@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
-from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view, sequence
+from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
+from tspc.passes.sequence import sequence
 
 from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
@@ -62,8 +64,13 @@ def choose(
         lookups = _lookups(a, regions, leaf)
         found = [(g, _why_not(a, g, leaf, users, lookups, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
-        if not any(why for _, why in found):
+        if any(why for _, why in found):
+            continue
+        tied = entangled(a.records, regions.chosen)
+        if not tied:
             break
+        smallest = min(tied, key=lambda g: g.elements)
+        refused.append((smallest, "what leaves it leads back into it"))
     chosen = regions.chosen
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)

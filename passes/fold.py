@@ -271,6 +271,7 @@ def _sorted(nodes: list[Node]) -> tuple[Node, ...]:
                 continue
             missing = [by_name[r.name] for r in n.refs() if r.name not in done]
             if missing:
+                assert len(stack) <= len(nodes), f"{n.name} needs itself"
                 stack += missing[:1]
                 continue
             done.add(n.name)

@@ -21,7 +21,7 @@ from tspc.passes.normalize import normalize
 from tspc.passes.outputs import Range, hand_out
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
-from tspc.passes.regions import sequence
+from tspc.passes.sequence import sequence
 from tspc.passes.verify import check_program, check_typed
 from tspc.passes.windows import widen
 

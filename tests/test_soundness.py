@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tspc.passes.factorize import Analysis
-from tspc.passes.regions import find_regions, sequence
+from tspc.passes.regions import find_regions
+from tspc.passes.sequence import sequence
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
