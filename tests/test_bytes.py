@@ -107,8 +107,8 @@ def counted(sent: list[Issued]) -> dict[str, float]:
     factors = {"send": 1, "broadcast": F, "reduce": F, "allreduce": 2 * F}
     out: Counter[str] = Counter()
     for kind, link, shape, _ in sent:
-        if not kind.startswith("all_to_all") and kind != "alltoall_base":
-            out[link] += factors[kind] * math.prod(shape)
+        if kind in factors or link != "weights":
+            out[link] += factors.get(kind, F) * math.prod(shape)  # all-to-all: F too
     return {link: out[link] for link in ("weights", "activations")}
 
 

@@ -33,6 +33,7 @@ PROCESSES.set_forkserver_preload(["tspc.backend", __name__])
 
 def _work(rank: int, ranks: int, store: str, scenario: Callable[[int], None], pipe: Any) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     dist.init_process_group(
         "gloo",
         rank=rank,

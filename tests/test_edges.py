@@ -56,15 +56,15 @@ ENDS: dict[str, Callable[..., Any]] = {
 }
 
 
-SHARED = ("used parameter", "view of a parameter")  # a weight that others read too is gathered
-
-
 @pytest.mark.parametrize("end", ENDS)
 def test_outputs(end: str) -> None:
     x = torch.randn(3, 13, H, dtype=torch.float64, requires_grad=True)
     found = tspc.verify(Edge(ENDS[end]), (x,), {}, 3, {}, 1e-9)
     assert len(found.graphs) == 1
-    assert len(found.graphs[0].rewritten.folds) == (end not in SHARED)
+    (fold,) = found.graphs[0].rewritten.folds
+    shared = end in ("used parameter", "view of a parameter")  # others read it too: it is gathered
+    weights = {"down.weight"} if shared else {"up.weight", "down.weight"}
+    assert set(fold.kwargs["fold"].weights) == weights
 
 
 @pytest.mark.parametrize("end", ["length", "length as a factor", "length in a sum", "viewed"])
