@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile clean
+.PHONY: demo test quick check dist bench profile zoo clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_imports.py
+
+zoo: $(READY)
+	$(BIN)/python -m tests.run_zoo --ranks 2 3 4 --out results/zoo.json
 
 clean:
 	rm -rf $(VENV) results build *.egg-info
