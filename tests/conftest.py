@@ -27,3 +27,4 @@ def world() -> Iterator[Callable[[int], World]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew")
+    parser.addoption("--scripts", type=int, default=24, help="how many training scripts are drawn")

@@ -24,6 +24,8 @@ from tspc.body import Body
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 7, 12, 23
 Tensors = dict[str, Tensor]
 

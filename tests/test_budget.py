@@ -14,6 +14,8 @@ from tests.models import VOCABULARY, make, tokens_of
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 
+pytestmark = pytest.mark.slow
+
 RANKS, LENGTH = 3, 13
 
 

@@ -15,6 +15,8 @@ from examples.llama_like import LlamaLike
 from tests.models import VOCABULARY, call, make, tokens_of
 from tspc.check import Simulated
 
+pytestmark = pytest.mark.slow
+
 
 class Checkpointed(nn.Module):
     """A block of which the whole or a part is checkpointed."""

@@ -10,6 +10,8 @@ from examples.llama_like import LlamaLike
 from tests.models import make, tokens_of
 from tspc.check import Simulated, simulated_backend
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dynamic,graphs", [(None, 2), (True, 1)])
 def test_lengths_compile_once(dynamic: bool | None, graphs: int) -> None:

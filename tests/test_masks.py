@@ -17,6 +17,8 @@ from tests.models import VOCABULARY, make
 from tests.widen import Widen
 from tspc.check import Simulated
 
+pytestmark = pytest.mark.slow
+
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

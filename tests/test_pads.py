@@ -14,6 +14,8 @@ from tspc.passes.pipeline import Rewritten
 
 import tspc
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, HEADS, KV = 187, 24, 6, 3
 TRIMMED = {"slice.Tensor"}
 

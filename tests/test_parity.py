@@ -175,7 +175,13 @@ def loss_of(out: object, kwargs: dict) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+FEW = [  # of the inner loop
+    pytest.param(case, marks=[] if i % 8 == 0 else [pytest.mark.slow], id=str(case))
+    for i, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", FEW)
 def test_equals_one_device(case: Case) -> None:
     name = case.model.removesuffix("_mha")
     model = make(name, *case.counts)

@@ -19,6 +19,8 @@ from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
 from tspc.reference import reference_backend
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = ("ring", "broadcast", "gather", "stationary")
 POLICIES = ("min", "max-speed")
 

@@ -18,7 +18,8 @@ from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
 from tspc.reference import reference_backend
 
-CHUNKS, EACH = 8, 25
+pytestmark = pytest.mark.slow
+CHUNKS = 8
 Outcome = dict[str, dict[str, Tensor]]
 
 
@@ -111,10 +112,10 @@ def check(s: Script) -> None:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_equals_one_device(chunk: int) -> None:
+def test_equals_one_device(chunk: int, request: pytest.FixtureRequest) -> None:
     @seed(chunk)
     @settings(
-        max_examples=EACH,
+        max_examples=request.config.getoption("--scripts") // CHUNKS,
         database=None,
         deadline=None,
         phases=[Phase.generate],

@@ -15,6 +15,8 @@ from tspc.passes.pipeline import Rewritten
 import tspc
 from tspc.backend import reports
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, HEADS, HIDDEN = 23, 12, 3, 14
 Tensors = tuple[Tensor, ...]
 

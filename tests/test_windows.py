@@ -14,6 +14,8 @@ from tspc.passes.propagate import WHOLE
 import tspc
 from examples.llama_like import LlamaLike
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 29
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,6 +9,8 @@ import tspc
 from tests.widen import Widen
 from tests.zoo import KV, LAYERS, build
 
+pytestmark = pytest.mark.slow
+
 # model -> (folds of a layer beside the head, what may run replicated)
 EXPECTED: dict[str, tuple[int, set[str]]] = {
     "mistral": (2, set()),  # hands out the last rows of K and V
