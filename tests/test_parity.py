@@ -4,7 +4,10 @@ device's, pairwise over all that varies."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -137,17 +140,16 @@ def check_decisions(case: Case, graph: Simulated) -> None:
             assert got == case.schedule
 
 
-def train(model: torch.nn.Module, ranks: int, fn: object, kwargs: dict, adam: bool) -> None:
+def train(
+    model: torch.nn.Module, ranks: int, fn: object, kwargs: dict, make_one: Callable[..., Any]
+) -> None:
     """Three steps, each rank's optimizer on its own chunks, clipped by the norm over all."""
     parameters = list(model.parameters())
     chunks = [
         [torch.nn.Parameter(c.clone()) for c in p.detach().reshape(-1).tensor_split(ranks)]
         for p in parameters
     ]
-    # eps: Adam magnifies the rounding of a gradient that is exactly zero by 1 / eps
-    extra = {"eps": 1e-5} if adam else {}
-    make_one = torch.optim.AdamW if adam else torch.optim.SGD
-    optimizers = [make_one([c[r] for c in chunks], lr=1e-2, **extra) for r in range(ranks)]
+    optimizers = [make_one([c[r] for c in chunks], lr=1e-2) for r in range(ranks)]
     for _ in range(3):
         model.zero_grad()
         out = fn(**kwargs)  # type: ignore[operator]
@@ -195,11 +197,13 @@ def test_equals_one_device(case: Case) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=simulated_backend(case.ranks, parse(options)))
         start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for adam in (False, True):
+        # two tokens: gradients of q and k so small that Adam magnifies their rounding by 1 / eps
+        eps = 1e-5 if case.sequence == "short" and case.batch == 1 else 1e-8
+        for make_one in (torch.optim.SGD, partial(torch.optim.AdamW, eps=eps)):
             ends = []
             for fn, ranks in ((model, 1), (compiled, case.ranks)):
                 model.load_state_dict(start, strict=False)
-                train(model, ranks, fn, kwargs, adam)
+                train(model, ranks, fn, kwargs, make_one)
                 ends.append({n: p.detach() - start[n] for n, p in model.named_parameters()})
                 model.load_state_dict(start, strict=False)
             errors = relative_errors(ends[1], ends[0])

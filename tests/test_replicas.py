@@ -82,7 +82,7 @@ class Stored:
 
 def optimizer(parameters: Sequence[nn.Parameter], adam: bool) -> torch.optim.Optimizer:
     if adam:
-        return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-5)
+        return torch.optim.AdamW(parameters, lr=1e-2)
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
 
 
