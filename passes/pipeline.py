@@ -38,6 +38,7 @@ class Rewritten:
     """Everything that the passes decided.
 
     bodies: by region name, in order. keepings: of the regions with matrix products to keep.
+    graph_break: where the graph ends in one.
     """
 
     analysis: Analysis
@@ -48,6 +49,7 @@ class Rewritten:
     symbols: tuple[sympy.Symbol, ...]
     results: tuple[Result | None, ...]
     keepings: tuple[budget.Keeping, ...] = ()
+    graph_break: str = ""
 
     @property
     def draws(self) -> bool:

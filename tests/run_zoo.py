@@ -18,7 +18,7 @@ import torch
 import tspc
 from tests.widen import Widen
 from tests.zoo import ZOO, build
-from tspc.backend import reports
+from tspc.report import reports
 
 
 def look(name: str, ranks: int, length: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def look(name: str, ranks: int, length: int) -> dict[str, Any]:
         for g in found.graphs
         for r, why in g.rewritten.choice.refused
     ]
-    row["replicated"] = [line for g in found.graphs for line in reports(g.rewritten)]
+    row["replicated"] = [str(line) for g in found.graphs for line in reports(g.rewritten)]
     kinds = Counter(s.kind for g in found.graphs for n, s in g.rewritten.choice.storages.items())
     row["storage"] = dict(kinds)
     row["seconds"] = time.perf_counter() - start

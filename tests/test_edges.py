@@ -3,6 +3,7 @@ and inputs that forward writes to, graph breaks, several models, a whole train s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import tspc
 from tests.models import loss_of, make, tokens_of
 from tspc.check import relative_errors, simulated_backend
 from tspc.options import parse
+from tspc.report import reports
 
 H = 16
 
@@ -143,6 +145,23 @@ def test_graph_breaks() -> None:
     x = torch.randn(2, 13, H, dtype=torch.float64, requires_grad=True)
     found = tspc.verify(Edge(end), (x,), {}, 3, {}, 1e-9)
     assert len(found.graphs) == 2
+    (line,) = reports(found.graphs[0].rewritten)
+    assert re.match(r"test_edges.py:\d+: a graph break, at which 1 activation cut", str(line))
+    assert line.bytes == 2 * 13 * H * 8 and not line.replicated
+    assert not reports(found.graphs[1].rewritten)
+
+
+def test_a_large_output_that_is_gathered_is_reported() -> None:
+    def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(m.up(y))
+
+    plan = tspc.plan(Edge(end), (torch.randn(2, 13, H, dtype=torch.float64),), ranks=2)
+    assert not reports(plan.rewritten)
+    (s,) = (x for x in plan.rewritten.symbols if plan.sizes[x] == 13)
+    (line,) = reports(plan.rewritten, {**plan.sizes, s: 2**20})
+    assert re.match(r'test_edges.py:\d+: an output .* gathered .*"outputs": "sharded"', str(line))
+    kept = tspc.plan(Edge(end), (torch.randn(2, 13, H),), ranks=2, options={"outputs": "sharded"})
+    assert not reports(kept.rewritten, {**kept.sizes, s: 2**20})
 
 
 def test_several_models_in_one_process() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tspc.passes.pipeline import Rewritten
 
 import tspc
-from tspc.backend import reports
+from tspc.report import reports
 
 pytestmark = pytest.mark.slow
 
@@ -398,4 +398,4 @@ def test_a_graph_without_a_sequence_is_reported() -> None:
     rewritten = tspc.plan(NoSequence().double(), (torch.randn(WIDTH).double(),), ranks=2).rewritten
     assert rewritten.choice.leaf is None and not rewritten.folds
     (line,) = reports(rewritten)
-    assert "no dim of this graph is a sequence" in line and "mlp.down.weight" in line
+    assert "no dim of this graph is a sequence" in line.what and "mlp.down.weight" in line.what

@@ -26,6 +26,7 @@ from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten
 from tspc.reference import reference_backend
+from tspc.report import reports
 from tspc.runtime.convert import convert
 from tspc.runtime.execute import Place
 from tspc.runtime.initialise import initialise
@@ -226,7 +227,8 @@ def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
         by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
         schedules = {n: choose(by_name[n], ranks, values, rows) for n in names if n in by_name}
         kept = lines(rewritten.keepings, sizes)
-    return show(rewritten, schedules=schedules, notes=kept)
+    told = [str(r) for r in reports(rewritten, sizes or None)]
+    return show(rewritten, schedules=schedules, notes=[*kept, *told])
 
 
 def verify(

@@ -28,6 +28,7 @@ from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
+from tspc.report import reports, warning
 from tspc.runtime import inputs as input_check
 from tspc.runtime import seed
 from tspc.runtime.convert import convert_and_restart
@@ -114,17 +115,16 @@ def _compile(
     device = device_name(_device(example_inputs))
     rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device)
     found = reports(rewritten)
-    if chosen.strict and found:
-        raise UnsupportedError(
-            f"{found[0]}; use ops that have rules, add a rule, or allow it by strict=False"
-        )
+    refused = [r for r in found if r.replicated]
+    if chosen.strict and refused:
+        raise UnsupportedError(f"{refused[0]}, or allow it by strict=False")
     if any(
         isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
         convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
-    for line in found if place.axis.rank == 0 else ():
-        log.warning(line)
+    if found and place.axis.rank == 0:
+        log.warning(warning(found))
     compiled = Compiled(captured, rewritten, place)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
@@ -152,26 +152,6 @@ def _signature(captured: Captured) -> dict[str, str]:
             out[n.name] = input_check.text(n.type.dtype, shape) + frozen
     calls = [n for n in program.nodes if n.op not in PLACEHOLDERS]
     return {**out, **{f"op {i}": str(n.op) for i, n in enumerate(calls)}}
-
-
-def reports(rewritten: Rewritten) -> list[str]:
-    """A line for each op that runs replicated: where, what, why."""
-    refused, program = rewritten.choice.refused, rewritten.analysis.program
-    if rewritten.choice.leaf is None and refused:
-        where = program.output.refs()[0].name
-        weights = sorted({w for g, _ in refused for w in g.weights})
-        return [
-            f"{program.node(where).source}: no dim of this graph is a sequence: it runs replicated "
-            f"on all ranks and gathers its weights at use ({', '.join(weights)})"
-        ]
-    return [
-        f"{f.source}: {f.op} runs replicated on all ranks ({f.why}); its operands of {f.shape} "
-        "are gathered"
-        for f in rewritten.typed.fallbacks
-    ] + [
-        f"{rewritten.analysis.program.node(name).source}: {op} has no rule and runs replicated"
-        for name, op in rewritten.analysis.fallbacks
-    ]
 
 
 def _storage_dims(

@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -63,7 +64,7 @@ class Captured:
     positions: dict[str, int]
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
     outer_symbols: dict[sympy.Symbol, torch.SymInt]
-    whole_outputs: bool  # the graph ends in a graph break: every output comes back whole
+    graph_break: str  # where the graph ends in one, else "": every output then comes back whole
     writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
 
     def given(
@@ -74,13 +75,14 @@ class Captured:
 
     def rewritten(self, ranks: int, axis: str, options: Options, device: str) -> Rewritten:
         """What the passes make of it. device: its name, for the cost model's table."""
-        if self.whole_outputs:
+        if self.graph_break:
             options = replace(options, outputs="full")
         if not torch.is_grad_enabled():
             options = replace(options, memory_budget="min")
         symbols = sorted(self.symbols, key=str)
         table = hardware(options.hardware, device)
-        return rewrite(self.program, symbols, ranks, axis, options, table, len(self.writes))
+        made = rewrite(self.program, symbols, ranks, axis, options, table, len(self.writes))
+        return replace(made, graph_break=self.graph_break)
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""
@@ -136,9 +138,16 @@ def capture(
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
+    return Captured(program, positions, symbols, outer, _graph_break(gm), tuple(writes))
+
+
+def _graph_break(gm: torch.fx.GraphModule) -> str:
+    """file:line of the graph break that ends a Dynamo graph, "" if none does."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    whole = bool(reason and reason.graph_break)
-    return Captured(program, positions, symbols, outer, whole, tuple(writes))
+    if reason is None or not reason.graph_break:
+        return ""
+    at = reason.user_stack[-1] if reason.user_stack else None
+    return "a graph break" if at is None else f"{Path(at.filename).name}:{at.lineno}"
 
 
 def _specialize_floats(gm: torch.fx.GraphModule) -> None:

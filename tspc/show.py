@@ -48,13 +48,6 @@ def show(
         else ["no sequence"]
     )
     rows += notes
-    rows += [f"not folded: {', '.join(g.weights)}: {why}" for g, why in rewritten.choice.refused]
-    rows += [f"replicated: {f.op} ({f.why}) {f.source}" for f in rewritten.typed.fallbacks]
-    source = rewritten.analysis.program.node
-    rows += [
-        f"replicated: {op} (no rule) {source(name).source}"
-        for name, op in rewritten.analysis.fallbacks
-    ]
     return "\n".join(l.rstrip() for l in [*rows, *text])
 
 
