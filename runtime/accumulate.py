@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 from tspc.runtime.execute import Place
+from tspc.runtime.inputs import replicas_agree, text
 
 from tspc.errors import PendingGradientError, PlanError
 
@@ -96,11 +97,16 @@ def is_cut(p: DTensor) -> bool:
 
 
 def reduced(
-    place: Place, params: Sequence[Any], grads: Sequence[Any], reduce: torch.dtype | None
+    place: Place,
+    params: Sequence[Any],
+    names: Sequence[str],
+    grads: Sequence[Any],
+    reduce: torch.dtype | None,
 ) -> list[DTensor | None]:
     """Gradients of this rank's chunks -> their means as the parameters are stored; collective.
 
-    None for those of a model under `no_sync`, which are kept.
+    None for those of a model under `no_sync`, which are kept. Raises `RankMismatchError` if the
+    replicas have gradients of other parameters.
     """
     quiet = {id(p) for m in _QUIET for p in m.parameters()} if place.replicas else set()
     params, grads = list(params), list(grads)
@@ -116,6 +122,10 @@ def reduced(
         for p in _left(place, quiet):  # this backward does not reach them
             params.append(p)
             grads.append(_taken(p))
+    if place.replicas is not None:
+        named = [*names, *(f"kept {i}" for i in range(count, len(params)))]
+        made = {n: text(g.dtype, g.shape) for n, g in zip(named, grads) if g is not None}
+        replicas_agree(place, made, "has gradients of")
     dims = [p.placements[0].dim if is_cut(p) else None for p in params]
     out = [
         None if g is None else DTensor(g, p._spec, requires_grad=False)

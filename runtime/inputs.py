@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tspc.runtime import failures
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
-from tspc.runtime.requests import AllGather, Steps
+from tspc.runtime.requests import AllGather, Axis, Steps
 
 from tspc.errors import RankMismatchError
 
@@ -23,6 +23,10 @@ LISTED = 4  # inputs that a message names
 ADVICE = (
     "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
     "(DistributedSampler with rank = the data-parallel rank)"
+)
+SAME_GRAPHS = (
+    "all replicas run the same model, with the same parameters used and frozen, on batches of "
+    "their own"
 )
 
 
@@ -49,22 +53,32 @@ class Checker:
 
 
 def agree(place: Place, told: Mapping[str, str], verb: str) -> None:
-    """Compare what each rank tells, by name; collective.
+    """Compare what each rank of the TSP axis tells, by name; collective.
 
     Raises `RankMismatchError` on all ranks, with what differs.
     """
+    _agree(place.axis, place.groups["checks"], told, verb, ADVICE)
+
+
+def replicas_agree(place: Place, told: Mapping[str, str], verb: str) -> None:
+    """The same over the replicas, if there are any."""
+    if place.replicas is not None:
+        _agree(place.replicas, place.groups["replica checks"], told, verb, SAME_GRAPHS)
+
+
+def _agree(axis: Axis, group: Any, told: Mapping[str, str], verb: str, advice: str) -> None:
     mine = hashlib.blake2b(repr((verb, sorted(told.items()))).encode(), digest_size=8).digest()
     steps = _gather(torch.tensor([int.from_bytes(mine, "little", signed=True)]))
-    found = distributed(steps, place.axis, place.groups, CHECK).view(-1).tolist()
+    found = distributed(steps, axis, {"checks": group}, CHECK).view(-1).tolist()
     if all(h == found[0] for h in found):
         return
-    said: list[Any] = [None] * place.axis.size
-    with failures.told(CHECK, place.groups["checks"]):
-        dist.all_gather_object(said, (verb, dict(told)), place.groups["checks"])
+    said: list[Any] = [None] * axis.size
+    with failures.told(CHECK, group):
+        dist.all_gather_object(said, (verb, dict(told)), group)
     wrong = [r for r, h in enumerate(found) if h != found[0]]
     lines = "; ".join(f"rank {r} {_differs(said, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(
-        f"ranks {wrong} of axis {place.axis.name!r} differ from rank 0: {lines}. Do this: {ADVICE}"
+        f"ranks {wrong} of axis {axis.name!r} differ from rank 0: {lines}. Do this: {advice}"
     )
 
 

@@ -214,14 +214,15 @@ def _chunks(place: Place, params: Sequence[DTensor]) -> list[torch.Tensor]:
 class Taken:
     """How one graph takes its sharded parameters.
 
-    reduce: the type in which gradients add up. names: of the parameters, if their gradients are to
-    be checked (`check_nan`).
+    names: of the parameters. reduce: the type in which gradients add up. check: their gradients
+    are to be finite (`check_nan`).
     """
 
     place: Place
+    names: Sequence[str]
     maps: Sequence[ShardMap | None]
     reduce: torch.dtype | None = None
-    names: Sequence[str] = ()
+    check: bool = False
 
     @cached_property
     def wanted(self) -> list[Placement]:
@@ -266,8 +267,8 @@ class Prologue(torch.autograd.Function):
                     g = distributed(steps, place.axis, place.groups, EXCHANGE)
                 g = _exchanged(g, p, wanted, spec.placements[0], place.mesh)
             chunks.append(g)
-        out = reduced(place, params, chunks, taken.reduce)
-        if taken.names:
+        out = reduced(place, params, taken.names, chunks, taken.reduce)
+        if taken.check:
             made = [(n, None if g is None else g._local_tensor) for n, g in zip(taken.names, out)]
             check_gradients(
                 place, made, [(n, p._local_tensor) for n, p in zip(taken.names, params)]

@@ -64,7 +64,7 @@ def train(
         given = {"mesh": mesh, **options}
         fn = torch.compile(m, backend="tsp", options=given, dynamic=True) if tsp else m
         kind = torch.optim.AdamW if adam else torch.optim.SGD
-        optimizer = kind(m.parameters(), lr=1e-2, **({"eps": 1e-5} if adam else {}))
+        optimizer = kind(m.parameters(), lr=1e-2)
         for step in range(STEPS):
             optimizer.zero_grad(set_to_none=step < 3)
             for micro in range(accumulate):
@@ -351,3 +351,24 @@ def refused() -> list[str]:
 def test_what_does_not_fit_is_told(world: Any) -> None:
     for told in world(4).run(refused):
         assert "stored on a mesh of (2, 2) ranks" in told[0] and "no_sync takes a module" in told[1]
+
+
+def other_parameters(options: dict[str, Any]) -> str:
+    """What a backward tells, if the second replica has a gradient of a parameter less."""
+    mesh, _, mine = mesh_of((2, 2), FIRST)
+    m = make("llama_like", layers=1)
+    m.head.weight.requires_grad_(mine == 0)
+    fn = torch.compile(m, backend="tsp", options={**EAGER, **options, "mesh": mesh})
+    loss = loss_of(fn(**call("llama_like", tokens(0, 0, mine), True)))
+    try:
+        loss.backward()
+    except tspc.errors.RankMismatchError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize("options", [{}, ZERO], ids=["replicate", "shard"])
+def test_replicas_with_gradients_of_other_parameters(world: Any, options: dict[str, Any]) -> None:
+    for told in world(4).run(other_parameters, options=options):
+        assert "ranks [1] of axis 'replicas' differ from rank 0" in told
+        assert "rank 0 has gradients of head.weight: float" in told

@@ -249,8 +249,8 @@ def _function(
                 "every call"
             )
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
-    names = [nodes[i].name for i in sharded] if options.check_nan else ()
-    taken = Taken(place, maps, options.reduce_dtype, names)
+    names = [nodes[i].name for i in sharded]
+    taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
 
