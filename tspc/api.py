@@ -24,6 +24,7 @@ from tspc.errors import CaptureError, ParityError, PlanError
 from tspc.hardware import device_name
 from tspc.layout import Layout
 from tspc.options import Options, parse
+from tspc.origin import origin
 from tspc.passes.pipeline import Rewritten
 from tspc.reference import reference_backend
 from tspc.report import reports
@@ -50,6 +51,10 @@ class Plan:
 
     def __str__(self) -> str:
         return _text(self.rewritten, self.ranks, self.sizes)
+
+    def origin(self, name: str) -> str:
+        """Why a region, parameter or value of the printed plan is as it is. Raises `PlanError`."""
+        return origin(self.rewritten, name, self.sizes)
 
     def dims(self) -> dict[str, int | None]:
         """Parameter name -> the dim that is cut, None where it is replicated."""
@@ -200,16 +205,25 @@ def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[
             t.update(before)
 
 
-def explain(model: Any) -> str:
+def explain(model: Any, name: str | None = None) -> str:
     """The rewritten programs of a compiled model, with the schedules of the last call's sizes;
-    after the first call."""
+    after the first call.
+
+    name: of a region, parameter or value in them: where the decisions about it come from. Raises
+    `PlanError` before the first call and for an unknown name.
+    """
     root = getattr(model, "_orig_mod", model)
     graphs = GRAPHS.get(root, [])
     if not graphs:
         raise PlanError(
             "the model has no compiled graph yet: call it first (one rank runs plain Inductor)"
         )
-    return "\n\n".join(_explained(g) for g in graphs)
+    if name is None:
+        return "\n\n".join(_explained(g) for g in graphs)
+    for g in reversed(graphs):
+        with contextlib.suppress(PlanError):
+            return origin(g.rewritten, name, g.sizes or g.captured.program.hints)
+    return origin(graphs[-1].rewritten, name, graphs[-1].sizes)
 
 
 def _explained(graph: Compiled) -> str:

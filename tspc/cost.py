@@ -7,7 +7,7 @@ are sympy expressions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -139,6 +139,21 @@ def folded(body: Body) -> str:
     return BROADCAST if body.attentions else RING
 
 
+def seconds(body: Body, values: Sequence[int], rows: int) -> dict[str, float]:
+    """Schedule -> time of a training step by the model, of those that "auto" chooses from."""
+    s = sizes(body, dict(zip(body.symbols, values)), rows)
+    itemsize = body.values[body.shards[0]].dtype.itemsize
+    return {
+        name: float(
+            sum(
+                way(s, name, body.ranks).seconds(body.hardware, itemsize)
+                for way in (forward, backward)
+            )
+        )
+        for name in (folded(body), STATIONARY)
+    }
+
+
 @lru_cache(maxsize=4096)
 def fastest(body: Body, values: tuple[int, ...], rows: int) -> str:
     """The schedule of least time for a training step; of those within 3% the one of least transient
@@ -147,12 +162,7 @@ def fastest(body: Body, values: tuple[int, ...], rows: int) -> str:
     values: of body.symbols. rows: of all ranks together. Rank-independent sizes only.
     """
     s = sizes(body, dict(zip(body.symbols, values)), rows)
-    ranks, itemsize = body.ranks, body.values[body.shards[0]].dtype.itemsize
-    times, memory = {}, {}
-    for name in (folded(body), STATIONARY):
-        both = (way(s, name, ranks).seconds(body.hardware, itemsize) for way in (forward, backward))
-        times[name] = float(sum(both))
-        memory[name] = float(transient(s, name, ranks))
+    times = seconds(body, values, rows)
     least = min(times.values())
     close = [n for n, t in times.items() if t <= SAME * least]
-    return min(close, key=lambda n: memory[n])
+    return min(close, key=lambda n: float(transient(s, n, body.ranks)))

@@ -1,0 +1,44 @@
+"""Each decision can be asked for where it comes from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tspc
+from examples.llama_like import LlamaLike
+
+TOKENS = torch.zeros(2, 12, dtype=torch.long)
+TOLD = {
+    "blocks.0.attention": [
+        "over 6 pieces of blocks.0.attention.o.weight.1, 2 in each of 4 shards, 2 of them pads",
+        "weight blocks.0.attention.o.weight: cut along dim 1",
+        "leaves as a sum",
+        "by the cost model: stationary",
+    ],
+    "head": ["schedule ring, by the options"],
+    "blocks.0.mlp.up.weight": ["cut along dim 0", "by region blocks.0.mlp", "read by %linear"],
+    "embedding.weight": ["its rows are looked up where they lie"],
+    "norm.weight": ["whole on every rank"],
+    "%linear": ["inside of region blocks.0.attention"],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_name(name: str) -> None:
+    model = LlamaLike(layers=1, heads=6, kv_heads=6)
+    plan = tspc.plan(model, (TOKENS, TOKENS), ranks=4, options={"schedule": {"head": "ring"}})
+    text = plan.origin(name)
+    assert all(t in text for t in TOLD[name]), text
+
+
+def test_values() -> None:
+    plan = tspc.plan(LlamaLike(layers=1), (TOKENS, TOKENS), ranks=2)
+    nodes = plan.rewritten.typed.program.nodes
+    (total,) = (n for n in nodes if n.op == "all_reduce")
+    text = plan.origin(total.name)
+    assert "meets the sequence: reduce" in text and "a partial sum on each rank" in text
+    for n in nodes[:-1]:  # every line of the plan
+        assert plan.origin(n.name)
+    with pytest.raises(tspc.errors.PlanError, match="'nothing' in this program; its regions are b"):
+        plan.origin("nothing")
