@@ -360,8 +360,12 @@ def divided(size: sympy.Expr) -> sympy.Expr:
 
 def source_line(node: torch.fx.Node) -> str:
     """ "file:line" of the innermost frame of the model's own code."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(f, l) for f, l in found if "/torch/" not in f and f != storage.__file__]
+    trace = node.meta.get("stack_trace") or ""
+    own = [
+        (file, line)
+        for file, line, function in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace)
+        if "/torch/" not in file and file != storage.__file__ and function != "__torch_function__"
+    ]
     if not own:
         return ""
     file, line = own[-1]

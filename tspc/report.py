@@ -4,7 +4,7 @@ replicated, weights gathered at use, outputs gathered whole."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tspc.body import evaluate
@@ -49,7 +49,22 @@ def reports(rewritten: Rewritten, sizes: Mapping[Any, int] | None = None) -> lis
         )
         change = "give the model tokens [batch, sequence], or leave this part uncompiled"
         return [Report(program.node(program.output.refs()[0].name).source, what, size, change)]
-    return [*_ops(rewritten, at), *_weights(rewritten, at), *_outputs(rewritten, at)]
+    return _merged([*_ops(rewritten, at), *_weights(rewritten, at), *_outputs(rewritten, at)])
+
+
+def _merged(found: Sequence[Report]) -> list[Report]:
+    """The same line of the model again, in other layers, is told once."""
+    alike: dict[tuple[str, str], list[Report]] = {}
+    for r in found:
+        alike.setdefault((r.where, r.what), []).append(r)
+    return [
+        replace(
+            same[0],
+            what=f"{what} ({len(same)} times)" if len(same) > 1 else what,
+            bytes=sum(r.bytes for r in same),
+        )
+        for (_, what), same in alike.items()
+    ]
 
 
 def warning(found: Sequence[Report]) -> str:
