@@ -15,7 +15,7 @@ import torch
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
-from tspc.passes.sequence import sequence
+from tspc.passes.sequence import attends_along, sequence
 
 from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
@@ -144,7 +144,7 @@ def _why_not(
                 return f"{r.node.name} has no sequence"
             if in_segment(a.F, dims, leaf):
                 return f"the sequence is part of a dim of {r.node.name}"
-        why = _needs_sequence(r, g, leaf) or _escapes(a, r, g, leaf, users, regions)
+        why = _needs_sequence(a, r, g, leaf) or _escapes(a, r, g, leaf, users, regions)
         why = why or _reads_pieces(a, r, g, leaf, made)
         if why:
             return why
@@ -155,11 +155,11 @@ def _why_not(
     return ""
 
 
-def _needs_sequence(r: Record, g: Region, leaf: Factor) -> str:
+def _needs_sequence(a: Analysis, r: Record, g: Region, leaf: Factor) -> str:
     """What the op needs of other ranks' tokens, which only attention may."""
     roles = {role for role, *_ in r.roles.get(leaf, ())}
     if r.node.op in ATTENTIONS:
-        if roles - {"at"} != {"exchange"} or len(r.node.type.shape) != 4:
+        if roles - {"at"} != {"exchange"} or not attends_along(a, r, leaf):
             return f"{r.node.name} does not attend along the sequence"
         if g.factor not in r.carried_in[0]:
             return f"{r.node.name} would compute the same weights for every piece of its values"

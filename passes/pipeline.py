@@ -13,7 +13,7 @@ import sympy
 from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
-from tspc.passes.factorize import Analysis, factorize
+from tspc.passes.factorize import Analysis
 from tspc.passes.fold import outline
 from tspc.passes.localize import LocalProgram, Result
 from tspc.passes.masks import recognise_masks
@@ -21,6 +21,7 @@ from tspc.passes.normalize import normalize
 from tspc.passes.outputs import Range, hand_out
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import Typed, propagate
+from tspc.passes.seal import analyse
 from tspc.passes.sequence import sequence
 from tspc.passes.verify import check_program, check_typed
 from tspc.passes.windows import widen
@@ -73,17 +74,17 @@ def rewrite(
 ) -> Rewritten:
     """writes: how many of the last outputs are new values of inputs."""
     program = prepare(program)
-    analysis = factorize(program)
+    analysis = analyse(program)
     ranges: dict[int, tuple[Range, ...]] = {}
     if options.outputs != "sharded":
         count = len(program.output.args) - writes
         handed, ranges = hand_out(analysis, sequence(analysis), count)
         if ranges:
             check_program(handed, "outputs")
-            program, analysis = handed, factorize(handed)
+            program, analysis = handed, analyse(handed)
     widened = _pass("windows", lambda _: widen(analysis, sequence(analysis)), program)
     if widened.nodes != program.nodes:
-        program, analysis = widened, factorize(widened)
+        program, analysis = widened, analyse(widened)
     choice = choose(analysis, ranks, options.schedule, options.layout)
     left = _local(program, options.outputs, writes)
     cotangents = "deferred" not in left.values()

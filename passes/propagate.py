@@ -16,6 +16,7 @@ import torch
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
+from tspc.passes.sequence import attends_along
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
@@ -259,6 +260,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     kinds = {role for role, *_ in roles}
     cut = [r for r, d in operands.items() if s.carries(d)]
     touched = bool(cut) or any(map(s.carries, outs))
+    if n.name in s.analysis.sealed:
+        _fall_back(s, n, outs, "it lays the sequence together")
+        return
     active = any(s.place(r) == "S" for r in operands)
     weighted = any(_is_param(s, r) for r in operands)
     if not touched or not (active or weighted):
@@ -272,7 +276,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _lookup(s, n, outs)
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
-    elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and len(n.type.shape) == 4:
+    elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and _attends(s, record):
         mask = mask_of(n)
         if mask is not None and s.types[mask.name, mask.item or 0].requires_grad:
             _fall_back(s, n, outs, "its mask has a gradient")
@@ -325,6 +329,10 @@ def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any
         states = n.args[6]
         renamed[states] = s.sequence(states, n.source, operands[states])
     s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
+
+
+def _attends(s: _State, record: Record | None) -> bool:
+    return s.leaf is not None and record is not None and attends_along(s.analysis, record, s.leaf)
 
 
 def mask_of(n: Node) -> Ref | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from tspc.passes.factorize import Analysis
+from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import weight_values
 
 from tspc.factor import Factor, const
@@ -35,6 +35,12 @@ def sequence(a: Analysis) -> Factor | None:
     tokens = tokens - in_params or tokens  # a table of positions may be as long as the sequence
     tokens = {f for f in tokens if not const(f.size)} or tokens
     return max(tokens, key=lambda f: counts[f], default=None)
+
+
+def attends_along(a: Analysis, r: Record, leaf: Factor) -> bool:
+    """The keys of an attention are the sequence as a whole, batched over two dims."""
+    keys = r.ins[1]
+    return len(keys) == 4 and a.F.expand(tuple(keys[-2])) == (leaf,)
 
 
 def _original(a: Analysis, f: Factor) -> Factor:
