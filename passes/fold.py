@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from tspc.passes.factorize import Analysis, Record
+from tspc.passes.independent import is_independent, makers_in, makers_of
 from tspc.passes.regions import Region
 
 from tspc.factor import Factor
-from tspc.program import CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
@@ -54,6 +55,7 @@ class Fold:
     schedule: str = "auto"
     recompute: int = 0  # all of it is of this checkpointed part
     casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
+    apart: tuple[Exit, ...] = ()  # what is read outside and that the factor does not touch
 
 
 def outline(
@@ -97,6 +99,9 @@ def outline(
                 )
                 extra.append(added)
                 moved[e.ref] = Ref(added.name)
+        if fold.apart:
+            made.append(_apart(analysis, node_name, fold, leaves, ranks))
+            moved |= {e.ref: Ref(made[-1].name, i) for i, e in enumerate(fold.apart)}
         operands = (fold.tokens, fold.invariants, fold.sliced, params)
         source = fold.body[0].source
         kwargs = {"fold": fold}
@@ -110,6 +115,17 @@ def outline(
 
     nodes = [n.map_refs(rename) for n in kept + made]
     return replace(analysis.program, nodes=_sorted(nodes)).without_dead_nodes()
+
+
+def _apart(a: Analysis, name: str, fold: Fold, leaves: frozenset[Factor], ranks: int) -> Node:
+    """The node that makes what the factor does not touch, of one shard."""
+    ops = {r.index for e in fold.apart for r in makers_of(e.ref, fold.records, fold.factor)}
+    own = _fold(a, fold.name, Region(fold.factor, [], ops), "", leaves, ranks, set())
+    own = replace(own, exits=fold.apart)
+    operands = (own.tokens, own.invariants, own.sliced, tuple(map(Ref, own.weights)))
+    types = tuple(e.type for e in own.exits)
+    source = own.body[0].source
+    return Node(f"{name}.apart", APART, operands, {"fold": own}, types, source, own.recompute)
 
 
 def _readers(a: Analysis, regions: Sequence[Region]) -> list[set[Ref]]:
@@ -174,7 +190,7 @@ def _fold(
                 tokens[ref] = None
             else:
                 invariants[ref] = None
-    exits = []
+    exits, apart, makers = [], [], makers_in(a, region)
     outputs = set(a.program.output.refs())
     for r in records.values():
         roles = {role for role, *_ in r.roles.get(f, ())}
@@ -187,6 +203,8 @@ def _fold(
                 exits.append(Exit(ref, SUM, shape, t))
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
+            elif ref in outside and is_independent(ref, makers, region):
+                apart.append(Exit(ref, APART, shape, t))
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
@@ -208,6 +226,7 @@ def _fold(
         schedule,
         _group(body),
         casts,
+        tuple(apart),
     )
 
 
