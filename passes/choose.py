@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
+from tspc.passes.independent import is_independent, makers_in
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
 from tspc.passes.sequence import attends_along, sequence
 
@@ -185,8 +186,11 @@ def _escapes(
     if all(leaf in c and _apart(a, d, g.factor, leaf) for c, d in zip(r.carried_out, r.outs)):
         return ""
     same = [x.ops for x in regions.chosen if x.factor is g.factor and r.index in x.ops]
-    made = g.ops.union(*same)
+    made, makers = g.ops.union(*same), makers_in(a, g)
     for user in users.get(r.node.name, []):
+        read = [x for x in user.refs if x is not None and x.name == r.node.name]
+        if all(is_independent(x, makers, g) for x in read):
+            continue
         if user.node.op != OUTPUT and user.index not in made:
             return f"{r.node.name} is also used by {user.node.name}"
     return ""

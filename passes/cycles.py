@@ -9,7 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from tspc.passes.factorize import Record
+from tspc.passes.independent import is_independent, makers_of
 from tspc.passes.regions import Region
+
+from tspc.program import Ref
 
 
 def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
@@ -19,11 +22,26 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
         for i in g.ops:
             holders.setdefault(i, []).append(-1 - k)
     made = {r.node.name: holders.get(r.index, [r.index]) for r in recs}
+    makers = [{recs[i].node.name: recs[i] for i in g.ops} for g in regions]
+
+    def sources(x: Ref | None) -> list[int]:
+        """What a value waits for: of one that is made apart, what it is made of."""
+        out: list[int] = []
+        for source in made.get(x.name, []) if x is not None else []:
+            k = -1 - source
+            if x is None or k < 0 or not is_independent(x, makers[k], regions[k]):
+                out.append(source)
+                continue
+            for r in makers_of(x, makers[k], regions[k].factor):
+                outside = [y for y in r.refs if y is not None and y.name not in makers[k]]
+                out += [n for y in outside for n in made.get(y.name, [])]
+        return out
+
     after: dict[int, set[int]] = defaultdict(set)
     before: dict[int, set[int]] = defaultdict(set)
     for r in recs:
         for x in r.refs:
-            for source in made.get(x.name, []) if x is not None else []:
+            for source in sources(x):
                 for to in holders.get(r.index, [r.index]):
                     if source != to:
                         after[source].add(to)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from tspc.passes.factorize import Analysis, Record
+from tspc.passes.independent import independent, is_independent, makers_in, makers_of
 from tspc.passes.regions import Region
 
 from tspc.factor import Factor
-from tspc.program import CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
@@ -54,6 +55,7 @@ class Fold:
     schedule: str = "auto"
     recompute: int = 0  # all of it is of this checkpointed part
     casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
+    apart: tuple[Exit, ...] = ()  # what is read outside and that the factor does not touch
 
 
 def outline(
@@ -74,7 +76,7 @@ def outline(
         _fold(analysis, name, region, schedule, leaves, ranks, outside | outputs)
         for (name, region, schedule), outside in zip(regions, readers)
     ]
-    inside = {n.name for f in folds for n in f.body}
+    inside = {name for f in folds for name in f.records}
     moved: dict[Ref, Ref] = {}
     made: list[Node] = []
     for k, fold in enumerate(folds):
@@ -97,6 +99,9 @@ def outline(
                 )
                 extra.append(added)
                 moved[e.ref] = Ref(added.name)
+        if fold.apart:
+            made.append(_apart(analysis, node_name, fold, leaves, ranks))
+            moved |= {e.ref: Ref(made[-1].name, i) for i, e in enumerate(fold.apart)}
         operands = (fold.tokens, fold.invariants, fold.sliced, params)
         source = fold.body[0].source
         kwargs = {"fold": fold}
@@ -110,6 +115,17 @@ def outline(
 
     nodes = [n.map_refs(rename) for n in kept + made]
     return replace(analysis.program, nodes=_sorted(nodes)).without_dead_nodes()
+
+
+def _apart(a: Analysis, name: str, fold: Fold, leaves: frozenset[Factor], ranks: int) -> Node:
+    """The node that makes what the factor does not touch, of one shard."""
+    ops = {r.index for e in fold.apart for r in makers_of(e.ref, fold.records, fold.factor)}
+    own = _fold(a, fold.name, Region(fold.factor, [], ops), "", leaves, ranks, None)
+    own = replace(own, exits=fold.apart)
+    operands = (own.tokens, own.invariants, own.sliced, tuple(map(Ref, own.weights)))
+    types = tuple(e.type for e in own.exits)
+    source = own.body[0].source
+    return Node(f"{name}.apart", APART, operands, {"fold": own}, types, source, own.recompute)
 
 
 def _readers(a: Analysis, regions: Sequence[Region]) -> list[set[Ref]]:
@@ -139,16 +155,25 @@ def _fold(
     schedule: str,
     leaves: frozenset[Factor],
     ranks: int,
-    outside: set[Ref],
+    outside: set[Ref] | None,
 ) -> Fold:
-    """outside: values that are read outside of the regions and differentiated there."""
+    """outside: values that are read outside of the regions and differentiated there; None: all of
+    it is made apart."""
     f = region.factor
     records = {a.records[i].node.name: a.records[i] for i in sorted(region.ops)}
+    makers = makers_in(a, region)
+    alone = {
+        Ref(name, item if len(r.node.types) > 1 else None)
+        for name, r in records.items()
+        for item in independent(r, f)
+        if outside is not None and is_independent(Ref(name, item), makers, region)
+    }
+    left = {x.name for x in alone if x.item is None}  # no part of the body
     body = []
-    for r in records.values():
+    for r in (r for name, r in records.items() if name not in left):
         summed = any(role == "reduce" for role, *_ in r.roles.get(f, ()))
         body.append(summand(r.node) if summed else r.node)
-    inside = set(records)
+    inside = set(records) - left
     kinds = {n.name: n.op for n in a.program.nodes}
     tokens: dict[Ref, None] = {}
     invariants: dict[Ref, None] = {}
@@ -174,7 +199,8 @@ def _fold(
                 tokens[ref] = None
             else:
                 invariants[ref] = None
-    exits = []
+    exits, apart = [], []
+    outside = outside or set()
     outputs = set(a.program.output.refs())
     for r in records.values():
         roles = {role for role, *_ in r.roles.get(f, ())}
@@ -187,6 +213,8 @@ def _fold(
                 exits.append(Exit(ref, SUM, shape, t))
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
+            elif ref.name in left or (ref in alone and ref in outside):
+                apart.append(Exit(ref, APART, shape, t))
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
@@ -208,6 +236,7 @@ def _fold(
         schedule,
         _group(body),
         casts,
+        tuple(apart),
     )
 
 

@@ -34,7 +34,7 @@ from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
 from tspc.ops import local_rows
-from tspc.program import CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten
 Dims = Sequence[Sequence[Factor]]
@@ -304,6 +304,8 @@ class _Run:
             return constant(n, device)
         if n.op == FOLD:
             return self.fold(n)
+        if n.op == APART:
+            return n.kwargs["run"](n, self.sizes, self.get)
         if n.op in (LOCAL, WHOLE, CLEAR):
             here = self.dims(Ref(n.name))
             return getattr(tspc, n.op)(self.get(n.args[0]), *self.sequence(here))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+from tspc.passes.apart import run_apart
 from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
@@ -31,7 +32,7 @@ from tspc.body import Body, made_again
 from tspc.counter import ATTENTIONS
 from tspc.hardware import Hardware
 from tspc.options import Options
-from tspc.program import FOLD, SEED, Node, Program, Ref
+from tspc.program import APART, FOLD, SEED, Node, Program, Ref
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,11 @@ def rewrite(
         if not k.kept:
             bodies[names[k.name]] = made_again(k.body)
     nodes = tuple(
-        replace(n, kwargs={**n.kwargs, "body": bodies[n.name]}) if n.op == FOLD else n
+        replace(n, kwargs={**n.kwargs, "body": bodies[n.name]})
+        if n.op == FOLD
+        else replace(n, kwargs={**n.kwargs, "run": run_apart})
+        if n.op == APART
+        else n
         for n in typed.program.nodes
     )
     typed = replace(typed, program=replace(typed.program, nodes=nodes))

@@ -21,6 +21,7 @@ from tspc.passes.sequence import attends_along
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
 from tspc.program import (
+    APART,
     FOLD,
     OUTPUT,
     PARAM,
@@ -185,7 +186,7 @@ def propagate(
                 s.params.add(n.name)
         elif n.op == OUTPUT:
             s.nodes.append(n)
-        elif n.op == FOLD:
+        elif n.op in (FOLD, APART):
             _fold(s, n)
         elif n.name in casts:
             s.casts[n.name] = base = casts[n.name]
@@ -228,7 +229,7 @@ def _fold(s: _State, n: Node) -> None:
         cut_mask(s, new, fold.dims[old], n.source)
         if old in masks
         else new
-        if _weak(s, new)
+        if _weak(s, new) and n.op == FOLD
         else s.sequence(new, n.source, fold.dims[old])
         for old, new in zip(fold.tokens, n.args[0])
     )

@@ -15,11 +15,12 @@ from tspc.passes.propagate import (
 )
 
 from tspc.errors import CaptureError
-from tspc.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Program
+from tspc.program import APART, FOLD, OUTPUT, PLACEHOLDERS, Node, Program
 
 # conversion -> the placement that its operand must have
 OPERAND = {LOCAL: "R", WHOLE: "S", CLEAR: "S", ALL_REDUCE: "P", VARY: "R"}
-OF_SHARDS = (EMBED, FOLD, GATHER_WEIGHT, f"{GATHER_WEIGHT}_r")  # read a parameter as it is stored
+# read a parameter as it is stored
+OF_SHARDS = (APART, EMBED, FOLD, GATHER_WEIGHT, f"{GATHER_WEIGHT}_r")
 
 
 def check_program(program: Program, after: str) -> None:

@@ -30,6 +30,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
 from tspc import checkpoint, precision
+from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.hardware import hardware
 from tspc.options import Options
@@ -127,6 +128,7 @@ def capture(
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
             dispatch_functionalize(run, functional),
+            taken_apart(),
             pre_dispatch=True,
             tracing_mode="real",
             _allow_non_fake_inputs=True,

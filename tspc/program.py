@@ -15,13 +15,14 @@ import sympy
 import torch
 
 Size = int | sympy.Expr
-PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD = (
+PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD, APART = (
     "param",
     "buffer",
     "input",
     "constant",
     "output",
     "fold",
+    "apart",
 )
 PLACEHOLDERS = (PARAM, BUFFER, INPUT)
 SEED = "tspc.seed"  # the input that a program with random ops has besides its own

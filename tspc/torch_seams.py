@@ -4,12 +4,14 @@ when torch changes them."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch._decomp import decomposition_table
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -72,6 +74,12 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
                     roots[id(value)] = value
                 break
     return list(roots.values())
+
+
+def parts_of(op: Any) -> Callable[..., Any]:
+    """An op spelled out in other ops: torch's own kernel of a composite one, else the entry of its
+    table of decompositions."""
+    return op.decompose if op._can_decompose() else decomposition_table[op]
 
 
 def default_store() -> Any:

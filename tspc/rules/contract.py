@@ -23,16 +23,21 @@ def addmm(op: Op) -> list:
     return apply(Rule.parse(f"{bias}, m k, k n -> m n", reduce="k", once=0), op)
 
 
-@computed(aten.conv2d.default)
-def conv2d(op: Op) -> list:
+@computed(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(op: Op) -> list:
     """The channels are summed where nothing is added after the sum."""
-    window = "y x k l p q"
+    before, window, after = (
+        " ".join(f"{l}{k}" for k in range(len(op.ins[1]) - 2)) for l in ("x", "w", "y")
+    )
+    b = "b " if len(op.ins[0]) == len(op.ins[1]) else ""
+    places = f"{before} {window} {after}"
     if op.args["groups"] != 1:
-        return apply(Rule.parse("b c y x, o i k l, o -> b o p q", whole=f"c i o {window}"), op)
-    roles = {"whole": window, "reduce": "c"}
+        text = f"{b}c {before}, o i {window}, o -> {b}o {after}"
+        return apply(Rule.parse(text, whole=f"c i o {places}"), op)
+    roles = {"whole": places, "reduce": "c"}
     if op.ins[2] is not None:
-        roles = {"whole": f"{window} c"}
-    return apply(Rule.parse("b c y x, o c k l, o -> b o p q", **roles), op)
+        roles = {"whole": f"{places} c"}
+    return apply(Rule.parse(f"{b}c {before}, o c {window}, o -> {b}o {after}", **roles), op)
 
 
 @computed(aten.scaled_dot_product_attention.default)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from tspc.rule import Op, Rule, apply, computed
+from tspc.rule import Op, Rule, apply, computed, rule
 
 aten = torch.ops.aten
+
+
+rule(aten.tril.default, "... a b -> ... a b", whole="a b")
+rule(aten.triu.default, "... a b -> ... a b", whole="a b")
 
 
 def letters(n, but=()):
@@ -58,6 +62,12 @@ def reduction(op: Op) -> list:
     aten.cumsum.default,
     aten.flip.default,
     aten.roll.default,
+    aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.sort.default,
+    aten.sort.stable,
 )
 def whole_dim(op: Op) -> list:
     return along(op, "whole", True)
@@ -65,12 +75,27 @@ def whole_dim(op: Op) -> list:
 
 @computed(
     aten.amax.default,
+    aten.amin.default,
     aten.max.dim,
+    aten.min.dim,
+    aten.max.default,
+    aten.min.default,
     aten.argmax.default,
+    aten.argmin.default,
+    aten.aminmax.default,
+    aten.median.dim,
+    aten.kthvalue.default,
+    aten.prod.dim_int,
+    aten.prod.default,
     aten.var.dim,
+    aten.var.correction,
     aten.std.dim,
+    aten.std.correction,
+    aten.linalg_vector_norm.default,
     aten.any.dim,
+    aten.any.default,
     aten.all.dim,
+    aten.all.default,
 )
 def whole_reduction(op: Op) -> list:
     return along(op, "whole", False)

@@ -1,0 +1,49 @@
+"""Run what a fold's factor does not touch: on this rank's rows, with this rank's own shard.
+
+The rows without the factor are whole in every shard; their gradients add up over the ranks where
+shards become stored chunks again. Of the others it makes those of one shard, which nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tspc.passes.fold import Fold
+from tspc.passes.localize import call
+from tspc.passes.sizes import Sizes
+
+from tspc.placement import indices
+from tspc.program import Node, Ref, refs_in
+
+Run = Callable[[Node, Sizes, Callable[[Ref], Any]], list[Any]]
+
+
+def run_apart(n: Node, sizes: Sizes, get: Callable[[Ref], Any]) -> list[Any]:
+    """The values that leave, in order."""
+    fold: Fold = n.kwargs["fold"]
+    own = replace(sizes, cut={**sizes.cut, fold.factor: fold.units})
+    names = (*fold.tokens, *fold.invariants, *fold.sliced, *map(Ref, fold.weights))
+    env = {old: get(new) for old, new in zip(names, refs_in(n.args))}
+    for ref in fold.sliced:
+        env[ref] = _first_units(fold, ref, env[ref], own)
+    for w, dtype in fold.casts.items():
+        env[Ref(w)] = env[Ref(w)].to(dtype)
+    for m in fold.body:
+        record = fold.records[m.name]
+        made = call(m, record.ins, record.outs, own, lambda r: env[r])
+        for item, value in enumerate(made if isinstance(made, (list, tuple)) else [made]):
+            env[Ref(m.name, item)] = value
+            env.setdefault(Ref(m.name), value)
+    return [env[e.ref] for e in fold.exits]
+
+
+def _first_units(fold: Fold, ref: Ref, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """As many units as a shard has: which ones is of no consequence, and so equal on all ranks."""
+    for k, d in enumerate(fold.dims[ref]):
+        if fold.factor in sizes.factors.leaves(d):
+            at = indices(sizes.factors, d, fold.factor, range(fold.units))
+            x = x.index_select(k, torch.tensor(at, device=x.device))
+    return x

@@ -1,0 +1,74 @@
+"""Models whose weights are fused in unequal parts equal one device, forward and every gradient, and
+fold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tspc.passes.pipeline import Rewritten
+
+import tspc
+from tspc.program import APART
+
+VOCABULARY, WIDTH, HEADS, DIM = 23, 12, 5, 4
+
+
+class Fused(nn.Module):
+    """All queries and one K/V head in one weight, apart by `split`; biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2) * DIM)
+        self.out = nn.Linear(HEADS * DIM, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).split([HEADS * DIM, DIM, DIM], -1)
+        return q.unflatten(-1, (HEADS, DIM)).transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        q, k, v = self.apart(x)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return F.cross_entropy(self.head(x).flatten(0, 1), tokens.flatten())
+
+
+class FusedByHeads(Fused):
+    """The same apart by slices of heads, queries last; K is normalised."""
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        every = self.qkv(x).unflatten(-1, (HEADS + 2, DIM)).transpose(1, 2)
+        k, v, q = every[:, :1], every[:, 1:2], every[:, 2:]
+        return q, F.normalize(k, dim=-1), v
+
+
+def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Rewritten:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (2, 13))
+    options = {"schedule": schedule}
+    found = tspc.verify(make().double(), (tokens,), {}, ranks, options, 1e-9)
+    assert found.errors["gradient of"]
+    (graph,) = found.graphs
+    return graph.rewritten
+
+
+@pytest.mark.parametrize("schedule", ["auto", "stationary", "gather"])
+@pytest.mark.parametrize("make", [Fused, FusedByHeads])
+def test_one_key_head_in_the_weight_of_the_queries(
+    make: Callable[[], nn.Module], schedule: str
+) -> None:
+    rewritten = run(make, 3, schedule)
+    assert {n.kwargs["fold"].name for n in rewritten.folds} == {"model", "head"}
+    assert not rewritten.typed.fallbacks
+    (apart,) = (n for n in rewritten.typed.program.nodes if n.op == APART)
+    (fold,) = (n for n in rewritten.folds if n.kwargs["body"].attentions)
+    (attention,) = fold.kwargs["body"].attentions
+    exchanged_once = {t.name for t in fold.kwargs["body"].tokens}
+    assert len(apart.types) == 2 and {attention.k, attention.v} <= exchanged_once
