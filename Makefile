@@ -41,7 +41,7 @@ check: $(READY)
 	$(BIN)/python -m pytest tests/test_imports.py
 
 zoo: $(READY)
-	$(BIN)/python -m tests.run_zoo --ranks 2 3 4 --out results/zoo.json
+	$(BIN)/python -m tests.run_zoo
 
 scripts: $(READY)
 	$(BIN)/python -m pytest tests/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal

@@ -1,5 +1,5 @@
 """The structural key of a body: what decides its compiled pieces and its schedule, with canonical
-names of values and symbols. Layers of one structure share their pieces."""
+names of values. Layers of one structure share their pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def structural_key(
     rest: Any,
 ) -> str:
     """length: of the sequence. tables: what is read at the units of a shard. rest: all else."""
-    renamed = {s: sympy.Symbol(f"s{i}") for i, s in enumerate(symbols)}
 
     def show(a: Any) -> str:
         if isinstance(a, Ref):
@@ -33,7 +32,7 @@ def structural_key(
         if isinstance(a, (tuple, list)):
             return "(" + ",".join(map(show, a)) + ")"
         if isinstance(a, sympy.Expr):
-            return str(a.xreplace(renamed))
+            return str(a)
         if isinstance(a, Token):
             return show((a.name, a.dim, a.lead, a.whole))
         if isinstance(a, Out):
@@ -41,6 +40,7 @@ def structural_key(
         return repr(a)
 
     lines = [show(rest), str((fold.units, fold.size)), show(length)]
+    lines += map(sympy.srepr, symbols)  # sizes are told over the program's own symbols
     lines += [f"{k} {show(v.shape)} {v.dtype} {v.requires_grad}" for k, v in values.items()]
     for n in fold.body:
         kwargs = ",".join(f"{k}={show(v)}" for k, v in n.kwargs.items())

@@ -1,85 +1,77 @@
-"""make zoo: each model of the zoo on simulated ranks against one device, as a table."""
+"""make zoo: measure each model of the zoo (`tests.zoo_facts`), write the table docs/models.md.
+
+`python -m tests.run_zoo NAME... [--parts decisions parity compiles memory] [--gloo]`. The results
+of single models and parts are merged into the JSON, from which the table is printed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
 import os
 import sys
-import time
-import traceback
-from collections import Counter
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
-import tspc
-from tests.widen import Widen
-from tests.zoo import ZOO, build
-from tspc.report import reports
+from tests import zoo_facts as facts
+from tests.zoo import ZOO
+from tests.zoo_table import table
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("decisions", "parity", "compiles", "memory")
 
 
-def look(name: str, ranks: int, length: int) -> dict[str, Any]:
-    """Parity, regions and what runs replicated."""
-    start = time.perf_counter()
-    model, kwargs = build(name, length)
-    row: dict[str, Any] = {"model": name, "ranks": ranks, "length": length}
-    try:
-        with Widen():
-            found = tspc.verify(model, (), kwargs, ranks, tolerance=float("inf"))
-    except Exception as e:
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        text = str(e).strip().splitlines()
-        row["error"] = (
-            f"{type(e).__name__}: {text[0][:300] if text else ''} ({where.filename}:{where.lineno})"
-        )
-        return row | {"seconds": time.perf_counter() - start}
-    row["worst"] = found.worst
-    row["graphs"] = len(found.graphs)
-    row["folds"] = [n for g in found.graphs for n, _, _ in g.rewritten.choice.regions]
-    row["refused"] = [
-        (".".join(sorted(r.weights)[:1]), why)
-        for g in found.graphs
-        for r, why in g.rewritten.choice.refused
-    ]
-    row["replicated"] = [str(line) for g in found.graphs for line in reports(g.rewritten)]
-    kinds = Counter(s.kind for g in found.graphs for n, s in g.rewritten.choice.storages.items())
-    row["storage"] = dict(kinds)
-    row["seconds"] = time.perf_counter() - start
-    return row
+def measured(name: str, part: str, worlds: facts.Worlds) -> Any:
+    """One part of a model's facts."""
+    if part == "decisions":
+        return facts.attempt(lambda: facts.decided(name))
+    if part == "parity":
+        return {
+            f"D={d} S={n}": facts.attempt(lambda d=d, n=n: facts.parity(name, d, n))
+            for d, n in facts.CASES
+        }
+    if part == "compiles":
+        modes = {"default": None, "dynamic": True}
+        return {k: facts.attempt(lambda v=v: facts.compiles(name, v)) for k, v in modes.items()}
+    run = facts.memory if part == "memory" else facts.gloo
+    return facts.attempt(lambda: run(name, worlds))
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": today, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=[])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    parser.add_argument("--length", type=int, default=23)
-    parser.add_argument("--out")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--gloo", action="store_true", help="two gloo processes under Inductor")
+    parser.add_argument("--out", default=str(ROOT / "results" / "zoo.json"))
+    parser.add_argument("--doc", default=str(ROOT / "docs" / "models.md"))
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = []
+    out, worlds = Path(args.out), facts.Worlds()
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(exist_ok=True)
     for name in args.models or ZOO:
-        for ranks in args.ranks:
-            rows.append(look(name, ranks, args.length))
-            row = rows[-1]
-            if "error" in row:
-                print(f"{name:14} D={ranks} {row['error'][:400]}", flush=True)
-                continue
-            print(
-                f"{name:14} D={ranks} worst {row['worst']:.1e} graphs {row['graphs']} folds "
-                f"{len(row['folds'])} {row['storage']} {row['seconds']:.0f}s",
-                flush=True,
-            )
-            for line in row["refused"]:
-                print("      refused", line)
-            for line in row["replicated"]:
-                print("      ", line[:230])
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump(rows, f, indent=1)
+        for part in [*args.parts, *["gloo"][: args.gloo]]:
+            row = measured(name, part, worlds)
+            found.setdefault(name, {}).update({part: row, "versions": versions()})
+            print(name, part, json.dumps(row)[:600], flush=True)
+            out.write_text(json.dumps(found, indent=1))
+    worlds.close()
+    doc = Path(args.doc)
+    doc.parent.mkdir(exist_ok=True)
+    doc.write_text(table({n: found[n] for n in ZOO if n in found}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 WORDS, HIDDEN, HEADS, KV, DIM, FFN, LAYERS = 187, 48, 6, 2, 8, 50, 2
+EXPERT, POSITIONS = 20, 128
+MEASURED = {  # memory is measured at these
+    "WORDS": 2048,
+    "HIDDEN": 256,
+    "HEADS": 8,
+    "KV": 4,
+    "DIM": 32,
+    "FFN": 1024,
+    "LAYERS": 4,
+    "EXPERT": 256,
+    "POSITIONS": 512,
+}
 Made = tuple[nn.Module, dict[str, Any]]
 ZOO: dict[str, Callable[[int, int], Made]] = {}
+
+
+@contextmanager
+def sized(size: str) -> Iterator[None]:
+    """Models are made, and run, at size "tiny" or "measured" in here."""
+    names = globals()
+    before = {n: names[n] for n in MEASURED}
+    names.update({"tiny": before, "measured": MEASURED}[size])
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 def _base(**more: Any) -> dict[str, Any]:
@@ -26,7 +51,7 @@ def _base(**more: Any) -> dict[str, Any]:
         "intermediate_size": FFN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": POSITIONS,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -83,7 +108,7 @@ _causal(
         "ffn_dim": FFN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": POSITIONS,
         "word_embed_proj_dim": HIDDEN,
         "dropout": 0.0,
         "pad_token_id": 1,
@@ -94,12 +119,12 @@ _causal(
     "DeepseekV3",
     lambda: _base(
         num_key_value_heads=HEADS,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        moe_intermediate_size=20,
+        q_lora_rank=2 * DIM,
+        kv_lora_rank=2 * DIM,
+        qk_rope_head_dim=DIM,
+        qk_nope_head_dim=DIM,
+        v_head_dim=DIM,
+        moe_intermediate_size=EXPERT,
         n_routed_experts=4,
         n_group=1,
         topk_group=1,
@@ -111,7 +136,9 @@ _causal(
 EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
 _causal("mixtral", "Mixtral", lambda: _grouped(num_local_experts=4, **EXPERTS))
 _causal(
-    "qwen3_moe", "Qwen3Moe", lambda: _grouped(num_experts=4, moe_intermediate_size=20, **EXPERTS)
+    "qwen3_moe",
+    "Qwen3Moe",
+    lambda: _grouped(num_experts=4, moe_intermediate_size=EXPERT, **EXPERTS),
 )
 _causal(
     "gpt_oss",
@@ -170,11 +197,11 @@ _causal(
     "Mamba2",
     lambda: {
         "vocab_size": WORDS,
-        "hidden_size": 32,
+        "hidden_size": 4 * DIM,
         "num_hidden_layers": LAYERS,
         "state_size": 8,
         "num_heads": 8,
-        "head_dim": 8,
+        "head_dim": DIM,
         "n_groups": 2,
         "chunk_size": 8,
     },
@@ -196,7 +223,7 @@ def gpt2(length: int, batch: int) -> Made:
         n_layer=LAYERS,
         n_head=HEADS,
         n_inner=FFN,
-        n_positions=128,
+        n_positions=POSITIONS,
         attn_pdrop=0.0,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
@@ -267,7 +294,7 @@ def whisper(length: int, batch: int) -> Made:
         decoder_ffn_dim=FFN,
         num_mel_bins=8,
         max_source_positions=length,
-        max_target_positions=128,
+        max_target_positions=POSITIONS,
         dropout=0.0,
         pad_token_id=0,
         bos_token_id=1,
@@ -288,15 +315,19 @@ def qwen2_vl(length: int, batch: int) -> Made:
     config = t.Qwen2VLConfig(
         text_config=_base(
             num_key_value_heads=KV,
-            rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1], "rope_type": "default"},
+            rope_scaling={
+                "type": "mrope",
+                "mrope_section": [DIM // 4, DIM // 8, DIM // 8],
+                "rope_type": "default",
+            },
         ),
         vision_config={"depth": 1, "embed_dim": 32, "num_heads": 4, "hidden_size": HIDDEN},
-        image_token_id=185,
-        video_token_id=186,
-        vision_start_token_id=183,
-        vision_end_token_id=184,
+        image_token_id=WORDS - 2,
+        video_token_id=WORDS - 1,
+        vision_start_token_id=WORDS - 4,
+        vision_end_token_id=WORDS - 3,
     )
-    ids = tokens(length, batch).clamp(max=180)
+    ids = tokens(length, batch).clamp(max=WORDS - 7)
     model = t.Qwen2VLForConditionalGeneration(config)
     return model, {"input_ids": ids, "labels": ids.clone()}
 
@@ -306,7 +337,7 @@ class NanoGPT(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(WORDS, HIDDEN), nn.Embedding(128, HIDDEN)
+        self.wte, self.wpe = nn.Embedding(WORDS, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
         self.head = nn.Linear(HIDDEN, WORDS, bias=False)
         self.head.weight = self.wte.weight
         self.norm = nn.LayerNorm(HIDDEN)
@@ -366,7 +397,7 @@ class Titan(nn.Module):
             for _ in range(LAYERS)
         )
         inverse = 1 / 10000 ** (torch.arange(0, DIM, 2).double() / DIM)
-        angles = torch.outer(torch.arange(128).double(), inverse)
+        angles = torch.outer(torch.arange(POSITIONS).double(), inverse)
         self.register_buffer("cis", torch.polar(torch.ones_like(angles), angles))
 
     @staticmethod

@@ -344,7 +344,8 @@ def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
     shape = tuple(
         divided(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
     )
-    return Type(shape, value.dtype, requires_grad and value.is_floating_point())
+    number = value.is_floating_point() or value.is_complex()
+    return Type(shape, value.dtype, requires_grad and number)
 
 
 def divided(size: sympy.Expr) -> sympy.Expr:
