@@ -20,6 +20,8 @@ TOGETHER = {
     "check.py",
     "reference.py",
     "show.py",
+    "report.py",
+    "origin.py",
     "cli.py",
 }
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)
