@@ -213,7 +213,7 @@ def _fold(
                 exits.append(Exit(ref, SUM, shape, t))
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
-            elif ref.name in left or (ref in alone and ref in outside):
+            elif ref.name in left or (ref in alone and (ref in outside or ref in outputs)):
                 apart.append(Exit(ref, APART, shape, t))
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside

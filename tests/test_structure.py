@@ -49,6 +49,19 @@ class FusedByHeads(Fused):
         return q, F.normalize(k, dim=-1), v
 
 
+class FusedAndCached(Fused):
+    """K and V are handed out: one before it attends, one as the weight made it."""
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unsqueeze(1).split([HEADS * DIM, DIM, DIM], -1)
+        self.cache = (k, v)
+        return q.squeeze(1).unflatten(-1, (HEADS, DIM)).transpose(1, 2), k, v
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        loss = super().forward(tokens)
+        return loss, *self.cache
+
+
 def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Rewritten:
     torch.manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (2, 13))
@@ -60,7 +73,7 @@ def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Re
 
 
 @pytest.mark.parametrize("schedule", ["auto", "stationary", "gather"])
-@pytest.mark.parametrize("make", [Fused, FusedByHeads])
+@pytest.mark.parametrize("make", [Fused, FusedByHeads, FusedAndCached])
 def test_one_key_head_in_the_weight_of_the_queries(
     make: Callable[[], nn.Module], schedule: str
 ) -> None:
