@@ -184,7 +184,7 @@ def _fold(
         r = records[node.name]
         used = set(node.refs())
         for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
-            if ref is None or ref.name in inside or ref not in used:
+            if ref is None or ref not in used or (ref.name in inside and ref not in alone):
                 continue
             seen.setdefault(ref, tuple(map(tuple, dims)))
             if f in carried:
@@ -213,7 +213,7 @@ def _fold(
                 exits.append(Exit(ref, SUM, shape, t))
             elif "lse" in roles:
                 exits.append(Exit(ref, LSE, shape, t))
-            elif ref.name in left or (ref in alone and (ref in outside or ref in outputs)):
+            elif ref in alone:
                 apart.append(Exit(ref, APART, shape, t))
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside

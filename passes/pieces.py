@@ -226,10 +226,13 @@ def _cut(
         for item, t in enumerate(n.types):
             if t is None:
                 continue
-            name = f"v{i}_{item}"
+            made_apart = names.get(Ref(n.name, item))
+            name = made_apart or f"v{i}_{item}"
             names[Ref(n.name, item)] = name
             if item == 0:
                 names[Ref(n.name)] = name
+            if made_apart:
+                continue
             shape = m.shape(record.outs[item], symbols, False)
             values[name] = Value(shape, t.dtype, t.requires_grad)
     wanted = {names[e.ref] for e in m.fold.exits}
@@ -237,6 +240,7 @@ def _cut(
     for depth in range(max([*groups, *exchanges], default=0) + 1):
         nodes = groups.get(depth, [])
         made = {names[Ref(n.name, i)] for n in nodes for i, t in enumerate(n.types) if t}
+        made -= {names[r] for r in m.fold.tokens}
         later = [n for d, ns in groups.items() if d > depth for n in ns]
         later += [n for ns in exchanges.values() for n in ns]
         read_later = {names[r] for n in later for r in n.refs()} | wanted
@@ -349,7 +353,8 @@ def _runner(
             result = _one(m, n, record, sizes, step, lambda r: env[names[r]])
             for item, value in enumerate(result if isinstance(result, (list, tuple)) else [result]):
                 name = names[Ref(n.name, item)]
-                env[name] = _Kept.apply(kept[name], value) if name in kept else value
+                if name not in given:  # else it is made apart
+                    env[name] = _Kept.apply(kept[name], value) if name in kept else value
         return env
 
     return run
