@@ -7,7 +7,7 @@ where a fold cannot run it; its weights are then gathered at use.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
-from tspc.passes.sequence import attends_along, sequence
+from tspc.passes.sequence import attends, sequences
 
+from tspc.body import Extent
 from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
 from tspc.factor import Factor, const
@@ -41,29 +42,39 @@ class Storage:
 
 @dataclass(frozen=True)
 class Choice:
-    """Regions: (name, region, schedule).
+    """Leaves: the factors of the sequences, each with the order of its layout.
 
-    refused: (region, reason).
+    regions: (name, region, schedule). refused: (region, reason).
     """
 
-    leaf: Factor | None
-    order: str
+    leaves: Mapping[Factor, str]
     regions: tuple[tuple[str, Region, str], ...]
     refused: tuple[tuple[Region, str], ...]
     storages: Mapping[str, Storage]
     lookups: frozenset[str]
+
+    @property
+    def leaf(self) -> Factor | None:
+        """The main sequence."""
+        return next(iter(self.leaves), None)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """Of every sequence; of one row where there is none."""
+        found = tuple(Extent(f.size, order) for f, order in self.leaves.items())
+        return found or (Extent(1, "contiguous"),)
 
 
 def choose(
     a: Analysis, ranks: int, schedule: str | Mapping[str, str] = "auto", layout: str = "auto"
 ) -> Choice:
     """Schedule: one name for all regions, or a dict from region name or glob."""
-    leaf, users = sequence(a), _users(a)
+    leaves, users = sequences(a), _users(a)
     refused: list[tuple[Region, str]] = []
     while True:  # a refused region makes way for others, and may take some with it
-        regions = find_regions(a, leaf, {g.key for g, _ in refused})
-        lookups = _lookups(a, regions, leaf)
-        found = [(g, _why_not(a, g, leaf, users, lookups, regions)) for g in regions.chosen]
+        regions = find_regions(a, leaves, {g.key for g, _ in refused})
+        lookups = _lookups(a, regions, leaves)
+        found = [(g, _why_not(a, g, leaves, users, lookups, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
         if any(why for _, why in found):
             continue
@@ -76,10 +87,15 @@ def choose(
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)
     schedules = _schedules(names, schedule)
-    causal = any(n.op in ATTENTIONS and _is_causal(n) for n in a.program.nodes)
-    order = layout if layout != "auto" else "zigzag" if causal else "contiguous"
+    orders = {f: layout if layout != "auto" else _order(a, f) for f in leaves}
     picked = tuple(zip(names, chosen, schedules))
-    return Choice(leaf, order, picked, tuple(refused), storages, frozenset(lookups))
+    return Choice(orders, picked, tuple(refused), storages, frozenset(lookups))
+
+
+def _order(a: Analysis, leaf: Factor) -> str:
+    """Of the layout of a sequence."""
+    attentions = (r for r in a.records if r.node.op in ATTENTIONS and _is_causal(r.node))
+    return "zigzag" if any(leaf in r.carried_in[0] for r in attentions) else "contiguous"
 
 
 def _is_causal(n: Node) -> bool:
@@ -100,7 +116,7 @@ def _users(a: Analysis) -> dict[str, list[Record]]:
     return out
 
 
-def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, str]:
+def _lookups(a: Analysis, regions: Regions, leaves: Collection[Factor]) -> dict[str, str]:
     """Embedding node -> its table, where the table is a parameter and the ids end in the
     sequence."""
     out = {}
@@ -111,7 +127,8 @@ def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, st
         if r.node.op != aten.embedding.default or table is None or table.name not in params:
             continue
         token = r.outs[0][-2] if len(r.outs[0]) > 1 else ()
-        if leaf is not None and ids is not None and tuple(a.F.expand(token)) == (leaf,):
+        whole = tuple(a.F.expand(token))
+        if ids is not None and len(whole) == 1 and whole[0] in leaves:
             out[r.node.name] = params[table.name]
     return out
 
@@ -119,13 +136,13 @@ def _lookups(a: Analysis, regions: Regions, leaf: Factor | None) -> dict[str, st
 def _why_not(
     a: Analysis,
     g: Region,
-    leaf: Factor | None,
+    leaves: Collection[Factor],
     users: Mapping[str, list[Record]],
     lookups: Mapping[str, str],
     regions: Regions,
 ) -> str:
     """Why a fold cannot run the region, empty if it can."""
-    if leaf is None:
+    if not leaves:
         return "the program has no sequence"
     same = {i for other in regions.chosen if other.factor is g.factor for i in other.ops}
     params = {n.name: n for n in a.program.nodes if n.op == PARAM}
@@ -141,12 +158,16 @@ def _why_not(
         r = a.records[i]
         for k, dims in enumerate(r.outs):
             view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, users, a)
-            if leaf not in r.carried_out[k] and not view and r.node.types[k] is not None:
+            if (
+                not r.carried_out[k].intersection(leaves)
+                and not view
+                and r.node.types[k] is not None
+            ):
                 return f"{r.node.name} has no sequence"
-            if in_segment(a.F, dims, leaf):
+            if any(in_segment(a.F, dims, leaf) for leaf in leaves):
                 return f"the sequence is part of a dim of {r.node.name}"
-        why = _needs_sequence(a, r, g, leaf) or _escapes(a, r, g, leaf, users, regions)
-        why = why or _reads_pieces(a, r, g, leaf, made)
+        why = _needs_sequence(a, r, g, leaves) or _escapes(a, r, g, leaves, users, regions)
+        why = why or _reads_pieces(a, r, g, leaves, made)
         if why:
             return why
         if r.node.op in ATTENTIONS:
@@ -156,15 +177,18 @@ def _why_not(
     return ""
 
 
-def _needs_sequence(a: Analysis, r: Record, g: Region, leaf: Factor) -> str:
+def _needs_sequence(a: Analysis, r: Record, g: Region, leaves: Collection[Factor]) -> str:
     """What the op needs of other ranks' tokens, which only attention may."""
-    roles = {role for role, *_ in r.roles.get(leaf, ())}
+    met = set().union(*r.carried_in, *r.carried_out).intersection(leaves)
+    roles = {role for leaf in met for role, *_ in r.roles.get(leaf, ())}
     if r.node.op in ATTENTIONS:
-        if roles - {"at"} != {"exchange"} or not attends_along(a, r, leaf):
+        if roles - {"at"} != {"exchange"} or not attends(a, r, leaves):
             return f"{r.node.name} does not attend along the sequence"
         if g.factor not in r.carried_in[0]:
             return f"{r.node.name} would compute the same weights for every piece of its values"
         return ""
+    if len(met) > 1:
+        return f"{r.node.name} meets two sequences"
     return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
 
 
@@ -172,7 +196,7 @@ def _escapes(
     a: Analysis,
     r: Record,
     g: Region,
-    leaf: Factor,
+    leaves: Collection[Factor],
     users: Mapping[str, list[Record]],
     regions: Regions,
 ) -> str:
@@ -183,7 +207,8 @@ def _escapes(
     """
     if any(role in ENDS for role, *_ in r.roles.get(g.factor, ())):
         return ""
-    if all(leaf in c and _apart(a, d, g.factor, leaf) for c, d in zip(r.carried_out, r.outs)):
+    cut = (c.intersection(leaves) and _apart(a, d, g.factor) for c, d in zip(r.carried_out, r.outs))
+    if all(cut):
         return ""
     same = [x.ops for x in regions.chosen if x.factor is g.factor and r.index in x.ops]
     made, makers = g.ops.union(*same), makers_in(a, g)
@@ -196,18 +221,20 @@ def _escapes(
     return ""
 
 
-def _reads_pieces(a: Analysis, r: Record, g: Region, leaf: Factor, made: set[str]) -> str:
+def _reads_pieces(
+    a: Analysis, r: Record, g: Region, leaves: Collection[Factor], made: set[str]
+) -> str:
     """An operand from outside with the sequence and the factor, of which no step can take its
     piece."""
     for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
-        if ref is None or ref.name in made or not {leaf, g.factor} <= carried:
+        if ref is None or ref.name in made or g.factor not in carried:
             continue
-        if not _apart(a, dims, g.factor, leaf):
+        if carried.intersection(leaves) and not _apart(a, dims, g.factor):
             return f"{r.node.name} reads {ref.name}, which has the sequence and its columns"
     return ""
 
 
-def _apart(a: Analysis, dims: Sequence[Any], f: Factor, leaf: Factor) -> bool:
+def _apart(a: Analysis, dims: Sequence[Any], f: Factor) -> bool:
     """The factor is in one dim, as a whole, with nothing beside it whose size may change."""
     hit = [a.F.expand(tuple(d)) for d in dims if f in a.F.leaves(tuple(d))]
     return len(hit) == 1 and hit[0].count(f) == 1 and all(const(x.size) for x in hit[0])

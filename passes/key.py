@@ -17,14 +17,17 @@ from tspc.program import Ref
 
 def structural_key(
     fold: Fold,
-    length: Any,
+    extents: Any,
     names: Mapping[Ref, str],
     values: Mapping[str, Value],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     symbols: Sequence[sympy.Symbol],
     rest: Any,
 ) -> str:
-    """length: of the sequence. tables: what is read at the units of a shard. rest: all else."""
+    """extents: length and order of the sequences. tables: what is read at the units of a shard.
+
+    rest: all else.
+    """
 
     def show(a: Any) -> str:
         if isinstance(a, Ref):
@@ -34,12 +37,12 @@ def structural_key(
         if isinstance(a, sympy.Expr):
             return str(a)
         if isinstance(a, Token):
-            return show((a.name, a.dim, a.lead, a.whole))
+            return show((a.name, a.dim, a.lead, a.whole, a.sequence))
         if isinstance(a, Out):
-            return show((a.name, a.kind, a.dim, a.lead, a.differentiable))
+            return show((a.name, a.kind, a.dim, a.lead, a.differentiable, a.sequence))
         return repr(a)
 
-    lines = [show(rest), str((fold.units, fold.size)), show(length)]
+    lines = [show(rest), str((fold.units, fold.size)), show(extents)]
     lines += map(sympy.srepr, symbols)  # sizes are told over the program's own symbols
     lines += [f"{k} {show(v.shape)} {v.dtype} {v.requires_grad}" for k, v in values.items()]
     for n in fold.body:

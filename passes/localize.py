@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from tspc.passes.factorize import Record
-from tspc.passes.outputs import Range
+from tspc.passes.outputs import Result
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -25,11 +24,10 @@ from tspc.passes.propagate import (
     LOCAL,
     VARY,
     WHOLE,
-    Typed,
 )
 from tspc.passes.sizes import Sizes
+from tspc.passes.typed import Typed
 
-from tspc.body import evaluate
 from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
@@ -148,40 +146,22 @@ def constant(node: Node, device: torch.device) -> torch.Tensor:
     )
 
 
-@dataclass(frozen=True)
-class Result:
-    """How an output of the program leaves the ranks: "whole" (equal on all), or local:
-    "deferred", gathered at first use, or "sharded", a DTensor. ranges: what is handed out of it."""
-
-    kind: str
-    shape: tuple[Any, ...]
-    dtype: torch.dtype
-    dim: int = 0
-    lead: Any = 1
-    ranges: tuple[Range, ...] = ()
-
-    def given(self, x: torch.Tensor, sizes: Mapping[Any, int]) -> torch.Tensor:
-        """What is handed out of a whole value."""
-        for r in self.ranges:
-            x = r.of(x, lambda e: int(evaluate(e, sizes)))
-        return x
-
-
 class LocalProgram(torch.nn.Module):
-    """One rank's program: (symbols in order, rows c, placeholders in order) -> outputs; traceable
-    with local fakes."""
+    """One rank's program: (symbols in order, rows c of each sequence, placeholders in order) ->
+    outputs; traceable with local fakes."""
 
     def __init__(
         self,
         typed: Typed,
         symbols: Sequence[sympy.Symbol],
-        order: str,
+        orders: Mapping[Factor, str],
         axis: str,
         local: Mapping[int, str],
         reduce: torch.dtype | None = None,
     ):
         super().__init__()
-        self.typed, self.symbols, self.order, self.axis = typed, tuple(symbols), order, axis
+        self.typed, self.symbols, self.axis = typed, tuple(symbols), axis
+        self.orders = tuple(orders[f] for f in typed.leaves) or ("contiguous",)
         self.local, self.reduce = local, reduce
         self.leaving = _leaving(typed.program)
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
@@ -191,9 +171,9 @@ class LocalProgram(torch.nn.Module):
         """Runs the nodes in order."""
         count = len(self.symbols)
         symbols = dict(zip(self.symbols, args[:count]))
-        rows = args[count]
-        run = _Run(self, symbols, rows)
-        for name, value in zip(self.placeholders, args[count + 1 :]):
+        given = count + len(self.orders)
+        run = _Run(self, symbols, args[count:given])
+        for name, value in zip(self.placeholders, args[given:]):
             run.env[name, 0] = value
         run.vary_parameters()
         for node in self.typed.program.nodes:
@@ -215,13 +195,14 @@ class LocalProgram(torch.nn.Module):
                 continue
             t = types[a.name][a.item or 0]
             shape = tuple(t.shape)
-            kind, dim, lead = "whole", 0, 1
+            kind, dim, lead, sequence = "whole", 0, 1, 0
             if i in self.local and typed.places[a.name, a.item or 0] == "S":
                 dims = typed.dims[a.name, a.item or 0]
-                dim, lead, _ = where(sizes, dims, typed.leaf)
+                sequence = typed.sequence(dims) or 0
+                dim, lead, _ = where(sizes, dims, typed.leaves[sequence])
                 # a DTensor cuts a dim as a whole, not the sequence inside of it
                 kind = "whole" if self.local[i] == "sharded" and lead != 1 else self.local[i]
-            out.append(Result(kind, shape, t.dtype, dim, lead))
+            out.append(Result(kind, shape, t.dtype, dim, lead, sequence=sequence))
         return out
 
 
@@ -237,9 +218,8 @@ def _leaving(program: Program) -> frozenset[str]:
     )
 
 
-def where(sizes: Sizes, dims: Dims, leaf: Factor | None) -> tuple[int, Any, Any]:
-    """(dim, lead, trail) of the sequence."""
-    assert leaf is not None
+def where(sizes: Sizes, dims: Dims, leaf: Factor) -> tuple[int, Any, Any]:
+    """(dim, lead, trail) of a sequence."""
     for k, d in enumerate(dims):
         if leaf in sizes.factors.leaves(tuple(d)):
             return (k, *sizes.around(d, leaf))
@@ -249,13 +229,15 @@ def where(sizes: Sizes, dims: Dims, leaf: Factor | None) -> tuple[int, Any, Any]
 class _Run:
     """One execution of a local program."""
 
-    def __init__(self, program: LocalProgram, symbols: dict[sympy.Symbol, Any], rows: Any):
+    def __init__(
+        self, program: LocalProgram, symbols: dict[sympy.Symbol, Any], rows: Sequence[Any]
+    ):
         typed = program.typed
         self.program, self.typed, self.rows = program, typed, rows
-        cut = {typed.leaf: local_rows(rows, program.order)} if typed.leaf is not None else {}
+        cut = {f: local_rows(c, order) for f, c, order in zip(typed.leaves, rows, program.orders)}
         self.sizes = Sizes(typed.factors, symbols, cut)
         self.whole = Sizes(typed.factors, symbols, {})
-        self.length = self.sizes.value(typed.leaf.size) if typed.leaf is not None else 1
+        self.lengths = [self.sizes.value(f.size) for f in typed.leaves]
         self.env: dict[tuple[str, int], Any] = {}
 
     def get(self, ref: Ref) -> Any:
@@ -264,10 +246,18 @@ class _Run:
     def dims(self, ref: Ref) -> Dims:
         return self.typed.dims[ref.name, ref.item or 0]
 
+    def index(self, dims: Dims) -> int:
+        """Which sequence these dims have."""
+        i = self.typed.sequence(dims)
+        assert i is not None, "no sequence in these dims"
+        return i
+
     def sequence(self, dims: Dims) -> tuple[Any, ...]:
         """(dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
-        dim, lead, trail = where(self.sizes, dims, self.typed.leaf)
-        return dim, lead, trail, self.rows, self.length, self.program.order, self.program.axis
+        i = self.index(dims)
+        dim, lead, trail = where(self.sizes, dims, self.typed.leaves[i])
+        rest = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
+        return dim, lead, trail, *rest
 
     def vary_parameters(self) -> None:
         """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
@@ -319,11 +309,11 @@ class _Run:
             return tspc.gather_weight(self.get(n.args[0]), dim, size, *rest)
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
-            where = (self.rows, self.length, self.program.order, axis)
-            return tspc.embed(table, ids, n.type.dtype, *where)
+            _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
+            return tspc.embed(table, ids, n.type.dtype, *layout)
         record = self.typed.records.get(n.name)
         if n.op in ATTENTIONS and record is not None and self.exchanges(record):
-            return self.attention(n)
+            return self.attention(n, record)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
         if base is None:
@@ -334,11 +324,11 @@ class _Run:
 
     def exchanges(self, record: Record) -> bool:
         """The op is cut along the sequence and meets it across ranks."""
-        roles = record.roles.get(self.typed.leaf, ())
+        roles = [x for leaf in self.typed.leaves for x in record.roles.get(leaf, ())]
         here = self.typed.places[record.node.name, 0] == "S"
         return here and any(role == "exchange" for role, *_ in roles)
 
-    def attention(self, n: Node) -> Any:
+    def attention(self, n: Node, record: Record) -> Any:
         names = [a.name for a in n.op._schema.arguments]
         bound = {**dict(zip(names, n.args)), **n.kwargs}
         q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
@@ -346,7 +336,9 @@ class _Run:
         mask = None if mask is None else self.get(mask)
         scale = bound.get("scale")
         scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-        rest = (self.rows, self.length, self.program.order, self.program.axis)
+        met = [self.index(d) for d in record.ins[:2]]
+        every = self.rows, self.lengths, self.program.orders
+        rest = (*([x[i] for i in met] for x in every), self.program.axis)
         states = self.get(bound["states"]) if "states" in bound else None
         dropout = float(bound["dropout_p"]) if states is not None else 0.0
         causal = bool(bound.get("is_causal", False))
@@ -358,7 +350,9 @@ class _Run:
         tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
         values = [self.sizes.symbols[s] for s in body.symbols]
         fold = n.kwargs["fold"]
-        rest = (values, self.rows, self.length, fold.name, body.key, self.program.axis)
+        met = self.typed.sequences_of(fold)
+        every = ([x[i] for i in met] for x in (self.rows, self.lengths))
+        rest = (values, *every, fold.name, body.key, self.program.axis)
         got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *rest)
         out = []
         for e, x in zip(fold.exits, got):

@@ -8,13 +8,14 @@ before somebody reads it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tspc.passes.factorize import Analysis
 
+from tspc.body import evaluate
 from tspc.factor import Factor
 from tspc.program import Node, Program, Ref
 
@@ -37,8 +38,28 @@ class Range:
         return x[(*(slice(None),) * self.dim, slice(*bounds))]
 
 
+@dataclass(frozen=True)
+class Result:
+    """How an output of the program leaves the ranks: "whole" (equal on all), or local:
+    "deferred", gathered at first use, or "sharded", a DTensor. ranges: what is handed out of it."""
+
+    kind: str
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    dim: int = 0
+    lead: Any = 1
+    ranges: tuple[Range, ...] = ()
+    sequence: int = 0  # which one is cut
+
+    def given(self, x: torch.Tensor, sizes: Mapping[Any, int]) -> torch.Tensor:
+        """What is handed out of a whole value."""
+        for r in self.ranges:
+            x = r.of(x, lambda e: int(evaluate(e, sizes)))
+        return x
+
+
 def hand_out(
-    a: Analysis, leaf: Factor | None, outputs: int
+    a: Analysis, leaves: Collection[Factor], outputs: int
 ) -> tuple[Program, dict[int, tuple[Range, ...]]]:
     """outputs: how many of the program's outputs leave; the rest are written to inputs."""
     program, out = a.program, a.program.output
@@ -47,7 +68,7 @@ def hand_out(
     trims = {
         r.node.name
         for r in a.records
-        if leaf is not None and any(role == "trim" for role, *_ in r.roles.get(leaf, ()))
+        if any(role == "trim" for leaf in leaves for role, *_ in r.roles.get(leaf, ()))
     }
     ranges: dict[int, tuple[Range, ...]] = {}
     args = list(out.args)

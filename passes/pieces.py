@@ -15,13 +15,14 @@ from typing import Any
 
 import sympy
 import torch
+from tspc.passes.factorize import bind
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
 from tspc.passes.localize import call
-from tspc.passes.propagate import Typed
 from tspc.passes.sizes import Sizes
+from tspc.passes.typed import Typed, sequence_of
 
-from tspc.body import BODIES, ROWS, Attention, Body, Out, Piece, Token, Value
+from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value, rows_of
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor, Factors
 from tspc.hardware import Hardware
@@ -43,19 +44,30 @@ WEIGHTED = (
 class _Maker:
     fold: Fold
     factors: Factors
-    leaf: Factor
+    leaves: tuple[Factor, ...]  # its sequences
     canonical: Mapping[Ref, str]
     ranks: int
 
-    def sizes(self, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
-        return Sizes(self.factors, symbols, {self.leaf: rows, self.fold.factor: self.fold.units})
+    def sizes(self, symbols: Mapping[sympy.Symbol, Any]) -> Sizes:
+        """symbols: rows of the sequences among them."""
+        return Sizes(
+            self.factors, symbols, self.rows(symbols) | {self.fold.factor: self.fold.units}
+        )
+
+    def rows(self, symbols: Mapping[sympy.Symbol, Any]) -> dict[Factor, Any]:
+        return {f: symbols.get(rows_of(i), rows_of(i)) for i, f in enumerate(self.leaves)}
+
+    def sequence(self, dims: Sequence[Sequence[Factor]]) -> int:
+        i = sequence_of(self.factors, self.leaves, dims)
+        assert i is not None, "no sequence in these dims"
+        return i
 
     def shape(
         self, dims: Sequence[Sequence[Factor]], symbols: Sequence[sympy.Symbol], all_units: bool
     ) -> tuple:
         same = {s: s for s in symbols}
-        whole = Sizes(self.factors, same, {self.leaf: ROWS})
-        sizes = whole if all_units else self.sizes(same, ROWS)
+        whole = Sizes(self.factors, same, self.rows(same))
+        sizes = whole if all_units else self.sizes(same)
         return tuple(_plain(sizes.dim(d)) for d in dims)
 
     def has_units(self, dims: Sequence[Sequence[Factor]]) -> bool:
@@ -72,7 +84,7 @@ def make_body(
     operands: tuple[tuple[Ref, ...], ...],
     symbols: Sequence[sympy.Symbol],
     ranks: int,
-    order: str,
+    orders: Mapping[Factor, str],
     hardware: Hardware,
     save: bool,
     reduce: torch.dtype | None,
@@ -83,10 +95,11 @@ def make_body(
 
     Registers the body under its structural key.
     """
-    assert typed.leaf is not None
+    leaves = tuple(typed.leaves[i] for i in typed.sequences_of(fold))
+    extents = tuple(Extent(f.size, orders[f]) for f in leaves)
     names: dict[Ref, str] = {}
     values: dict[str, Value] = {}
-    maker = _Maker(fold, typed.factors, typed.leaf, names, ranks)
+    maker = _Maker(fold, typed.factors, leaves, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
     def known(ref: Ref, dims: Any, kind: str, local: bool) -> str:
@@ -103,8 +116,8 @@ def make_body(
         whole = typed.places[new.name, new.item or 0] == "R"
         dims = fold.dims[old]
         names[old] = known(new, dims, "token", local=True)
-        k, lead = _where(maker, dims, symbols)
-        tokens.append(Token(names[old], k, lead, whole))
+        k, lead, i = _where(maker, dims, symbols)
+        tokens.append(Token(names[old], k, lead, whole, i))
         if maker.has_units(dims):
             tables[old] = _table(maker, dims)
     for old, new in zip(fold.invariants, operands[1]):
@@ -124,25 +137,24 @@ def make_body(
     outs = []
     for e in fold.exits:
         name = names[e.ref]
-        k, lead = _where(maker, e.dims, symbols)
-        outs.append(Out(name, e.kind, k, lead, e.type.requires_grad))
+        k, lead, i = _where(maker, e.dims, symbols)
+        outs.append(Out(name, e.kind, k, lead, e.type.requires_grad, i))
     key = structural_key(
         fold,
-        maker.leaf.size,
+        [(e.length, e.order) for e in extents],
         names,
         values,
         tables,
         symbols,
-        (tokens, outs, ranks, order, fold.schedule, hardware, save, reduce),
+        (tokens, outs, ranks, fold.schedule, hardware, save, reduce),
     )
     if key not in BODIES:
         BODIES[key] = Body(
             key,
             fold.name,
             tuple(symbols),
-            maker.leaf.size,
+            extents,
             ranks,
-            order,
             fold.units,
             fold.size,
             steps,
@@ -180,13 +192,12 @@ def _products(
     return flops, inner, spared
 
 
-def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any]:
-    """(dim, lead) of the sequence in these dims."""
-    sizes = m.sizes({s: s for s in symbols}, ROWS)
-    for k, d in enumerate(dims):
-        if m.leaf in m.factors.leaves(d):
-            return k, _plain(sizes.around(d, m.leaf)[0])
-    raise AssertionError("no sequence in a token")
+def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any, int]:
+    """(dim, lead, which) of the sequence in these dims."""
+    sizes, i = m.sizes({s: s for s in symbols}), m.sequence(dims)
+    leaf = m.leaves[i]
+    (k,) = [k for k, d in enumerate(dims) if leaf in m.factors.leaves(d)]
+    return k, _plain(sizes.around(dims[k], leaf)[0]), i
 
 
 def _table(m: _Maker, dims: Any) -> tuple[int, torch.Tensor]:
@@ -265,7 +276,8 @@ def _cut(
             copies = {names[r]: cut for r, cut in cuts.items()}
             steps.append(Piece(reads, writes, _runner(m, nodes, names, tables, copies), saves))
         for n in exchanges.get(depth, []):
-            steps.append(_attention(n, {**names, **cuts}, values))
+            met = [m.sequence(d) for d in m.fold.records[n.name].ins[:2]]
+            steps.append(_attention(n, {**names, **cuts}, values, *met))
     return tuple(steps)
 
 
@@ -299,8 +311,11 @@ class _Kept(torch.autograd.Function):
         return None, g
 
 
-def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> Attention:
-    bound = _bind(n)
+def _attention(
+    n: Node, names: Mapping[Ref, str], values: dict[str, Value], queries: int, keys: int
+) -> Attention:
+    """queries, keys: their sequences."""
+    bound, _ = bind(n)
     out = names[Ref(n.name)]
     shape, dtype = values[out].shape, values[out].dtype
     lse = f"{out}_lse"
@@ -312,17 +327,8 @@ def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> A
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
     p = float(bound["dropout_p"])
-    return Attention(q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale), states, p)
-
-
-def _bind(n: Node) -> dict[str, Any]:
-    spec = n.op._schema.arguments
-    return {
-        a.name: n.args[i]
-        if i < len(n.args)
-        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(spec)
-    }
+    rest = (bool(bound["is_causal"]), float(scale), states, p, queries, keys)
+    return Attention(q, k, v, mask, out, lse, *rest)
 
 
 def _runner(
@@ -341,7 +347,7 @@ def _runner(
         given: dict[str, torch.Tensor],
         kept: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
-        sizes = m.sizes(symbols, symbols[ROWS])
+        sizes = m.sizes(symbols)
         env = dict(given)
         for name, (k, table) in sliced.items():
             if name in env:

@@ -16,14 +16,15 @@ from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis
 from tspc.passes.fold import outline
-from tspc.passes.localize import LocalProgram, Result
+from tspc.passes.localize import LocalProgram
 from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
-from tspc.passes.outputs import Range, hand_out
+from tspc.passes.outputs import Range, Result, hand_out
 from tspc.passes.pieces import make_body
-from tspc.passes.propagate import Typed, propagate
+from tspc.passes.propagate import propagate
 from tspc.passes.seal import analyse
-from tspc.passes.sequence import sequence
+from tspc.passes.sequence import sequences
+from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
 from tspc.passes.windows import widen
 
@@ -79,17 +80,16 @@ def rewrite(
     ranges: dict[int, tuple[Range, ...]] = {}
     if options.outputs != "sharded":
         count = len(program.output.args) - writes
-        handed, ranges = hand_out(analysis, sequence(analysis), count)
+        handed, ranges = hand_out(analysis, sequences(analysis), count)
         if ranges:
             check_program(handed, "outputs")
             program, analysis = handed, analyse(handed)
-    widened = _pass("windows", lambda _: widen(analysis, sequence(analysis)), program)
-    if widened.nodes != program.nodes:
-        program, analysis = widened, analyse(widened)
+    for i in range(len(sequences(analysis))):
+        program, analysis = _widened(program, analysis, i)
     choice = choose(analysis, ranks, options.schedule, options.layout)
     left = _local(program, options.outputs, writes)
     cotangents = "deferred" not in left.values()
-    leaves = frozenset([choice.leaf]) if choice.leaf is not None else frozenset()
+    leaves = frozenset(choice.leaves)
 
     def fold(_: Program) -> Program:
         return outline(analysis, choice.regions, leaves, ranks, cotangents)
@@ -98,7 +98,7 @@ def rewrite(
     gathered = {
         n: s.map.dim for n, s in choice.storages.items() if s.kind == GATHER and s.map is not None
     }
-    typed = propagate(folded, analysis, choice.leaf, gathered, choice.lookups)
+    typed = propagate(folded, analysis, tuple(choice.leaves), gathered, choice.lookups)
     check_typed(typed)
     _dump("propagate", typed.program)
     bodies = {}
@@ -110,7 +110,7 @@ def rewrite(
                 n.args,
                 symbols,
                 ranks,
-                choice.order,
+                choice.leaves,
                 hardware,
                 _saves(n, typed.program),
                 options.reduce_dtype,
@@ -130,13 +130,22 @@ def rewrite(
         for n in typed.program.nodes
     )
     typed = replace(typed, program=replace(typed.program, nodes=nodes))
-    local = LocalProgram(typed, symbols, choice.order, axis, left, options.reduce_dtype)
+    local = LocalProgram(typed, symbols, choice.leaves, axis, left, options.reduce_dtype)
     results = tuple(
         replace(r, ranges=ranges[i]) if r is not None and i in ranges else r
         for i, r in enumerate(local.results())
     )
     rest = tuple(bodies.values()), tuple(symbols), results, keepings
     return Rewritten(analysis, choice, typed, local, *rest)
+
+
+def _widened(program: Program, analysis: Analysis, index: int) -> tuple[Program, Analysis]:
+    """Along one of the sequences."""
+    leaf = dict(enumerate(sequences(analysis))).get(index)
+    widened = _pass("windows", lambda _: widen(analysis, leaf), program)
+    if widened.nodes == program.nodes:
+        return program, analysis
+    return widened, analyse(widened)
 
 
 def prepare(program: Program) -> Program:

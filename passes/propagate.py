@@ -16,10 +16,11 @@ import torch
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
-from tspc.passes.sequence import attends_along
+from tspc.passes.sequence import attends
+from tspc.passes.typed import Dims, Fallback, Typed, sequence_of
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
-from tspc.factor import Factor, Factors
+from tspc.factor import Factor
 from tspc.program import (
     APART,
     FOLD,
@@ -29,13 +30,11 @@ from tspc.program import (
     Node,
     Program,
     Ref,
-    Size,
     Type,
     casts_of_parameters,
 )
 
 aten = torch.ops.aten
-Dims = tuple[tuple[Factor, ...], ...]
 
 # kinds of the nodes that this pass inserts
 LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR = "local", "whole", "all_reduce", "vary", "clear_pads"
@@ -54,34 +53,10 @@ CONTRACTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """An op that runs replicated: what it is, why, where."""
-
-    node: str
-    op: str
-    why: str
-    shape: tuple[Size, ...]
-    source: str
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A program with conversions; dims and places by (name, item)."""
-
-    program: Program
-    factors: Factors
-    dims: dict[tuple[str, int], Dims]
-    places: dict[tuple[str, int], str]
-    records: dict[str, Record]
-    leaf: Factor | None  # the factor of the sequence
-    fallbacks: tuple[Fallback, ...] = ()
-
-
 @dataclass
 class _State:
     analysis: Analysis
-    leaf: Factor | None
+    leaves: tuple[Factor, ...]
     cut_weights: dict[str, int]
     lookups: frozenset[str]
     nodes: list[Node] = field(default_factory=list)
@@ -94,11 +69,15 @@ class _State:
     records: dict[str, Record] = field(default_factory=dict)
     by_name: dict[str, Node] = field(default_factory=dict)
     casts: dict[str, str] = field(default_factory=dict)  # of parameters
-    cutter: Cutter | None = None
+    cutters: dict[Factor, Cutter] = field(default_factory=dict)
 
     def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
-        f = self.analysis.F
-        return self.leaf is not None and any(self.leaf in f.leaves(d) for d in dims or ())
+        return self.leaf_of(dims or ()) is not None
+
+    def leaf_of(self, dims: Dims) -> Factor | None:
+        """The sequence that the dims have."""
+        i = sequence_of(self.analysis.F, self.leaves, dims)
+        return None if i is None else self.leaves[i]
 
     def place(self, ref: Ref) -> str:
         return self.places[ref.name, ref.item or 0]
@@ -167,7 +146,7 @@ class _State:
 def propagate(
     program: Program,
     analysis: Analysis,
-    leaf: Factor | None,
+    leaves: tuple[Factor, ...],
     cut_weights: Mapping[str, int],
     lookups: frozenset[str],
 ) -> Typed:
@@ -176,7 +155,7 @@ def propagate(
     lookups: nodes that look rows up in a cut table.
     """
     records = {r.node.name: r for r in analysis.records}
-    s = _State(analysis, leaf, dict(cut_weights), lookups, records=records)
+    s = _State(analysis, leaves, dict(cut_weights), lookups, records=records)
     casts = casts_of_parameters(program.nodes)
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
@@ -205,7 +184,7 @@ def propagate(
         s.dims,
         s.places,
         records,
-        leaf,
+        leaves,
         tuple(s.fallbacks),
     )
 
@@ -252,12 +231,13 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         first = n.refs()[0]
         dims = s.dims[first.name, first.item or 0]
         operands = {r: s.dims[r.name, r.item or 0] for r in n.refs()}
-        outs, roles = [dims], {}
+        outs, roles = [dims], []
     else:
         outs = [tuple(map(tuple, o)) for o in record.outs]
         read = {r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r}
         operands = {new: read.get(old, ()) for old, new in zip(record.node.refs(), n.refs())}
-        roles = record.roles.get(s.leaf, ()) if s.leaf is not None else ()
+        roles = [x for leaf in s.leaves for x in record.roles.get(leaf, ())]
+    met = {leaf for d in (*operands.values(), *outs) if (leaf := s.leaf_of(d)) is not None}
     kinds = {role for role, *_ in roles}
     cut = [r for r, d in operands.items() if s.carries(d)]
     touched = bool(cut) or any(map(s.carries, outs))
@@ -269,9 +249,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if not touched or not (active or weighted):
         _replicate(s, n, outs)
         return
-    if s.leaf is not None and any(
-        in_segment(s.analysis.F, d, s.leaf) for d in (*operands.values(), *outs)
-    ):
+    if any(in_segment(s.analysis.F, d, leaf) for d in (*operands.values(), *outs) for leaf in met):
         _fall_back(s, n, outs, "the sequence is part of a dim")
     elif n.name in s.lookups:
         _lookup(s, n, outs)
@@ -285,6 +263,8 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
             _attention(s, n, outs, operands)
         else:
             _fall_back(s, n, outs, "its queries are of another sequence")
+    elif len(met) > 1:
+        _fall_back(s, n, outs, "it meets two sequences")
     elif not kinds:
         renamed = {
             r: s.sequence(r, n.source, operands[r])
@@ -333,7 +313,7 @@ def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any
 
 
 def _attends(s: _State, record: Record | None) -> bool:
-    return s.leaf is not None and record is not None and attends_along(s.analysis, record, s.leaf)
+    return record is not None and attends(s.analysis, record, s.leaves)
 
 
 def mask_of(n: Node) -> Ref | None:
@@ -345,12 +325,13 @@ def mask_of(n: Node) -> Ref | None:
 
 def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:
     """The rows of this rank's queries; one row for all queries stays whole."""
-    at = [k for k, d in enumerate(dims) if s.leaf is not None and s.carries((d,))]
-    if not at or s.place(mask) == "S":
+    at = [k for k, d in enumerate(dims) if s.carries((d,))]
+    leaf = s.leaf_of(dims)
+    if leaf is None or s.place(mask) == "S":
         return mask
-    if s.leaf is None or mask.name not in s.analysis.program.replicated or dims[at[0]] != (s.leaf,):
+    if mask.name not in s.analysis.program.replicated or dims[at[0]] != (leaf,):
         return s.sequence(mask, source, dims)
-    if s.cutter is None:
+    if leaf not in s.cutters:
 
         def emit(node: Node, record: Record) -> Ref:
             s.records[node.name] = record
@@ -359,8 +340,8 @@ def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:
         def convert(ref: Ref, dims: Dims) -> Ref:
             return s.convert(ref, LOCAL, "S", s.by_name[ref.name].source, dims)
 
-        s.cutter = Cutter(s.analysis.F, s.leaf, s.by_name, convert, emit)
-    return s.cutter.cut(mask, at[0])
+        s.cutters[leaf] = Cutter(s.analysis.F, leaf, s.by_name, convert, emit)
+    return s.cutters[leaf].cut(mask, at[0])
 
 
 def _reduce(

@@ -1,28 +1,32 @@
-"""The factor of the sequence.
+"""The factors of the sequences of a program: one, or more of which no value has two.
 
-In: the analysis. Out: what attention exchanges, else the token factor of most values.
+In: the analysis. Out: what attention exchanges, else the token factor of most values. Encoder
+states and decoder tokens are sequences of their own length and layout, cut over the same ranks;
+every value that has one is cut along it, so its placement needs no name of the sequence. They meet
+in attention only, where queries are of one and keys of the same or another; any other op that
+would meet two runs whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import weight_values
 
+from tspc.counter import ATTENTIONS
 from tspc.factor import Factor, const
 from tspc.program import PARAM
 
 
-def sequence(a: Analysis) -> Factor | None:
-    """The factor of the sequence: what attention exchanges, else the symbolic token factor of
-    most float values."""
+def sequences(a: Analysis) -> tuple[Factor, ...]:
+    """The main one first; empty where the program has none."""
     counts: dict[Factor, int] = defaultdict(int)
     exchanged: dict[Factor, int] = defaultdict(int)
     for r in a.records:
-        for f, roles in r.roles.items():
-            if any(role == "exchange" for role, *_ in roles):
-                exchanged[_original(a, f)] += 1
+        for f in _exchanged(a, r):
+            exchanged[f] += 1
         for f in set().union(*r.carried_out):
             if f.image_of is None and f not in exchanged:
                 counts[f] += 1
@@ -30,17 +34,60 @@ def sequence(a: Analysis) -> Factor | None:
         f for n in a.program.nodes if n.op == PARAM for d in a.env[n.name, 0] for f in a.F.leaves(d)
     }
     if exchanged:  # attention over heads or features exchanges a factor of a weight
-        return max(exchanged, key=lambda f: (f not in in_params, exchanged[f]))
+        ordered = sorted(exchanged, key=lambda f: (f in in_params, -exchanged[f]))
+        return _apart(a, [*ordered, *_queries(a)])
     tokens = _token_factors(a)
     tokens = tokens - in_params or tokens  # a table of positions may be as long as the sequence
     tokens = {f for f in tokens if not const(f.size)} or tokens
-    return max(tokens, key=lambda f: counts[f], default=None)
+    return (max(tokens, key=lambda f: counts[f]),) if tokens else ()
 
 
-def attends_along(a: Analysis, r: Record, leaf: Factor) -> bool:
-    """The keys of an attention are the sequence as a whole, batched over two dims."""
-    keys = r.ins[1]
-    return len(keys) == 4 and a.F.expand(tuple(keys[-2])) == (leaf,)
+def _exchanged(a: Analysis, r: Record) -> set[Factor]:
+    """Of keys and values, not of a mask."""
+    of = (1, 2) if r.node.op in ATTENTIONS else None
+    return {
+        _original(a, f)
+        for f, roles in r.roles.items()
+        if any(x[0] == "exchange" and (of is None or x[1] in of) for x in roles)
+    }
+
+
+def _queries(a: Analysis) -> list[Factor]:
+    """What attends but is not attended to."""
+    out: dict[Factor, None] = {}
+    for r in a.records:
+        if r.node.op in ATTENTIONS and len(r.ins[0]) == 4:
+            q = a.F.expand(tuple(r.ins[0][-2]))
+            if len(q) == 1 and not q[0].cat:
+                out[q[0]] = None
+    return list(out)
+
+
+def _apart(a: Analysis, candidates: list[Factor]) -> tuple[Factor, ...]:
+    """The first, and those that no value has together with one before."""
+    chosen: list[Factor] = []
+    for f in candidates:
+        beside = {
+            g
+            for r in a.records
+            for ref, carried in (*zip(r.refs, r.carried_in), *((r, c) for c in r.carried_out))
+            if f in carried and ref is not None
+            for g in carried
+        }
+        if f not in chosen and not beside & set(chosen):
+            chosen.append(f)
+    return tuple(chosen)
+
+
+def attends(a: Analysis, r: Record, leaves: Collection[Factor]) -> bool:
+    """An attention, batched over two dims, whose queries and keys are sequences as a whole; causal
+    along one only."""
+    if len(r.ins[0]) != 4 or len(r.ins[1]) != 4:
+        return False
+    q, k = (a.F.expand(tuple(d[-2])) for d in r.ins[:2])
+    causal = any(role == "at" for roles in r.roles.values() for role, *_ in roles)
+    whole = all(len(x) == 1 and x[0] in leaves for x in (q, k))
+    return whole and (q == k or not causal)
 
 
 def _original(a: Analysis, f: Factor) -> Factor:

@@ -11,8 +11,8 @@ from tspc.passes.propagate import (
     LOCAL,
     VARY,
     WHOLE,
-    Typed,
 )
+from tspc.passes.typed import Typed
 
 from tspc.errors import CaptureError
 from tspc.program import APART, FOLD, OUTPUT, PLACEHOLDERS, Node, Program

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
+from tspc.runtime.requests import AllGather, ReduceScatter, Steps
 
 from tspc.counter import kept_keys
 from tspc.layout import Layout
@@ -23,15 +23,28 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
+class Span:
+    """A sequence on the ranks: its layout and sizes."""
+
+    layout: Layout
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Spec:
-    """What one attention is: the scale, causal or not, the layout's sizes, and with which
-    probability a key is dropped."""
+    """What one attention is: the scale, causal or not, the sizes of the queries' layout, and with
+    which probability a key is dropped.
+
+    keys: how many, where they are of another sequence.
+    """
 
     causal: bool
     scale: float
     rows: int
     length: int
     dropout: float = 0.0
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +71,14 @@ def _blocks(
 ) -> list[list[_Block]]:
     """The blocks of each run of queries; those of one run are merged."""
     c, s = spec.rows, spec.length
+    keys = s if spec.keys is None else spec.keys
     if mask is not None:
         if spec.causal:
             at = torch.cat([torch.arange(g * c, (g + 1) * c) for g in chunks]).clamp(max=s - 1)
             mask = _and_causal(mask, at.to(device))
-        return [[_Block(0, len(chunks) * c, 0, s, False, mask)]]
+        return [[_Block(0, len(chunks) * c, 0, keys, False, mask)]]
     if not spec.causal:
-        return [[_Block(0, len(chunks) * c, 0, s, False)]]
+        return [[_Block(0, len(chunks) * c, 0, keys, False)]]
     if list(chunks) == list(range(len(chunks))):  # the whole sequence in order
         return [[_Block(0, len(chunks) * c, 0, s, True)]]
     out = []
@@ -278,31 +292,31 @@ def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return both, views[..., :width], views[..., width:]
 
 
-def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
+def gather(span: Span, k: Tensor, v: Tensor) -> Steps:
     """K and V of the whole sequence, pads dropped: one communication."""
     both, keys, values = _packed(k, v)
     keys.copy_(k)
     values.copy_(v)
     handle = yield AllGather(both)
-    whole = layout.whole(handle.wait().flatten(0, 1), 0, spec.rows, spec.length)
+    whole = span.layout.whole(handle.wait().flatten(0, 1), 0, span.rows, span.length)
     whole = whole.permute(1, 2, 0, 3)
     return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
 
 
-def scatter(axis: Axis, layout: Layout, dk: Tensor, dv: Tensor, spec: Spec) -> Steps:
+def scatter(span: Span, dk: Tensor, dv: Tensor) -> Steps:
     """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
     both, keys, values = _packed(dk, dv)
     keys.copy_(dk)
     values.copy_(dv)
-    blocks = layout.blocks(both, 0, spec.rows)
-    handle = yield ReduceScatter(blocks.unflatten(0, (axis.size, -1)))
+    blocks = span.layout.blocks(both, 0, span.rows)
+    handle = yield ReduceScatter(blocks.unflatten(0, (span.layout.ranks, -1)))
     mine = handle.wait().permute(1, 2, 0, 3)
     return mine[..., : dk.shape[-1]], mine[..., dk.shape[-1] :]
 
 
 def attention(
-    axis: Axis,
-    layout: Layout,
+    rank: int,
+    spans: Sequence[Span],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -310,18 +324,18 @@ def attention(
     states: Tensor | None,
     spec: Spec,
 ) -> Steps:
-    """Local q, k, v -> (out, lse) of the local queries.
+    """Local q, k, v -> (out, lse) of the local queries. Spans: of queries and keys.
 
     mask: [b, h, local or 1, S], states: [b, h, local], of the local queries.
     """
-    keys, values = yield from gather(axis, layout, k, v, spec)
-    out, lse = attend(q, keys, values, layout.chunk_ids(axis.rank), spec, mask, states)
+    keys, values = yield from gather(spans[1], k, v)
+    out, lse = attend(q, keys, values, spans[0].layout.chunk_ids(rank), spec, mask, states)
     return out.contiguous(), lse.contiguous()
 
 
 def attention_backward(
-    axis: Axis,
-    layout: Layout,
+    rank: int,
+    spans: Sequence[Span],
     g: Tensor,
     q: Tensor,
     k: Tensor,
@@ -334,8 +348,8 @@ def attention_backward(
 ) -> Steps:
     """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
     again."""
-    keys, values = yield from gather(axis, layout, k, v, spec)
-    chunks = layout.chunk_ids(axis.rank)
+    keys, values = yield from gather(spans[1], k, v)
+    chunks = spans[0].layout.chunk_ids(rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
-    dk, dv = yield from scatter(axis, layout, dk, dv, spec)
+    dk, dv = yield from scatter(spans[1], dk, dv)
     return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))

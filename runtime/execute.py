@@ -207,39 +207,29 @@ def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
     return exchange.embed_backward(axis, layout, g, ids, units, dtype, rows, length)
 
 
+def _attends(axis, causal, scale, dropout, rows, lengths, orders):
+    """The spans of queries and keys, and what the attention is."""
+    spans = [
+        attn.Span(Layout(axis.size, order), c, n) for order, c, n in zip(orders, rows, lengths)
+    ]
+    return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, lengths[1])
+
+
 @_steps("attention")
-def _attention(axis, q, k, v, mask, states, causal, scale, dropout, rows, length, order, name):
-    spec = attn.Spec(causal, scale, rows, length, dropout)
-    return attn.attention(axis, Layout(axis.size, order), q, k, v, mask, states, spec)
+def _attention(axis, q, k, v, mask, states, *rest):
+    spans, spec = _attends(axis, *rest[:-1])
+    return attn.attention(axis.rank, spans, q, k, v, mask, states, spec)
 
 
 @_steps("attention_backward")
-def _attention_backward(
-    axis,
-    g,
-    q,
-    k,
-    v,
-    mask,
-    states,
-    out,
-    lse,
-    causal,
-    scale,
-    dropout,
-    rows,
-    length,
-    order,
-    name,
-):
-    spec = attn.Spec(causal, scale, rows, length, dropout)
-    layout = Layout(axis.size, order)
-    return attn.attention_backward(axis, layout, g, q, k, v, mask, states, out, lse, spec)
+def _attention_backward(axis, g, q, k, v, mask, states, out, lse, *rest):
+    spans, spec = _attends(axis, *rest[:-1])
+    return attn.attention_backward(axis.rank, spans, g, q, k, v, mask, states, out, lse, spec)
 
 
 @_steps("fold")
-def _fold(axis, tokens, invariants, shards, sizes, rows, length, region, key, name):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
+def _fold(axis, tokens, invariants, shards, sizes, rows, lengths, region, key, name):
+    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
     try:
         outs, saved = yield from schedules.forward(call)
     except Lost as e:
@@ -250,9 +240,9 @@ def _fold(axis, tokens, invariants, shards, sizes, rows, length, region, key, na
 
 @_steps("fold_backward")
 def _fold_backward(
-    axis, gs, tokens, invariants, shards, saved, sizes, rows, length, region, key, name
+    axis, gs, tokens, invariants, shards, saved, sizes, rows, lengths, region, key, name
 ):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, length)
+    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
     try:
         grads = yield from schedules.backward(call, saved, gs)
     except Lost as e:
@@ -287,10 +277,10 @@ def _call(
     invariants: Sequence[torch.Tensor],
     shards: Sequence[torch.Tensor],
     sizes: Sequence[int],
-    rows: int,
-    length: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
 ) -> Call:
     pieces = body.compiled.get("pieces") or EagerPieces(body)
     schedule = schedules.choose(body, axis.size, sizes, rows)
     tokens = [t.contiguous() for t in tokens]
-    return Call(axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, length)
+    return Call(axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, lengths)

@@ -14,7 +14,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from tspc.runtime.trace import local_fakes
 
-from tspc.body import ROWS, Body, Piece, evaluate
+from tspc.body import Body, Piece, evaluate, symbol_values
 from tspc.program import Type
 
 Values = dict[str, torch.Tensor]
@@ -94,10 +94,12 @@ def cotangent_names(body: Body, index: int) -> tuple[str, ...]:
 class InductorPieces:
     """Pieces compiled by Inductor, each forward and backward once, with symbolic sizes.
 
-    guards: what lowering assumed, over the symbols of `symbols` (the program's and the token rows).
+    guards: what lowering assumed, over the symbols of `symbols` (the program's and the rows).
     """
 
-    def __init__(self, body: Body, hints: Mapping[Any, int], rows: int, device: torch.device):
+    def __init__(
+        self, body: Body, hints: Mapping[Any, int], rows: Sequence[int], device: torch.device
+    ):
         self.body, self.guards = body, []
         self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
         self.forwards: dict[int, Any] = {}
@@ -108,10 +110,15 @@ class InductorPieces:
                 self._compile(index, step, hints, rows, device)
 
     def _compile(
-        self, index: int, piece: Piece, hints: Mapping[Any, int], rows: int, device: torch.device
+        self,
+        index: int,
+        piece: Piece,
+        hints: Mapping[Any, int],
+        rows: Sequence[int],
+        device: torch.device,
     ) -> None:
         body = self.body
-        sizes = {**{s: hints[s] for s in body.symbols}, ROWS: rows}
+        sizes = symbol_values(body, [hints[s] for s in body.symbols], rows)
         cotangents = cotangent_names(body, index)
         wanted = [n for n in piece.reads if body.values[n].requires_grad]
         names: list[str] = []
@@ -153,8 +160,8 @@ class InductorPieces:
     def _split(
         self, given: Sequence[Any], names: Sequence[str]
     ) -> tuple[dict[Any, Any], torch.Tensor, Values]:
-        count = len(self.body.symbols) + 1
-        symbols = dict(zip((*self.body.symbols, ROWS), given[:count]))
+        count = len(self.body.sizes)
+        symbols = dict(zip(self.body.sizes, given[:count]))
         return symbols, given[count], dict(zip(names, given[count + 1 :]))
 
     def _lower(
@@ -169,7 +176,7 @@ class InductorPieces:
         for n in reads:
             v = self.body.values[n]
             types.append((Type(v.shape, v.dtype), device))
-        fakes = local_fakes((*self.body.symbols, ROWS), sizes, 0, False, types)
+        fakes = local_fakes(self.body.sizes, sizes, (), types)
         given = [*fakes.symbols.values(), *fakes.tensors]
         with tracing(TracingContext(fakes.mode)), fakes.mode, torch.no_grad():
             gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*given)
@@ -187,7 +194,7 @@ class InductorPieces:
     def _given(
         self, symbols: Mapping[Any, Any], step: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> list[Any]:
-        sizes = [symbols[s] for s in (*self.body.symbols, ROWS)]
+        sizes = [symbols[s] for s in self.body.sizes]
         return [*sizes, step, *(t.contiguous() for t in tensors)]
 
     def forward(

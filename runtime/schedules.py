@@ -27,7 +27,6 @@ from tspc.runtime.travel import Gradients, Weights
 
 from tspc.body import Body, Piece
 from tspc.cost import RING, STATIONARY, fastest, folded
-from tspc.layout import Layout
 
 Tensor = torch.Tensor
 
@@ -54,7 +53,7 @@ def _turn(
     j, shards = yield from source.next()
     if j * body.units >= body.size:
         return
-    symbols = call.symbols(call.local_rows)
+    symbols = call.symbols()
     values = {**fixed, **shards}
     for index, s in enumerate(body.steps):
         if isinstance(s, Piece):
@@ -73,7 +72,7 @@ def _empty_stacks(call: Call) -> Values:
     ]
     names += [(n, 0.0) for n in call.body.saves]
     for name, fill in names:
-        shape = [call.axis.size, *call.shape(name, call.local_rows)]
+        shape = [call.axis.size, *call.shape(name)]
         dtype = call.body.values[name].dtype
         make = torch.empty if call.body.real_steps() == call.axis.size else torch.zeros
         t = make(shape, dtype=dtype, device=call.shards[0].device)
@@ -139,7 +138,7 @@ def _turn_back(
         return j, {}
     values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
     given = _given(body, cotangents, lambda t: t[j])
-    symbols = call.symbols(call.local_rows)
+    symbols = call.symbols()
     return j, (yield from step_backward(call, symbols, j, values, given, exchange))
 
 
@@ -151,13 +150,14 @@ def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Value
     }
 
 
-def choose(body: Body, ranks: int, sizes: Sequence[int], rows: int) -> str:
+def choose(body: Body, ranks: int, sizes: Sequence[int], rows: Sequence[int]) -> str:
     """The schedule of a call: what the options ask for, else the fastest by the cost model.
 
-    rows: c of the layout.
+    rows: c of the layout of each of its sequences.
     """
     if body.schedule == RING:
         return folded(body)
     if body.schedule != "auto":
         return body.schedule
-    return fastest(body, tuple(sizes), Layout(ranks, body.order).chunks * rows * ranks)
+    every = (e.layout(ranks).chunks * c * ranks for e, c in zip(body.extents, rows))
+    return fastest(body, tuple(sizes), *every)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tspc.runtime.exchange import join, part, take
+from tspc.runtime.exchange import join, part
 from tspc.runtime.requests import AllGather, AllToAll, ReduceScatter, Steps
 from tspc.runtime.step import (
     Call,
@@ -27,12 +27,7 @@ def _gather_tokens(call: Call) -> Steps:
     for spec, t in zip(call.body.tokens, call.tokens):
         lead = call.lead(spec.lead)
         if spec.whole:
-            blocks = torch.stack(
-                [
-                    take(call.layout, r, t, spec.dim, lead, call.rows, call.length)
-                    for r in range(call.axis.size)
-                ]
-            )
+            blocks = torch.stack([call.rows_of(spec, t, lead, r) for r in range(call.axis.size)])
         else:
             handle = yield AllGather(t)
             blocks = handle.wait()
@@ -51,7 +46,7 @@ def stationary_forward(call: Call) -> Steps:
     values = yield from _gather_tokens(call)
     values.update(call.invariant_values())
     values.update(call.own())
-    symbols = call.symbols(axis.size * call.local_rows)
+    symbols = call.symbols(axis.size)
     step, exchange = call.step(axis.rank), Resident(call)
     for index, s in enumerate(body.steps):
         if isinstance(s, Piece):
@@ -91,7 +86,7 @@ def stationary_backward(
             continue
         handle = yield AllGather(g) if o.kind == "sum" else AllToAll(g)
         given[o.name] = join(handle.wait(), o.dim, call.lead(o.lead))
-    symbols = call.symbols(axis.size * call.local_rows)
+    symbols = call.symbols(axis.size)
     real = axis.rank * body.units < body.size
     grads: Values = {}
     if real:

@@ -12,7 +12,7 @@ from tspc.runtime import attention as attn
 from tspc.runtime.exchange import take
 from tspc.runtime.requests import Axis, Steps
 
-from tspc.body import Attention, Body, Piece, evaluate, symbol_values
+from tspc.body import Attention, Body, Piece, Token, evaluate, symbol_values
 from tspc.layout import Layout
 
 Tensor = torch.Tensor
@@ -52,29 +52,37 @@ class Call:
     invariants: Sequence[Tensor]
     shards: Sequence[Tensor]
     sizes: Sequence[int]
-    rows: int  # c
-    length: int
+    rows: Sequence[int]  # c of each sequence of the body
+    lengths: Sequence[int]
     turn: int = 0  # the step that it is at, from 1
-    known: dict[int, dict[Any, Any]] = field(default_factory=dict)  # symbols by rows
+    known: dict[int, dict[Any, Any]] = field(default_factory=dict)  # symbols by parts
 
     @cached_property
-    def layout(self) -> Layout:
-        return Layout(self.axis.size, self.body.order)
+    def layouts(self) -> list[Layout]:
+        return [e.layout(self.axis.size) for e in self.body.extents]
 
-    @property
-    def local_rows(self) -> int:
-        return self.layout.chunks * self.rows
-
-    def symbols(self, rows: int) -> dict[Any, Any]:
-        if rows not in self.known:
-            self.known[rows] = symbol_values(self.body, self.sizes, rows)
-        return self.known[rows]
+    def symbols(self, parts: int = 1) -> dict[Any, Any]:
+        """Sizes of a step on the rows of so many ranks."""
+        if parts not in self.known:
+            rows = [parts * l.chunks * c for l, c in zip(self.layouts, self.rows)]
+            self.known[parts] = symbol_values(self.body, self.sizes, rows)
+        return self.known[parts]
 
     def lead(self, size: Any) -> int:
-        return evaluate(size, self.symbols(self.local_rows))
+        return evaluate(size, self.symbols())
+
+    def span(self, i: int) -> attn.Span:
+        """Of a sequence."""
+        return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
 
     def spec(self, a: Attention) -> attn.Spec:
-        return attn.Spec(a.causal, a.scale, self.rows, self.length, a.dropout)
+        queries = self.rows[a.queries], self.lengths[a.queries]
+        return attn.Spec(a.causal, a.scale, *queries, a.dropout, self.lengths[a.keys])
+
+    def rows_of(self, spec: Token, t: Tensor, lead: int, rank: int) -> Tensor:
+        """The rows of a rank of a token that is given whole."""
+        i = spec.sequence
+        return take(self.layouts[i], rank, t, spec.dim, lead, self.rows[i], self.lengths[i])
 
     def step(self, j: int) -> Tensor:
         return torch.tensor(j, device=self.shards[0].device)
@@ -84,8 +92,7 @@ class Call:
         out: Values = {}
         for spec, t in zip(self.body.tokens, self.tokens):
             if spec.whole:
-                lead = self.lead(spec.lead)
-                t = take(self.layout, self.axis.rank, t, spec.dim, lead, self.rows, self.length)
+                t = self.rows_of(spec, t, self.lead(spec.lead), self.axis.rank)
             out[spec.name] = t
         return out
 
@@ -124,17 +131,16 @@ class Call:
         """What the backward takes, of the rows of all ranks: as D blocks of the local shape."""
         blocks = []
         for n in self.body.saves:
-            shape = [self.axis.size, *self.shape(n, self.local_rows)]
+            shape = [self.axis.size, *self.shape(n)]
             blocks.append(values[n].reshape(shape))
         return blocks
 
     def restored(self, saved: Sequence[Tensor]) -> Values:
         """The inverse of `saved`."""
-        rows = self.axis.size * self.local_rows
-        return {n: t.view(self.shape(n, rows)) for n, t in zip(self.body.saves, saved)}
+        return {n: t.view(self.shape(n, self.axis.size)) for n, t in zip(self.body.saves, saved)}
 
-    def shape(self, name: str, rows: int) -> list[int]:
-        symbols = self.symbols(rows)
+    def shape(self, name: str, parts: int = 1) -> list[int]:
+        symbols = self.symbols(parts)
         return [evaluate(s, symbols) for s in self.body.values[name].shape]
 
 
@@ -177,15 +183,14 @@ class Exchange:
 
     def _gather(self, a: Attention, values: Values) -> Steps:
         call = self.call
-        spec = call.spec(a)
-        return (yield from attn.gather(call.axis, call.layout, values[a.k], values[a.v], spec))
+        return (yield from attn.gather(call.span(a.keys), values[a.k], values[a.v]))
 
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
         keys = self.given.get(a) or (yield from self._gather(a, values))
         call, mask = self.call, values[a.mask] if a.mask else None
         states = values[a.states] if a.states else None
-        chunks = call.layout.chunk_ids(call.axis.rank)
+        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
         return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask, states)
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
@@ -193,7 +198,7 @@ class Exchange:
         call, mask = self.call, values[a.mask] if a.mask else None
         states = values[a.states] if a.states else None
         keys = self.given.get(a) or (yield from self._gather(a, values))
-        chunks = call.layout.chunk_ids(call.axis.rank)
+        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
         done = values[a.out], values[a.lse]
         dq, dk, dv = attn.attend_backward(
             g, values[a.q], *keys, *done, chunks, call.spec(a), mask, states
@@ -203,16 +208,14 @@ class Exchange:
             sums.add(a.k, dk)
             sums.add(a.v, dv)
             return {a.q: dq}
-        dk, dv = yield from attn.scatter(call.axis, call.layout, dk, dv, call.spec(a))
+        dk, dv = yield from attn.scatter(call.span(a.keys), dk, dv)
         return {a.q: dq, a.k: dk, a.v: dv}
 
     def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
         call = self.call
         for a, sums in self.sums.items():
-            dk, dv = yield from attn.scatter(
-                call.axis, call.layout, sums[a.k], sums[a.v], call.spec(a)
-            )
+            dk, dv = yield from attn.scatter(call.span(a.keys), sums[a.k], sums[a.v])
             total.add(a.k, dk)
             total.add(a.v, dv)
 
@@ -225,40 +228,46 @@ class Resident(Exchange):
         return
         yield
 
-    def _ordered(self, x: Tensor, keys: bool = False) -> Tensor:
-        x = self.call.layout.in_order(x, 2, self.call.rows)
-        return x[:, :, : self.call.length] if keys else x
+    def _ordered(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
+        return self.call.layouts[sequence].in_order(x, dim, self.call.rows[sequence])
 
-    def _by_rank(self, x: Tensor) -> Tensor:
-        return self.call.layout.by_rank(x, 2, self.call.rows)
+    def _keys(self, a: Attention, x: Tensor) -> Tensor:
+        """In order, without pads."""
+        return self._ordered(x, a.keys)[:, :, : self.call.lengths[a.keys]]
+
+    def _by_rank(self, x: Tensor, sequence: int) -> Tensor:
+        return self.call.layouts[sequence].by_rank(x, 2, self.call.rows[sequence])
 
     def _operands(
         self, a: Attention, values: Values
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """q, k, v in order, the mask, and the states of the queries."""
-        qkv = [self._ordered(values[n], n != a.q) for n in (a.q, a.k, a.v)]
+        q = self._ordered(values[a.q], a.queries)
+        qkv = [q, self._keys(a, values[a.k]), self._keys(a, values[a.v])]
         mask = values[a.mask] if a.mask else None
         if mask is not None and mask.shape[-2] != 1:
-            mask = self.call.layout.in_order(mask, mask.dim() - 2, self.call.rows)
-        return qkv, mask, self._ordered(values[a.states]) if a.states else None
+            mask = self._ordered(mask, a.queries, mask.dim() - 2)
+        return qkv, mask, self._ordered(values[a.states], a.queries) if a.states else None
 
-    def _chunks(self) -> list[int]:
-        return list(range(self.call.axis.size * self.call.layout.chunks))
+    def _chunks(self, a: Attention) -> list[int]:
+        return list(range(self.call.axis.size * self.call.layouts[a.queries].chunks))
 
     def forward(self, a: Attention, values: Values) -> Steps:
         qkv, *rest = self._operands(a, values)
-        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), *rest)
-        return self._by_rank(out), self._by_rank(lse)
+        out, lse = attn.attend(*qkv, self._chunks(a), self.call.spec(a), *rest)
+        return self._by_rank(out, a.queries), self._by_rank(lse, a.queries)
         yield
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         qkv, *rest = self._operands(a, values)
-        g, out, lse = (self._ordered(x) for x in (g, values[a.out], values[a.lse]))
+        done = (self._ordered(x, a.queries) for x in (g, values[a.out], values[a.lse]))
+        g, out, lse = done
         spec = self.call.spec(a)
-        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(), spec, *rest)
-        missing = qkv[0].shape[2] - self.call.length
+        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(a), spec, *rest)
+        missing = values[a.k].shape[2] - self.call.lengths[a.keys]
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
-        return dict(zip((a.q, a.k, a.v), map(self._by_rank, (grads[0], dk, dv))))
+        made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
+        return {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
         yield
 
 

@@ -33,22 +33,23 @@ class Fakes:
     mode: FakeTensorMode
     env: ShapeEnv
     symbols: Mapping[sympy.Symbol, Any]
-    rows: Any
+    rows: list[Any]
     tensors: list[torch.Tensor]
 
     @property
     def inputs(self) -> list[Any]:
-        return [*self.symbols.values(), self.rows, *self.tensors]
+        return [*self.symbols.values(), *self.rows, *self.tensors]
 
 
 def local_fakes(
     symbols: Sequence[sympy.Symbol],
     hints: Mapping[sympy.Symbol, int],
-    rows: int,
-    dynamic_rows: bool,
+    rows: Sequence[int],
     types: Sequence[tuple[Type, torch.device]],
 ) -> Fakes:
-    """Types: of each placeholder as this program is given it (parameters: their local shape)."""
+    """Rows: c of each sequence.
+
+    types: of each placeholder as this program is given it (parameters: their local shape)."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
 
@@ -60,7 +61,7 @@ def local_fakes(
         return env.create_symintnode(symbol, hint=hint, source=source)
 
     values = {s: size(f"tspc_{i}", hints[s]) for i, s in enumerate(symbols)}
-    local_rows = size("tspc_rows", rows) if dynamic_rows else rows
+    local_rows = [size(f"tspc_rows_{i}", c) for i, c in enumerate(rows)]
     tensors = []
     with mode:
         for t, device in types:

@@ -47,7 +47,7 @@ def sizes(graph: Simulated) -> tuple[int, int, int, int]:
     bodies = [n.kwargs["body"] for n in graph.rewritten.folds]
     head = [b for b in bodies if len(b.outs) > 1]
     weights = sum(b.weight_elements * RANKS for b in bodies if len(b.outs) == 1)
-    rows = graph.layout.chunks * graph.rows() * RANKS
+    rows = RANKS * graph.rewritten.choice.extents[0].rows(RANKS, graph.sizes)
     kv = 2 * 2 * BATCH * rows * 8 * (HIDDEN // 8)  # 2 layers, K and V, 8 K/V heads
     return weights, sum(b.weight_elements * RANKS for b in head), kv, BATCH * rows * HIDDEN
 
@@ -76,7 +76,7 @@ def test_folded_schedules(schedule: str) -> None:
 
 def test_one_kv_head_is_exchanged_once() -> None:
     graph, forward, backward = step("broadcast", 1)
-    rows = graph.layout.chunks * graph.rows() * RANKS
+    rows = RANKS * graph.rewritten.choice.extents[0].rows(RANKS, graph.sizes)
     kv = 2 * 2 * BATCH * rows * (HIDDEN // 8)
     assert total(forward, "activations", "AllGather") == pytest.approx(F * kv)
     again = total(backward, "activations", "AllGather", "ReduceScatter")

@@ -24,7 +24,7 @@ def bodies(model: nn.Module, length: int, options: dict | None = None) -> list[B
 
 def symbolic(body: Body) -> tuple[dict, sympy.Symbol]:
     """The program's symbols with the batch filled in; the sequence stays one."""
-    (length,) = body.length.free_symbols
+    (length,) = body.extents[0].length.free_symbols
     return {s: s if s == length else BATCH for s in body.symbols}, length
 
 
@@ -70,7 +70,9 @@ def test_auto_changes_over_with_the_length() -> None:
     picked = {}
     for length in (8, 65536):
         for body in bodies(LlamaLike(256, 64, 1, 4, 2), length, {"hardware": slow}):
-            values = tuple(length if s in body.length.free_symbols else BATCH for s in body.symbols)
+            values = tuple(
+                length if s in body.extents[0].length.free_symbols else BATCH for s in body.symbols
+            )
             picked[length, folded(body)] = fastest(body, values, length)
     assert picked == {
         (8, "broadcast"): "stationary",
@@ -82,7 +84,7 @@ def test_auto_changes_over_with_the_length() -> None:
 
 def test_memory_of_a_fold_falls_with_the_ranks() -> None:
     body = bodies(LlamaLike(256, 64, 1, 4, 4), 64)[1]
-    symbols = {s: 64 if s in body.length.free_symbols else BATCH for s in body.symbols}
+    symbols = {s: 64 if s in body.extents[0].length.free_symbols else BATCH for s in body.symbols}
     z = sizes(body, symbols, 64)
     assert transient(z, "ring", 8) < transient(z, "ring", 4) < transient(z, "gather", 4)
 

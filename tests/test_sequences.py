@@ -1,8 +1,9 @@
-"""Sequences that ops lay together of other dims; all equal one device."""
+"""Sequences that ops lay together of other dims, and two in one program; all equal one device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,9 @@ def both(x: Tensor) -> Tensor:
     return x[:, 0] + x[:, 1:].mean(dim=1)
 
 
-def run(model: nn.Module, *args: Tensor, ranks: int) -> Rewritten:
+def run(model: nn.Module, *args: Tensor, ranks: int, **options: Any) -> Rewritten:
     """Verify on simulated ranks in float64; the one graph that was made."""
-    found = tspc.verify(model.double(), args, {}, ranks=ranks, tolerance=1e-11)
+    found = tspc.verify(model.double(), args, {}, ranks, options, 1e-11)
     (graph,) = found.graphs
     return graph.rewritten
 
@@ -154,3 +155,105 @@ def test_attention_along_two_factors_is_gathered(ranks: int) -> None:
     torch.manual_seed(0)
     r = run(Grid(), torch.randn(2, 12, HIDDEN, dtype=torch.float64), ranks=ranks)
     assert "scaled_dot_product_attention" in {f.op.split(".")[1] for f in r.typed.fallbacks}
+
+
+class Cross(Block):
+    """A block whose queries are of x, keys of another sequence."""
+
+    def forward(self, x: Tensor, other: Tensor, causal: bool = False) -> Tensor:
+        q = self.q(self.norm1(x)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = (m(other).unflatten(-1, (HEADS, -1)).transpose(1, 2) for m in (self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Causal(Cross):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, True)
+
+
+class EncoderDecoder(nn.Module):
+    """Words of two languages; causal says whether the queries of the second see later words of the
+    first."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.words, self.causal = nn.Embedding(17, HIDDEN), causal
+        self.encoder, self.decoder, self.cross = Block(), Causal(), Cross()
+        self.head = nn.Linear(HIDDEN, 17)
+
+    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states = self.encoder(self.words(source))
+        x = self.cross(self.decoder(self.words(target)), states, self.causal)
+        logits = self.head(x)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+        return loss + states.pow(2).mean(), logits, states
+
+
+def words(*lengths: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randint(0, 17, (2, n)) for n in lengths]
+
+
+TWO = [
+    (2, (7, 10), {}),
+    (3, (11, 8), {"schedule": "stationary"}),
+    (4, (3, 9), {"outputs": "full"}),
+    (2, (6, 6), {"schedule": "gather", "layout": "zigzag"}),
+    (3, (8, 5), {"schedule": "stationary", "layout": "zigzag", "memory_budget": "min"}),
+    (2, (5, 12), {"schedule": "ring", "layout": "contiguous"}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "lengths", "options"), TWO)
+def test_two_sequences_of_their_own_length(ranks, lengths, options) -> None:
+    r = run(EncoderDecoder(), *words(*lengths), ranks=ranks, **options)
+    assert len(r.choice.leaves) == 2 and not r.typed.fallbacks
+    if "layout" not in options:
+        assert sorted(r.choice.leaves.values()) == ["contiguous", "zigzag"]
+    assert not r.choice.refused
+    assert len(r.choice.regions) == 7
+
+
+def test_a_causal_attention_to_another_sequence_is_gathered() -> None:
+    r = run(EncoderDecoder(causal=True), *words(7, 9), ranks=2)
+    assert {f.op.split(".")[1] for f in r.typed.fallbacks} == {"scaled_dot_product_attention"}
+
+
+class Latents(nn.Module):
+    """Learned queries, which nothing attends to, read what is given with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, 5, HIDDEN))
+        self.first, self.second, self.head = Cross(), Cross(), nn.Linear(HIDDEN, 3)
+
+    def forward(self, given: Tensor) -> Tensor:
+        x = self.first(self.latents.expand(len(given), -1, -1), given)
+        return self.head(self.second(x, given)[:, -1]).pow(2).mean()
+
+
+def test_queries_that_nothing_attends_to_are_a_sequence() -> None:
+    given = torch.randn(2, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    r = run(Latents(), given, ranks=3)
+    assert len(r.choice.leaves) == 2 and not r.typed.fallbacks
+    assert len(folded(r)) == 4, r.choice.refused
+
+
+class Meeting(nn.Module):
+    """Two sequences that meet outside of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.one, self.two = nn.Embedding(17, HIDDEN), Block(), Block()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x, y = self.one(self.words(a)), self.two(self.words(b))
+        joined = torch.cat([x, y], 1).cumsum(1)
+        return (joined.mean(1) * (x @ y.transpose(1, 2)).mean()).pow(2).sum()
+
+
+def test_two_sequences_that_meet() -> None:
+    r = run(Meeting(), *words(7, 9), ranks=2)
+    assert [f.op.split(".")[1] for f in r.typed.fallbacks] == ["cat"]

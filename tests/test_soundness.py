@@ -9,7 +9,7 @@ import pytest
 import torch
 from tspc.passes.factorize import Analysis
 from tspc.passes.regions import find_regions
-from tspc.passes.sequence import sequence
+from tspc.passes.sequence import sequences
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
@@ -69,11 +69,11 @@ def test_equal_sizes_merge_nothing() -> None:
     apart, _ = analysed(library("qwen3", 24, 10, 4, 2, 6, 23), {"input_ids": tokens})
     equal = torch.randint(0, 16, (16, 16))
     same, _ = analysed(library("qwen3", 16, 16, 4, 4, 4, 16), {"input_ids": equal})
-    one, two = (find_regions(a, sequence(a)) for a in (apart, same))
+    one, two = (find_regions(a, sequences(a)) for a in (apart, same))
     assert len(one.chosen) == len(two.chosen) == 3
     assert [sorted(g.weights) for g in one.chosen] == [sorted(g.weights) for g in two.chosen]
     for a in (apart, same):
-        leaf = sequence(a)
+        (leaf,) = sequences(a)
         exchanged = {
             r.node.op for r in a.records if any(x[0] == "exchange" for x in r.roles.get(leaf, ()))
         }

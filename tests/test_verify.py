@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tspc.passes.propagate import ALL_REDUCE, VARY, Typed
+from tspc.passes.propagate import ALL_REDUCE, VARY
+from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
 
 import tspc

@@ -16,13 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from tspc.backend import GRAPHS, Compiled
-from tspc.body import evaluate
 from tspc.budget import lines
 from tspc.capture import capture
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.errors import CaptureError, ParityError, PlanError
 from tspc.hardware import device_name
-from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.origin import origin
 from tspc.passes.pipeline import Rewritten
@@ -231,15 +229,15 @@ def _explained(graph: Compiled) -> str:
 
 
 def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
-    leaf = rewritten.choice.leaf
     schedules, kept = {}, []
-    if leaf is not None and all(s in sizes for s in rewritten.symbols):
-        layout = Layout(ranks, rewritten.choice.order)
-        rows = int(layout.chunk_rows(int(evaluate(leaf.size, sizes))))
+    if rewritten.choice.leaves and all(s in sizes for s in rewritten.symbols):
         values = [sizes[s] for s in rewritten.symbols]
         names = [name for name, _, _ in rewritten.choice.regions]
         by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
-        schedules = {n: choose(by_name[n], ranks, values, rows) for n in names if n in by_name}
+        for n in names:
+            if n in by_name:
+                rows = [int(e.chunk_rows(ranks, sizes)) for e in by_name[n].extents]
+                schedules[n] = choose(by_name[n], ranks, values, rows)
         kept = lines(rewritten.keepings, sizes)
     told = [str(r) for r in reports(rewritten, sizes or None)]
     return show(rewritten, schedules=schedules, notes=[*kept, *told])

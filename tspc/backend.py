@@ -18,12 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from tspc.body import ROWS, evaluate
+from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
 from tspc.check import written
 from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.hardware import device_name
-from tspc.layout import Layout
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
@@ -176,20 +175,13 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
         types.append((t, x.device if x is not None else _device(example_inputs)))
-    return local_fakes(rewritten.symbols, hints, int(_rows(compiled, hints)), True, types)
+    return local_fakes(rewritten.symbols, hints, _rows(compiled, hints), types)
 
 
-def _layout(compiled: Compiled) -> Layout:
-    return Layout(compiled.place.axis.size, compiled.rewritten.choice.order)
-
-
-def _length(compiled: Compiled, sizes: Mapping[Any, Any]) -> Any:
-    leaf = compiled.rewritten.choice.leaf
-    return 1 if leaf is None else evaluate(leaf.size, sizes)
-
-
-def _rows(compiled: Compiled, sizes: Mapping[Any, Any]) -> Any:
-    return _layout(compiled).chunk_rows(_length(compiled, sizes))
+def _rows(compiled: Compiled, sizes: Mapping[Any, Any]) -> list[Any]:
+    """C of each sequence."""
+    extents, ranks = compiled.rewritten.choice.extents, compiled.place.axis.size
+    return [e.chunk_rows(ranks, sizes) for e in extents]
 
 
 def _restate_guards(compiled: Compiled, fakes: Fakes) -> None:
@@ -198,8 +190,8 @@ def _restate_guards(compiled: Compiled, fakes: Fakes) -> None:
     bind: dict[Any, Any] = {
         v.node.expr: outer[s] for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)
     }
-    if isinstance(fakes.rows, torch.SymInt):
-        bind[fakes.rows.node.expr] = _rows(compiled, outer)
+    rows = zip(fakes.rows, _rows(compiled, outer))
+    bind |= {x.node.expr: c for x, c in rows if isinstance(x, torch.SymInt)}
     for guard in fakes.env.guards:
         _require(guard.expr, bind)
 
@@ -208,14 +200,14 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
     """Pieces once per structure; what they assume of the sizes is restated for local and for
     gathered tokens."""
     hints, outer = compiled.captured.program.hints, compiled.captured.outer_symbols
-    local = _layout(compiled).chunks * _rows(compiled, outer)
     for body in dict.fromkeys(compiled.rewritten.bodies):
         if "pieces" not in body.compiled:
-            rows = int(_layout(compiled).chunks * _rows(compiled, hints))
+            rows = [int(e.rows(body.ranks, hints)) for e in body.extents]
             body.compiled["pieces"] = InductorPieces(body, hints, rows, device)
         for guard in body.compiled["pieces"].guards:
-            for rows in (local, local * body.ranks):
-                _require(guard, {**outer, ROWS: rows})
+            for parts in (1, body.ranks):
+                rows = [parts * e.rows(body.ranks, outer) for e in body.extents]
+                _require(guard, {**outer, **{rows_of(i): n for i, n in enumerate(rows)}})
 
 
 def _require(guard: Any, bind: Mapping[Any, Any]) -> None:
@@ -257,7 +249,7 @@ def _function(
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
-        rows, length = int(_rows(compiled, sizes)), int(_length(compiled, sizes))
+        rows = [int(c) for c in _rows(compiled, sizes)]
         given = [None if i is None else args[i] for i in positions]
         check([given[i] for i in plain])
         if rewritten.draws:
@@ -267,11 +259,11 @@ def _function(
             for i, local in zip(sharded, Prologue.apply(taken, *stored)):
                 given[i] = local
         with off():
-            outs = run_local(*(sizes[s] for s in rewritten.symbols), rows, *given)
+            outs = run_local(*(sizes[s] for s in rewritten.symbols), *rows, *given)
         if options.check_nan:
             named = zip(_output_names(captured, len(outs)), outs)
             check_outputs(place, [*named], [(n.name, x) for n, x in zip(nodes, given)])
-        return written(captured, args, _results(compiled, outs, sizes, rows, length))
+        return written(captured, args, _results(compiled, outs, sizes, rows))
 
     return run
 
@@ -284,25 +276,28 @@ def _output_names(captured: Captured, count: int) -> list[str]:
 
 
 def _results(
-    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], rows: int, length: int
+    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], every: Sequence[int]
 ) -> list[Any]:
-    place, layout = compiled.place, _layout(compiled)
+    """every: c of each sequence."""
+    place, extents = compiled.place, compiled.rewritten.choice.extents
     out = []
     for x, r in zip(outs, compiled.rewritten.results):
         if r is None or r.kind == "whole":
             out.append(x if r is None else r.given(x, sizes))
             continue
         shape = tuple(evaluate(s, sizes) for s in r.shape)
+        extent, rows = extents[r.sequence], every[r.sequence]
+        layout, length = extent.layout(place.axis.size), int(evaluate(extent.length, sizes))
         if r.kind == "sharded":
             rest = (layout, r.dim, rows, length, shape)
             out.append(sharded(x, place, place.mesh, *rest))
             continue
 
-        def gather(x: torch.Tensor = x, r: Any = r) -> torch.Tensor:
-            lead = evaluate(r.lead, sizes)
-            steps = whole(place.axis, layout, x, r.dim, lead, rows, length, "outputs")
+        steps = (place.axis, layout, x, r.dim, evaluate(r.lead, sizes), rows, length, "outputs")
+
+        def gather(steps: Any = steps, r: Any = r) -> torch.Tensor:
             what = "the read of a deferred output"
-            return r.given(distributed(steps, place.axis, place.groups, what), sizes)
+            return r.given(distributed(whole(*steps), place.axis, place.groups, what), sizes)
 
         if r.ranges:
             shape = tuple(evaluate(s, sizes) for s in r.ranges[-1].shape)

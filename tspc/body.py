@@ -1,8 +1,8 @@
 """The body of a fold as data: pieces between exchanges, the values that they pass on, and a
 registry by structural key.
 
-Sizes are sympy expressions over the program's symbols and `ROWS`, the number of token rows that a
-step computes on.
+Sizes are sympy expressions over the program's symbols and `rows_of(i)`, the number of rows of
+sequence i that a step computes on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,35 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.hardware import HARDWARE, Hardware
+from tspc.layout import Layout
 
 Size = Any  # int or sympy.Expr
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
+
+
+def rows_of(index: int) -> sympy.Symbol:
+    """Rows of a sequence of the body; ROWS of the first."""
+    return sympy.Symbol(f"rows{index}", positive=True, integer=True) if index else ROWS
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A sequence: its length over the symbols, and the order in which the ranks hold it."""
+
+    length: Size
+    order: str
+
+    def layout(self, ranks: int) -> Layout:
+        return Layout(ranks, self.order)
+
+    def chunk_rows(self, ranks: int, sizes: Mapping[Any, Any]) -> Any:
+        """C of the layout."""
+        return self.layout(ranks).chunk_rows(evaluate(self.length, sizes))
+
+    def rows(self, ranks: int, sizes: Mapping[Any, Any]) -> Any:
+        """Of one rank."""
+        return self.layout(ranks).chunks * self.chunk_rows(ranks, sizes)
+
 
 # run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
 # made inside) -> all values by name
@@ -40,7 +66,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Token:
-    """An operand with the sequence: its dim is lead * S * trail.
+    """An operand with a sequence, the index of the body's: its dim is lead * S * trail.
 
     whole: given whole, each rank takes its rows.
     """
@@ -49,6 +75,7 @@ class Token:
     dim: int
     lead: Size
     whole: bool
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +109,8 @@ class Attention:
     scale: float
     states: str | None = None
     dropout: float = 0.0
+    queries: int = 0  # the sequence of q
+    keys: int = 0  # that of k and v
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,7 @@ class Out:
     dim: int
     lead: Size
     differentiable: bool
+    sequence: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +136,8 @@ class Body:
     key: str
     name: str
     symbols: tuple[sympy.Symbol, ...]
-    length: Size  # S over the symbols
+    extents: tuple[Extent, ...]  # its sequences
     ranks: int
-    order: str
     units: int
     size: int
     steps: tuple[Piece | Attention, ...]
@@ -118,12 +147,17 @@ class Body:
     shards: tuple[str, ...]
     outs: tuple[Out, ...]
     schedule: str = "auto"
-    flops: Size = 0  # of the pieces' matrix products in one step's forward, over symbols and ROWS
+    flops: Size = 0  # of the pieces' matrix products in one step's forward, over `sizes`
     inner: Size = 0  # elements of their results that stay inside
     spared: Size = 0  # of the FLOPs, those of products that are saved
     hardware: Hardware = HARDWARE["cpu"]
     reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def sizes(self) -> tuple[sympy.Symbol, ...]:
+        """What its shapes are over."""
+        return (*self.symbols, *map(rows_of, range(len(self.extents))))
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
@@ -194,6 +228,6 @@ def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:
     return n
 
 
-def symbol_values(body: Body, sizes: Sequence[Any], rows: Any) -> dict[sympy.Symbol, Any]:
-    """Rows: token rows of a step."""
-    return {**dict(zip(body.symbols, sizes)), ROWS: rows}
+def symbol_values(body: Body, sizes: Sequence[Any], rows: Sequence[Any]) -> dict[sympy.Symbol, Any]:
+    """Rows: of each sequence in a step."""
+    return dict(zip(body.sizes, (*sizes, *rows)))

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tspc.body import ROWS, Body, evaluate, numel
+from tspc.body import Body, evaluate, numel, rows_of
 from tspc.errors import OptionError
-from tspc.layout import Layout
 
 Budget = str | float | int
 MAX_SPEED, MIN = "max-speed", "min"
@@ -83,9 +82,8 @@ def spared(body: Body, sizes: Mapping[Any, Any]) -> int:
 
 
 def _values(body: Body, sizes: Mapping[Any, Any]) -> dict[Any, Any]:
-    layout = Layout(body.ranks, body.order)
-    rows = layout.chunks * layout.chunk_rows(int(evaluate(body.length, sizes)))
-    return {**sizes, ROWS: int(rows)}
+    rows = {rows_of(i): int(e.rows(body.ranks, sizes)) for i, e in enumerate(body.extents)}
+    return {**sizes, **rows}
 
 
 def choose(

@@ -17,6 +17,7 @@ from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.layout import Layout
 from tspc.options import Options
+from tspc.passes.outputs import Result
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type
@@ -44,16 +45,15 @@ class Simulated:
     sizes: dict[Any, int] = field(default_factory=dict)
     saved_elements: int = 0  # of rank 0, by the last forward
 
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.ranks, self.rewritten.choice.order)
+    def rows(self) -> list[int]:
+        """C of each sequence."""
+        return [int(e.chunk_rows(self.ranks, self.sizes)) for e in self.rewritten.choice.extents]
 
-    def length(self) -> int:
-        leaf = self.rewritten.choice.leaf
-        return 1 if leaf is None else int(evaluate(leaf.size, self.sizes))
-
-    def rows(self) -> int:
-        return int(self.layout.chunk_rows(self.length()))
+    def where(self, r: Result) -> tuple[Layout, tuple[int, int, int, int]]:
+        """The layout of an output, and (dim, lead, rows, length)."""
+        extent = self.rewritten.choice.extents[r.sequence]
+        lead, length = (int(evaluate(n, self.sizes)) for n in (r.lead, extent.length))
+        return extent.layout(self.ranks), (r.dim, lead, self.rows()[r.sequence], length)
 
 
 def simulated_backend(
@@ -83,9 +83,7 @@ def _trace(
     captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any], ranks: int
 ) -> Partitioned:
     hints = captured.program.hints
-    leaf = rewritten.choice.leaf
-    length = 1 if leaf is None else evaluate(leaf.size, hints)
-    rows = int(Layout(ranks, rewritten.choice.order).chunk_rows(int(length)))
+    rows = [int(e.chunk_rows(ranks, hints)) for e in rewritten.choice.extents]
     types: list[tuple[Type, torch.device]] = []
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     for n, x in zip(nodes, captured.given(nodes, example_inputs, torch.zeros(()))):
@@ -96,7 +94,7 @@ def _trace(
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
         types.append((t, x.device))
-    fakes = local_fakes(rewritten.symbols, hints, rows, True, types)
+    fakes = local_fakes(rewritten.symbols, hints, rows, types)
     return partition(rewritten.local, fakes)
 
 
@@ -132,7 +130,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def _forward(ctx: Any, graph: Simulated, tensors: Sequence[torch.Tensor]) -> Any:
-        base = [*(graph.sizes[s] for s in graph.rewritten.symbols), graph.rows()]
+        base = [*(graph.sizes[s] for s in graph.rewritten.symbols), *graph.rows()]
         given = [[*base, *shards] for shards in zip(*_shards(graph, tensors))]
         results = simulate.run(graph.parts.forward, AXIS, given)
         count = graph.parts.outputs
@@ -167,7 +165,7 @@ class _Run(torch.autograd.Function):
             holders = [n for n in backward.graph.nodes if n.op == "placeholder"]
             given.append([by_name[n.name] if n.name in by_name else next(rest) for n in holders])
         grads = simulate.run(backward, AXIS, given)
-        skip = len(graph.rewritten.symbols) + 1
+        skip = len(graph.rewritten.symbols) + len(graph.rewritten.choice.extents)
         return (None, *_whole_gradients(graph, [g[skip:] for g in grads]))
 
 
@@ -176,8 +174,8 @@ def _tangent(graph: Simulated, rank: int, index: int, g: torch.Tensor) -> torch.
     r = graph.rewritten.results[index]
     if r is None or r.kind == "whole":
         return g
-    rest = (r.dim, int(evaluate(r.lead, graph.sizes)), graph.rows(), graph.length())
-    return clear(graph.layout, rank, take(graph.layout, rank, g, *rest), *rest)
+    layout, rest = graph.where(r)
+    return clear(layout, rank, take(layout, rank, g, *rest), *rest)
 
 
 def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -224,19 +222,8 @@ def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[Any]:
                 assert same, f"ranks differ in output {i}"
             result.append(mine[0])
             continue
-        lead = int(evaluate(r.lead, graph.sizes))
-        steps = [
-            whole(
-                Axis(AXIS, graph.ranks, k),
-                graph.layout,
-                x,
-                r.dim,
-                lead,
-                graph.rows(),
-                graph.length(),
-            )
-            for k, x in enumerate(mine)
-        ]
+        layout, rest = graph.where(r)
+        steps = [whole(Axis(AXIS, graph.ranks, k), layout, x, *rest) for k, x in enumerate(mine)]
         result.append(lockstep(steps)[0])
     return result
 

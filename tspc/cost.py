@@ -14,7 +14,7 @@ from typing import Any
 
 import sympy
 
-from tspc.body import ROWS, Body, evaluate, numel
+from tspc.body import Body, evaluate, numel, symbol_values
 from tspc.hardware import Hardware
 
 RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
@@ -69,9 +69,9 @@ class Sizes:
     saved: bool
 
 
-def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
-    """rows: token rows of all ranks together (the sequence with its pads)."""
-    values = {**symbols, ROWS: rows}
+def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], *rows: Any) -> Sizes:
+    """rows: of all ranks together, each sequence with its pads."""
+    values = symbol_values(body, [symbols[s] for s in body.symbols], rows)
     steps = body.real_steps()
 
     def total(names: list[str]) -> Any:
@@ -82,7 +82,7 @@ def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], rows: Any) -> Sizes:
         once = a.k in {t.name for t in body.tokens}
         keys += total([a.k, a.v]) * (1 if once else steps)
         width = body.values[a.k].shape[-1] + body.values[a.v].shape[-1]
-        flops += 2 * numel(body.values[a.q].shape[:-1], values) * rows * width * steps
+        flops += 2 * numel(body.values[a.q].shape[:-1], values) * rows[a.keys] * width * steps
         flops = flops / 2 if a.causal else flops
     flops += evaluate(body.flops, values) * steps
     live = [t.name for t in body.tokens if body.values[t.name].requires_grad]
@@ -139,9 +139,9 @@ def folded(body: Body) -> str:
     return BROADCAST if body.attentions else RING
 
 
-def seconds(body: Body, values: Sequence[int], rows: int) -> dict[str, float]:
+def seconds(body: Body, values: Sequence[int], *rows: int) -> dict[str, float]:
     """Schedule -> time of a training step by the model, of those that "auto" chooses from."""
-    s = sizes(body, dict(zip(body.symbols, values)), rows)
+    s = sizes(body, dict(zip(body.symbols, values)), *rows)
     itemsize = body.values[body.shards[0]].dtype.itemsize
     return {
         name: float(
@@ -155,14 +155,14 @@ def seconds(body: Body, values: Sequence[int], rows: int) -> dict[str, float]:
 
 
 @lru_cache(maxsize=4096)
-def fastest(body: Body, values: tuple[int, ...], rows: int) -> str:
+def fastest(body: Body, values: tuple[int, ...], *rows: int) -> str:
     """The schedule of least time for a training step; of those within 3% the one of least transient
     memory.
 
     values: of body.symbols. rows: of all ranks together. Rank-independent sizes only.
     """
-    s = sizes(body, dict(zip(body.symbols, values)), rows)
-    times = seconds(body, values, rows)
+    s = sizes(body, dict(zip(body.symbols, values)), *rows)
+    times = seconds(body, values, *rows)
     least = min(times.values())
     close = [n for n, t in times.items() if t <= SAME * least]
     return min(close, key=lambda n: float(transient(s, n, body.ranks)))

@@ -52,26 +52,27 @@ LIB.define(
     "embed_backward(Tensor g, Tensor ids, int units, ScalarType dtype, SymInt rows, SymInt length, "
     "str order, str axis) -> Tensor"
 )
+# rows, lengths, orders: of the queries' sequence, and of the keys'
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, bool causal, "
-    "float scale, float dropout, SymInt rows, SymInt length, str order, str axis) -> "
+    "float scale, float dropout, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> "
     "(Tensor, Tensor)"
 )
 LIB.define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
-    "Tensor out, Tensor lse, bool causal, float scale, float dropout, SymInt rows, SymInt length, "
-    "str order, str axis) -> (Tensor, Tensor, Tensor)"
+    "Tensor out, Tensor lse, bool causal, float scale, float dropout, SymInt[] rows, "
+    "SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor, Tensor)"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves
 LIB.define(
-    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt rows, "
-    "SymInt length, str region, str key, str axis) -> Tensor[]"
+    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt[] rows, "
+    "SymInt[] lengths, str region, str key, str axis) -> Tensor[]"
 )
 LIB.define(
     "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, "
     "Tensor[] saved, "
-    "SymInt[] sizes, SymInt rows, SymInt length, str region, str key, str axis) -> Tensor[]"
+    "SymInt[] sizes, SymInt[] rows, SymInt[] lengths, str region, str key, str axis) -> Tensor[]"
 )
 
 
@@ -268,9 +269,10 @@ def _results(body: Body) -> list[tuple[str, bool]]:
 
 
 @_fake("fold")
-def _fold_fake(tokens, invariants, shards, sizes, rows, length, region, key, axis):
+def _fold_fake(tokens, invariants, shards, sizes, rows, lengths, region, key, axis):
     body = BODIES[key]
-    symbols = symbol_values(body, sizes, local_rows(rows, body.order))
+    local = [local_rows(c, e.order) for c, e in zip(rows, body.extents)]
+    symbols = symbol_values(body, sizes, local)
     out = []
     for name, stacked in _results(body):
         value = body.values[name]
@@ -287,7 +289,7 @@ def _operands(body: Body) -> list[str]:
 
 @_fake("fold_backward")
 def _fold_backward_fake(
-    gs, tokens, invariants, shards, saved, sizes, rows, length, region, key, axis
+    gs, tokens, invariants, shards, saved, sizes, rows, lengths, region, key, axis
 ):
     body = BODIES[key]
     operands = zip(_operands(body), [*tokens, *invariants, *shards])

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tspc.body import evaluate
 from tspc.cost import seconds
 from tspc.errors import PlanError
-from tspc.layout import Layout
 from tspc.passes.fold import Fold
 from tspc.passes.pipeline import Rewritten
 from tspc.passes.propagate import CONVERSIONS
@@ -64,11 +62,8 @@ def _region(rewritten: Rewritten, node: Node, sizes: Mapping[Any, int]) -> list[
     asked = {name: schedule for name, _, schedule in rewritten.choice.regions}[fold.name]
     if asked != "auto":
         return [*out, f"schedule {asked}, by the options"]
-    layout = Layout(body.ranks, body.order)
-    leaf = rewritten.choice.leaf
-    length = 1 if leaf is None else int(evaluate(leaf.size, sizes))
-    rows = layout.chunks * int(layout.chunk_rows(length)) * body.ranks
-    times = seconds(body, [sizes[s] for s in body.symbols], rows)
+    rows = [int(e.rows(body.ranks, sizes)) * body.ranks for e in body.extents]
+    times = seconds(body, [sizes[s] for s in body.symbols], *rows)
     told = ", ".join(f"{n} {t * 1e3:.3g} ms" for n, t in sorted(times.items(), key=lambda x: x[1]))
     return [*out, f"schedule of the least time a step at these sizes, by the cost model: {told}"]
 
@@ -95,8 +90,8 @@ def _value(rewritten: Rewritten, n: Node) -> list[str]:
     place = PLACED[typed.places.get((n.name, 0), "R")]
     out = [f"%{n.name} = {_op(n)} [{text}] {n.source}: {place}"]
     record = typed.records.get(n.name)
-    roles = record.roles.get(typed.leaf, ()) if record is not None and typed.leaf else ()
-    out += [f"meets the sequence: {role}" for role in sorted({r for r, *_ in roles})]
+    met = [record.roles.get(leaf, ()) for leaf in typed.leaves] if record is not None else []
+    out += [f"meets the sequence: {r}" for r in sorted({role for m in met for role, *_ in m})]
     out += [f"runs replicated: {f.why}" for f in typed.fallbacks if f.node == n.name]
     nodes = {m.name: m for m in typed.program.nodes}
     for r in dict.fromkeys(n.refs()):

@@ -43,8 +43,11 @@ def show(
         "  ".join(c.ljust(w) for c, w in zip(l[:3], width)) + "  " + l[3] for l in lines if l[0]
     ]
     rows = (
-        [f"sequence: {_size(rewritten.choice.leaf.size, names)}, layout {rewritten.choice.order}"]
-        if rewritten.choice.leaf
+        [
+            f"sequence: {_size(f.size, names)}, layout {o}"
+            for f, o in rewritten.choice.leaves.items()
+        ]
+        if rewritten.choice.leaves
         else ["no sequence"]
     )
     rows += notes
@@ -83,9 +86,9 @@ def _line(
     def one(item: int) -> str:
         place = typed.places.get((n.name, item), "R")
         dims = typed.dims.get((n.name, item), ())
-        leaf = typed.leaf
-        cut = None
-        if place == "S" and leaf is not None:
+        cut, i = None, typed.sequence(dims)
+        if place == "S" and i is not None:
+            leaf = typed.leaves[i]
             hits = [k for k, d in enumerate(dims) if leaf in typed.factors.leaves(tuple(d))]
             cut = hits[0] if hits else None
         return _type(n.types[item], place, cut, names, axis)
