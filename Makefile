@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo scripts clean
+.PHONY: demo test quick check dist bench profile zoo scripts wide clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ zoo: $(READY)
 
 scripts: $(READY)
 	$(BIN)/python -m pytest tests/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal
+
+wide: $(READY)
+	$(BIN)/python -m pytest tests -m wide --wide -n $(JOBS) --dist worksteal
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

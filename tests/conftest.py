@@ -28,3 +28,11 @@ def world() -> Iterator[Callable[[int], World]]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew")
     parser.addoption("--scripts", type=int, default=24, help="how many training scripts are drawn")
+    parser.addoption("--wide", action="store_true", help="also what `make test` only samples")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--wide"):
+        left_out = [i for i in items if i.get_closest_marker("wide")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if not i.get_closest_marker("wide")]
