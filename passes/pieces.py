@@ -18,6 +18,7 @@ import torch
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
 from tspc.passes.localize import call
+from tspc.passes.masks import bind
 from tspc.passes.propagate import Typed
 from tspc.passes.sizes import Sizes
 
@@ -296,7 +297,7 @@ class _Kept(torch.autograd.Function):
 
 
 def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> Attention:
-    bound = _bind(n)
+    bound = bind(n)
     out = names[Ref(n.name)]
     shape, dtype = values[out].shape, values[out].dtype
     lse = f"{out}_lse"
@@ -307,18 +308,22 @@ def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> A
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
-    p = float(bound["dropout_p"])
-    return Attention(q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale), states, p)
-
-
-def _bind(n: Node) -> dict[str, Any]:
-    spec = n.op._schema.arguments
-    return {
-        a.name: n.args[i]
-        if i < len(n.args)
-        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(spec)
-    }
+    return Attention(
+        q,
+        k,
+        v,
+        mask,
+        out,
+        lse,
+        bool(bound["is_causal"]),
+        float(scale),
+        states,
+        float(bound["dropout_p"]),
+        names[bound["rows"]] if bound.get("rows") is not None else None,
+        bound.get("predicate", ""),
+        tuple(bound.get("sizes", ())),
+        float(bound.get("fill", 0.0)),
+    )
 
 
 def _runner(

@@ -208,9 +208,29 @@ def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
 
 
 @_steps("attention")
-def _attention(axis, q, k, v, mask, states, causal, scale, dropout, rows, length, order, name):
-    spec = attn.Spec(causal, scale, rows, length, dropout)
-    return attn.attention(axis, Layout(axis.size, order), q, k, v, mask, states, spec)
+def _attention(
+    axis,
+    q,
+    k,
+    v,
+    mask,
+    states,
+    data,
+    causal,
+    scale,
+    dropout,
+    predicate,
+    sizes,
+    fill,
+    rows,
+    length,
+    order,
+    name,
+):
+    told = (predicate, tuple(sizes), fill)
+    spec = attn.Spec(causal, scale, rows, length, dropout, *told)
+    given = attn.Given(mask, states, data)
+    return attn.attention(axis, Layout(axis.size, order), q, k, v, given, spec)
 
 
 @_steps("attention_backward")
@@ -222,19 +242,24 @@ def _attention_backward(
     v,
     mask,
     states,
+    data,
     out,
     lse,
     causal,
     scale,
     dropout,
+    predicate,
+    sizes,
+    fill,
     rows,
     length,
     order,
     name,
 ):
-    spec = attn.Spec(causal, scale, rows, length, dropout)
-    layout = Layout(axis.size, order)
-    return attn.attention_backward(axis, layout, g, q, k, v, mask, states, out, lse, spec)
+    told = (predicate, tuple(sizes), fill)
+    spec = attn.Spec(causal, scale, rows, length, dropout, *told)
+    layout, given = Layout(axis.size, order), attn.Given(mask, states, data)
+    return attn.attention_backward(axis, layout, g, q, k, v, given, out, lse, spec)
 
 
 @_steps("fold")

@@ -74,7 +74,9 @@ class Call:
         return evaluate(size, self.symbols(self.local_rows))
 
     def spec(self, a: Attention) -> attn.Spec:
-        return attn.Spec(a.causal, a.scale, self.rows, self.length, a.dropout)
+        sizes = tuple(self.lead(s) for s in a.sizes)
+        told = (a.predicate, sizes, a.fill)
+        return attn.Spec(a.causal, a.scale, self.rows, self.length, a.dropout, *told)
 
     def step(self, j: int) -> Tensor:
         return torch.tensor(j, device=self.shards[0].device)
@@ -160,6 +162,11 @@ class Sums(dict[str, Tensor]):
         return self.pop(name, None)
 
 
+def given(a: Attention, values: Values) -> attn.Given:
+    """What says which keys each query sees."""
+    return attn.Given(*(values[n] if n else None for n in (a.mask, a.states, a.rows)))
+
+
 @dataclass
 class Exchange:
     """How K and V meet the queries of a call, and their gradients go back: once per shard, or once
@@ -183,20 +190,18 @@ class Exchange:
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
         keys = self.given.get(a) or (yield from self._gather(a, values))
-        call, mask = self.call, values[a.mask] if a.mask else None
-        states = values[a.states] if a.states else None
+        call = self.call
         chunks = call.layout.chunk_ids(call.axis.rank)
-        return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask, states)
+        return attn.attend(values[a.q], *keys, chunks, call.spec(a), given(a, values))
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         """Gradients of what the attention of one shard reads, by name."""
-        call, mask = self.call, values[a.mask] if a.mask else None
-        states = values[a.states] if a.states else None
+        call = self.call
         keys = self.given.get(a) or (yield from self._gather(a, values))
         chunks = call.layout.chunk_ids(call.axis.rank)
         done = values[a.out], values[a.lse]
         dq, dk, dv = attn.attend_backward(
-            g, values[a.q], *keys, *done, chunks, call.spec(a), mask, states
+            g, values[a.q], *keys, *done, chunks, call.spec(a), given(a, values)
         )
         if a in self.given:
             sums = self.sums.setdefault(a, Sums())
@@ -232,30 +237,30 @@ class Resident(Exchange):
     def _by_rank(self, x: Tensor) -> Tensor:
         return self.call.layout.by_rank(x, 2, self.call.rows)
 
-    def _operands(
-        self, a: Attention, values: Values
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """q, k, v in order, the mask, and the states of the queries."""
+    def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], attn.Given]:
+        """q, k, v in order, and what says which keys a query sees."""
         qkv = [self._ordered(values[n], n != a.q) for n in (a.q, a.k, a.v)]
-        mask = values[a.mask] if a.mask else None
+        found = given(a, values)
+        mask, states = found.mask, found.states
         if mask is not None and mask.shape[-2] != 1:
             mask = self.call.layout.in_order(mask, mask.dim() - 2, self.call.rows)
-        return qkv, mask, self._ordered(values[a.states]) if a.states else None
+        states = self._ordered(states) if states is not None else None
+        return qkv, attn.Given(mask, states, found.data)
 
     def _chunks(self) -> list[int]:
         return list(range(self.call.axis.size * self.call.layout.chunks))
 
     def forward(self, a: Attention, values: Values) -> Steps:
-        qkv, *rest = self._operands(a, values)
-        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), *rest)
+        qkv, found = self._operands(a, values)
+        out, lse = attn.attend(*qkv, self._chunks(), self.call.spec(a), found)
         return self._by_rank(out), self._by_rank(lse)
         yield
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
-        qkv, *rest = self._operands(a, values)
+        qkv, found = self._operands(a, values)
         g, out, lse = (self._ordered(x) for x in (g, values[a.out], values[a.lse]))
         spec = self.call.spec(a)
-        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(), spec, *rest)
+        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(), spec, found)
         missing = qkv[0].shape[2] - self.call.length
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
         return dict(zip((a.q, a.k, a.v), map(self._by_rank, (grads[0], dk, dv))))
