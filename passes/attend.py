@@ -2,8 +2,7 @@
 
 In: a normalized program. Out: the same where softmax(scale * q kᵀ + mask) v, of which nothing else
 reads what is between, is `scaled_dot_product_attention`. The mask is what is added or filled in,
-if it is made of no weight and no float input. Rows without a key stay what the model makes of them:
-NaN where all is -inf.
+if it is made of no weight and no float input. Rows without a key stay what the model makes of them.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import sympy
 import torch
-from tspc.passes.masks import K, Q, expressions, predicate
+from tspc.passes.masks import ABSORBS, Known, expressions, known
 
-from tspc.index import Cases, substitute
+from tspc.index import negate
+from tspc.masked import MASKED_ATTENTION
 from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
 
 aten = torch.ops.aten
@@ -28,7 +27,6 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default)
 VIEWS = (aten.view.default, aten.reshape.default)
 FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-ABSORBS = -1e30  # a fill so low that adding it to a score gives it, in any type
 
 
 @dataclass
@@ -94,9 +92,11 @@ class _Finder:
             shape = (m.shape[0], 1, *m.shape[1:])
             mask = self._emit(aten.unsqueeze.default, (mask, 1), shape, m.dtype)
         shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
-        args = (q, k, v, mask, dropout, False)
-        out = self._emit(SDPA, args, shape, kinds.pop(), {"scale": scores.scale})
-        out = self._undefined(out, mask)
+        args, given = (q, k, v, mask, dropout, False), {"scale": scores.scale}
+        op = SDPA
+        if mask is not None:
+            op, given = MASKED_ATTENTION, {**given, "fill": -math.inf}
+        out = self._emit(op, args, shape, kinds.pop(), given)
         out = to_out(self._led(out, self._type(values).shape[:-2]))
         last = self.new[-1]
         if Ref(last.name) != out or last.types[0] is None or last.type.shape != n.type.shape:
@@ -249,6 +249,8 @@ class _Finder:
             number = node.args[0] if node.op == aten.scalar_tensor.default else number
         if not isinstance(number, (int, float)) or number > ABSORBS or not self._is_mask(gone):
             return None
+        if number > -math.inf and not self._is_safe(gone):
+            return None  # no gradient reaches the scores of a row that is replaced as a whole
         dtype, shape = self._type(x).dtype, self._type(gone).shape
         zeros = self._emit(aten.zeros_like.default, (gone,), shape, dtype, {"dtype": dtype})
         args = (zeros, gone, float(number))
@@ -319,25 +321,11 @@ class _Finder:
             total = self._emit(aten.add.Tensor, (total, m), shape, dtype)
         return total
 
-    def _undefined(self, out: Ref, mask: Ref | None) -> Ref:
-        """A softmax of nothing but -inf is NaN, where torch's op gives zeros."""
-        if mask is None or not self._may_be_empty(mask):
-            return out
-        t, m = self._type(out), self._type(mask)
-        rows = (*m.shape[:-1], 1)
-        gone = self._emit(aten.eq.Scalar, (mask, -math.inf), m.shape)
-        empty = self._emit(aten.all.dim, (gone, -1, True), rows)
-        return self._emit(aten.masked_fill.Scalar, (out, empty, math.nan), t.shape, t.dtype)
-
-    def _may_be_empty(self, mask: Ref) -> bool:
-        """Whether all of a row may be -inf: not where each query has its own key."""
+    def _is_safe(self, gone: Ref) -> bool:
+        """No row is filled as a whole."""
         if not self.types:
             expressions(self.program.nodes, self.env, self.types)
         expressions(self.new, self.env, self.types)
-        e = self.env.get(mask)
-        if not isinstance(e, Cases):
-            return True
-        if -math.inf not in (v for v, _ in e.values):
-            return False
-        p = predicate(e, self.types[mask])
-        return p is None or substitute(p, {K: Q}) != sympy.true
+        e = self.env.get(gone)
+        found = known(e, self.types[gone]) if e is not None else None
+        return found is not None and Known(negate(found.predicate)).is_safe

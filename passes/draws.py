@@ -15,6 +15,7 @@ import torch
 
 from tspc import counter  # noqa: F401  defines the ops
 from tspc.errors import UnsupportedError
+from tspc.masked import MASKED_ATTENTION
 from tspc.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Type
 
 aten = torch.ops.aten
@@ -123,7 +124,7 @@ def _is_identity(n: Node) -> bool:
 def _is_random(n: Node) -> bool:
     if not n.is_call:
         return False
-    if n.op == SDPA:
+    if n.op in (SDPA, MASKED_ATTENTION):
         return bool(_bind(n)["dropout_p"])
     if n.op == aten.rrelu.default:
         return bool(_bind(n)["training"])
@@ -143,7 +144,8 @@ def _attention(d: _Drawer) -> None:
         "states", tspc.query_states.default, (q, *d.state(shape)), Type(shape, torch.int64)
     )
     args = (q, a["key"], a["value"], a["attn_mask"], a["dropout_p"], a["is_causal"], states)
-    kwargs = {"scale": a["scale"], "enable_gqa": a["enable_gqa"]}
+    names = ("rows", "predicate", "sizes", "fill", "scale", "enable_gqa")
+    kwargs = {n: a[n] for n in names if n in a}
     d.emit("", tspc.dropout_attention.default, args, d.node.type, **kwargs)
 
 
@@ -230,6 +232,7 @@ def _permutation(d: _Drawer) -> None:
 _RULES: dict[Any, Callable[[_Drawer], object]] = {
     aten.dropout.default: _dropout,
     SDPA: _attention,
+    MASKED_ATTENTION: _attention,
     aten.rand.default: _plain(tspc.uniform.default),
     aten.rand_like.default: _plain(tspc.uniform.default),
     aten.randn.default: _plain(tspc.normal.default),

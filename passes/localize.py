@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from tspc.passes.factorize import Record
+from tspc.passes.masks import bind
 from tspc.passes.outputs import Result
 from tspc.passes.propagate import (
     ALL_REDUCE,
@@ -329,20 +330,24 @@ class _Run:
         return here and any(role == "exchange" for role, *_ in roles)
 
     def attention(self, n: Node, record: Record) -> Any:
-        names = [a.name for a in n.op._schema.arguments]
-        bound = {**dict(zip(names, n.args)), **n.kwargs}
+        bound = bind(n)
         q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
-        mask = bound.get("attn_mask")
-        mask = None if mask is None else self.get(mask)
-        scale = bound.get("scale")
+        mask, more, states = (
+            None if bound.get(x) is None else self.get(bound[x])
+            for x in ("attn_mask", "rows", "states")
+        )
+        scale = bound["scale"]
         scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
         met = [self.index(d) for d in record.ins[:2]]
         every = self.rows, self.lengths, self.program.orders
         rest = (*([x[i] for i in met] for x in every), self.program.axis)
-        states = self.get(bound["states"]) if "states" in bound else None
         dropout = float(bound["dropout_p"]) if states is not None else 0.0
-        causal = bool(bound.get("is_causal", False))
-        out, _ = torch.ops.tspc.attention(q, k, v, mask, states, causal, scale, dropout, *rest)
+        sizes = [self.sizes.value(s) for s in bound.get("sizes", ())]
+        told = (bound.get("predicate", ""), sizes, float(bound.get("fill", 0.0)))
+        causal = bool(bound["is_causal"])
+        out, _ = torch.ops.tspc.attention(
+            q, k, v, mask, states, more, causal, scale, dropout, *told, *rest
+        )
         return out
 
     def fold(self, n: Node) -> list[Any]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import sympy
 import torch
-from tspc.passes.factorize import bind
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
 from tspc.passes.localize import call
+from tspc.passes.masks import bind
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed, sequence_of
 
@@ -315,7 +315,7 @@ def _attention(
     n: Node, names: Mapping[Ref, str], values: dict[str, Value], queries: int, keys: int
 ) -> Attention:
     """queries, keys: their sequences."""
-    bound, _ = bind(n)
+    bound = bind(n)
     out = names[Ref(n.name)]
     shape, dtype = values[out].shape, values[out].dtype
     lse = f"{out}_lse"
@@ -326,9 +326,24 @@ def _attention(
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
-    p = float(bound["dropout_p"])
-    rest = (bool(bound["is_causal"]), float(scale), states, p, queries, keys)
-    return Attention(q, k, v, mask, out, lse, *rest)
+    return Attention(
+        q,
+        k,
+        v,
+        mask,
+        out,
+        lse,
+        bool(bound["is_causal"]),
+        float(scale),
+        states,
+        float(bound["dropout_p"]),
+        queries,
+        keys,
+        names[bound["rows"]] if bound.get("rows") is not None else None,
+        bound.get("predicate", ""),
+        tuple(bound.get("sizes", ())),
+        float(bound.get("fill", 0.0)),
+    )
 
 
 def _runner(

@@ -306,6 +306,9 @@ def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any
     mask = mask_of(n)
     if mask is not None:
         renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
+    rows = n.kwargs.get("rows")
+    if rows is not None:
+        renamed[rows] = s.replicated(rows, n.source)
     if n.op == DROPOUT_ATTENTION:
         states = n.args[6]
         renamed[states] = s.sequence(states, n.source, operands[states])

@@ -9,93 +9,17 @@ section 8). Gathered K and V are never saved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from tspc.runtime.blocks import Blocks, Given, Span, Spec, View
 from tspc.runtime.requests import AllGather, ReduceScatter, Steps
 
-from tspc.counter import kept_keys
-from tspc.layout import Layout
+__all__ = ["Given", "Spec", "attend", "attend_backward", "gather", "scatter"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Span:
-    """A sequence on the ranks: its layout and sizes."""
-
-    layout: Layout
-    rows: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What one attention is: the scale, causal or not, the sizes of the queries' layout, and with
-    which probability a key is dropped.
-
-    keys: how many, where they are of another sequence.
-    """
-
-    causal: bool
-    scale: float
-    rows: int
-    length: int
-    dropout: float = 0.0
-    keys: int | None = None
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Queries [q0, q1) of the local rows against keys [0 or k0, k1) of the sequence."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    causal: bool
-    mask: Tensor | None = None
-
-    def factors(self, states: Tensor | None, p: float, dtype: torch.dtype) -> Tensor | None:
-        """What dropout multiplies each weight by: zero or 1 / (1 - p)."""
-        if states is None:
-            return None
-        kept = kept_keys(states[:, :, self.q0 : self.q1], self.k0, self.k1, p)
-        return kept.to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
-
-
-def _blocks(
-    spec: Spec, chunks: Sequence[int], mask: Tensor | None, device: torch.device
-) -> list[list[_Block]]:
-    """The blocks of each run of queries; those of one run are merged."""
-    c, s = spec.rows, spec.length
-    keys = s if spec.keys is None else spec.keys
-    if mask is not None:
-        if spec.causal:
-            at = torch.cat([torch.arange(g * c, (g + 1) * c) for g in chunks]).clamp(max=s - 1)
-            mask = _and_causal(mask, at.to(device))
-        return [[_Block(0, len(chunks) * c, 0, keys, False, mask)]]
-    if not spec.causal:
-        return [[_Block(0, len(chunks) * c, 0, keys, False)]]
-    if list(chunks) == list(range(len(chunks))):  # the whole sequence in order
-        return [[_Block(0, len(chunks) * c, 0, s, True)]]
-    out = []
-    for i, g in enumerate(chunks):
-        run = []
-        if g:
-            run.append(_Block(i * c, (i + 1) * c, 0, min(g * c, s), False))
-        if g * c < s:
-            run.append(_Block(i * c, (i + 1) * c, g * c, min((g + 1) * c, s), True))
-        out.append(run)
-    return out
-
-
-def _and_causal(mask: Tensor, at: Tensor) -> Tensor:
-    """A mask, additive or bool, and causal for the queries at these positions."""
-    keep = torch.arange(mask.shape[-1], device=mask.device)[None] <= at[:, None]
-    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
+_NOTHING = Given()
 
 
 def _is_fused(q: Tensor, v: Tensor) -> bool:
@@ -108,7 +32,7 @@ def _takes_groups() -> bool:
     """Whether the fused kernel of this torch takes fewer K/V heads than query heads, forward and
     backward: asked of a small case."""
     q, k, v, g = (torch.arange(n).sin().view(1, -1, 3, 2) for n in (24, 12, 12, 24))
-    whole = _Block(0, 3, 0, 3, False)
+    whole = View()
     try:
         out, lse = _fused(q, k, v, whole, 1.0)
         grads = _fused_backward(g, q, k, v, out, lse, whole, 1.0)
@@ -121,50 +45,41 @@ def _takes_groups() -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float) -> tuple[Tensor, Tensor]:
+def _fused(q: Tensor, k: Tensor, v: Tensor, b: View, scale: float) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
     )
 
 
 def _fused_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: _Block, scale: float
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: View, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g, q, k, v, out, lse, 0.0, b.causal, attn_mask=_additive(b.mask, q), scale=scale
     )
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, b: _Block, scale: float, factors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """K and V may have fewer heads than q."""
+def _kernel(q: Tensor, k: Tensor, v: Tensor, b: View, scale: float) -> tuple[Tensor, Tensor]:
+    """K and V may have fewer heads than q. A query that sees none of the keys has -inf."""
     groups = q.shape[1] // k.shape[1]
-    if factors is None and _is_fused(q, v):
+    if b.factors is None and b.top is None and _is_fused(q, v):
         if groups > 1 and not _takes_groups():
             k, v = _repeated(k, groups), _repeated(v, groups)
-        return _fused(q, k, v, b, scale)
+        out, lse = _fused(q, k, v, b, scale)
+        return out, lse if b.mask is None else lse.masked_fill(_sees_none(b.mask), -torch.inf)
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, _repeated(k, groups), _repeated(v, groups)))
     scores = _scores(q, k, b, scale)
     lse = torch.logsumexp(scores, -1)
-    weights = _dropped(torch.nan_to_num(torch.exp(scores - lse.unsqueeze(-1)), 0.0), factors)
+    weights = _dropped(torch.exp(scores - _finite(lse, b.top).unsqueeze(-1)), b.factors)
     return (weights @ v).to(dtype), lse
 
 
 def _kernel_backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    b: _Block,
-    scale: float,
-    factors: Tensor | None,
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: View, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = q.shape[1] // k.shape[1]
-    fused = factors is None and _is_fused(q, v)
+    fused = b.factors is None and b.top is None and _is_fused(q, v)
     if fused and (groups == 1 or _takes_groups()):
         return _fused_backward(g, q, k, v, out, lse, b, scale)
     k, v = _repeated(k, groups), _repeated(v, groups)
@@ -173,10 +88,10 @@ def _kernel_backward(
         return dq, _summed(dk, groups), _summed(dv, groups)
     wide = torch.promote_types(q.dtype, torch.float32)
     g, q, k, v, out = (x.to(wide) for x in (g, q, k, v, out))
-    weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
-    dv = _dropped(weights, factors).transpose(-1, -2) @ g
+    weights = torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1))
+    dv = _dropped(weights, b.factors).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
-    dw = _dropped(g @ v.transpose(-1, -2), factors)
+    dw = _dropped(g @ v.transpose(-1, -2), b.factors)
     ds = weights * (dw - delta) * scale
     dk = ds.transpose(-1, -2) @ q
     return ds @ k, _summed(dk, groups), _summed(dv, groups)
@@ -186,13 +101,25 @@ def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
     return x if factors is None else x * factors
 
 
-def _scores(q: Tensor, k: Tensor, b: _Block, scale: float) -> Tensor:
+def _finite(lse: Tensor, top: Tensor | None = None) -> Tensor:
+    """Zero for what sees no key, so that its weights are zero; with a top it is NaN, as the
+    model's."""
+    return lse if top is not None else lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _sees_none(mask: Tensor) -> Tensor:
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return ~seen.any(-1)
+
+
+def _scores(q: Tensor, k: Tensor, b: View, scale: float) -> Tensor:
     scores = (q @ k.transpose(-1, -2)) * scale
     if b.causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
     mask = _additive(b.mask, q)
-    return scores if mask is None else scores + mask
+    scores = scores if mask is None else scores + mask
+    return scores if b.top is None else scores - b.top.to(scores.dtype)
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -215,30 +142,32 @@ def attend(
     v: Tensor,
     chunks: Sequence[int],
     spec: Spec,
-    mask: Tensor | None = None,
-    states: Tensor | None = None,
+    given: Given = _NOTHING,
 ) -> tuple[Tensor, Tensor]:
-    """Q: the rows of `chunks`; k, v: the whole sequence in order; states: [b, hq, n], from which
-    the dropped keys are drawn.
+    """Q: the rows of `chunks`; k, v: the whole sequence in order.
 
     -> out like q, lse [b, hq, n] in fp32 or wider.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
-    for run in _blocks(spec, chunks, mask, q.device):
-        parts = []
-        for b in run:
+    blocks = Blocks(spec, given, tuple(chunks), q.device)
+    for run, top in blocks.runs():
+        rows = q[:, :, run.q0 : run.q1]
+        out = rows.new_zeros((*rows.shape[:-1], v.shape[-1])) if not run.blocks else None
+        lse = q.new_full(rows.shape[:-1], -torch.inf, dtype=wide)
+        for b in run.blocks:
             keys = (x[:, :, b.k0 : b.k1] for x in (k, v))
-            factors = b.factors(states, spec.dropout, wide)
-            parts.append(_kernel(q[:, :, b.q0 : b.q1], *keys, b, spec.scale, factors))
-        out, lse = parts[0]
-        for more, other in parts[1:]:
+            more, other = _kernel(rows, *keys, blocks.view(run, b, top, wide), spec.scale)
+            if out is None:
+                out, lse = more, other
+                continue
             both = torch.logaddexp(lse, other)
-            merged = out.to(both.dtype) * (lse - both).exp().unsqueeze(-1)
-            merged = merged + more.to(both.dtype) * (other - both).exp().unsqueeze(-1)
+            one = _finite(both)
+            merged = out.to(both.dtype) * (lse - one).exp().unsqueeze(-1)
+            merged = merged + more.to(both.dtype) * (other - one).exp().unsqueeze(-1)
             out, lse = merged.to(q.dtype), both
         outs.append(out)
-        lses.append(lse)
+        lses.append(_finite(lse, top))
     if len(outs) == 1:
         return outs[0], lses[0]
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -253,31 +182,31 @@ def attend_backward(
     lse: Tensor,
     chunks: Sequence[int],
     spec: Spec,
-    mask: Tensor | None = None,
-    states: Tensor | None = None,
+    given: Given = _NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, and of k and v over the whole sequence, from the global out and lse; in fp32
     or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    runs = _blocks(spec, chunks, mask, q.device)
-    if len(runs) == 1 and len(runs[0]) == 1 and q.dtype == wide:
-        b = runs[0][0]
-        factors = b.factors(states, spec.dropout, wide)
-        return _kernel_backward(g, q, k, v, out, lse, b, spec.scale, factors)
-    dq = torch.empty_like(q, dtype=wide)
+    blocks = Blocks(spec, given, tuple(chunks), q.device)
+    runs = list(blocks.runs())
+    if len(runs) == 1 and len(runs[0][0].blocks) == 1 and q.dtype == wide:
+        ((run, top),) = runs
+        b = run.blocks[0]
+        if (b.k0, b.k1) == (0, k.shape[2]):
+            view = blocks.view(run, b, top, wide)
+            return _kernel_backward(g, q, k, v, out, lse, view, spec.scale)
+    dq = torch.zeros_like(q, dtype=wide)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for run in runs:
-        for i, b in enumerate(run):
-            at, keys = slice(b.q0, b.q1), slice(b.k0, b.k1)
-            rows = (x[:, :, at] for x in (out, lse))
+    for run, top in runs:
+        at = slice(run.q0, run.q1)
+        mine = tuple(x[:, :, at] for x in (g, q))
+        done = tuple(x[:, :, at] for x in (out, lse))
+        for b in run.blocks:
+            keys = slice(b.k0, b.k1)
             pair = (x[:, :, keys] for x in (k, v))
-            factors = b.factors(states, spec.dropout, wide)
-            given = (g[:, :, at], q[:, :, at], *pair, *rows)
-            grads = _kernel_backward(*given, b, spec.scale, factors)
-            if i:
-                dq[:, :, at] += grads[0]
-            else:
-                dq[:, :, at] = grads[0]
+            view = blocks.view(run, b, top, wide)
+            grads = _kernel_backward(*mine, *pair, *done, view, spec.scale)
+            dq[:, :, at] += grads[0]
             dk[:, :, keys] += grads[1]
             dv[:, :, keys] += grads[2]
     return dq, dk, dv
@@ -320,16 +249,12 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    states: Tensor | None,
+    given: Given,
     spec: Spec,
 ) -> Steps:
-    """Local q, k, v -> (out, lse) of the local queries. Spans: of queries and keys.
-
-    mask: [b, h, local or 1, S], states: [b, h, local], of the local queries.
-    """
+    """Local q, k, v -> (out, lse) of the local queries. Spans: of queries and keys."""
     keys, values = yield from gather(spans[1], k, v)
-    out, lse = attend(q, keys, values, spans[0].layout.chunk_ids(rank), spec, mask, states)
+    out, lse = attend(q, keys, values, spans[0].layout.chunk_ids(rank), spec, given)
     return out.contiguous(), lse.contiguous()
 
 
@@ -340,8 +265,7 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    states: Tensor | None,
+    given: Given,
     out: Tensor,
     lse: Tensor,
     spec: Spec,
@@ -350,6 +274,6 @@ def attention_backward(
     again."""
     keys, values = yield from gather(spans[1], k, v)
     chunks = spans[0].layout.chunk_ids(rank)
-    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
+    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, given)
     dk, dv = yield from scatter(spans[1], dk, dv)
     return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))

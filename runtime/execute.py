@@ -207,24 +207,26 @@ def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
     return exchange.embed_backward(axis, layout, g, ids, units, dtype, rows, length)
 
 
-def _attends(axis, causal, scale, dropout, rows, lengths, orders):
+def _attends(axis, causal, scale, dropout, predicate, sizes, fill, rows, lengths, orders):
     """The spans of queries and keys, and what the attention is."""
     spans = [
         attn.Span(Layout(axis.size, order), c, n) for order, c, n in zip(orders, rows, lengths)
     ]
-    return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, lengths[1])
+    told = (predicate, tuple(sizes), fill)
+    return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, *told, lengths[1])
 
 
 @_steps("attention")
-def _attention(axis, q, k, v, mask, states, *rest):
+def _attention(axis, q, k, v, mask, states, data, *rest):
     spans, spec = _attends(axis, *rest[:-1])
-    return attn.attention(axis.rank, spans, q, k, v, mask, states, spec)
+    return attn.attention(axis.rank, spans, q, k, v, attn.Given(mask, states, data), spec)
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, states, out, lse, *rest):
+def _attention_backward(axis, g, q, k, v, mask, states, data, out, lse, *rest):
     spans, spec = _attends(axis, *rest[:-1])
-    return attn.attention_backward(axis.rank, spans, g, q, k, v, mask, states, out, lse, spec)
+    given = attn.Given(mask, states, data)
+    return attn.attention_backward(axis.rank, spans, g, q, k, v, given, out, lse, spec)
 
 
 @_steps("fold")

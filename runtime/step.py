@@ -76,8 +76,12 @@ class Call:
         return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
 
     def spec(self, a: Attention) -> attn.Spec:
-        queries = self.rows[a.queries], self.lengths[a.queries]
-        return attn.Spec(a.causal, a.scale, *queries, a.dropout, self.lengths[a.keys])
+        sizes = tuple(self.lead(s) for s in a.sizes)
+        queries, told = (
+            (self.rows[a.queries], self.lengths[a.queries]),
+            (a.predicate, sizes, a.fill),
+        )
+        return attn.Spec(a.causal, a.scale, *queries, a.dropout, *told, self.lengths[a.keys])
 
     def rows_of(self, spec: Token, t: Tensor, lead: int, rank: int) -> Tensor:
         """The rows of a rank of a token that is given whole."""
@@ -166,6 +170,11 @@ class Sums(dict[str, Tensor]):
         return self.pop(name, None)
 
 
+def given(a: Attention, values: Values) -> attn.Given:
+    """What says which keys each query sees."""
+    return attn.Given(*(values[n] if n else None for n in (a.mask, a.states, a.rows)))
+
+
 @dataclass
 class Exchange:
     """How K and V meet the queries of a call, and their gradients go back: once per shard, or once
@@ -188,20 +197,18 @@ class Exchange:
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
         keys = self.given.get(a) or (yield from self._gather(a, values))
-        call, mask = self.call, values[a.mask] if a.mask else None
-        states = values[a.states] if a.states else None
+        call = self.call
         chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
-        return attn.attend(values[a.q], *keys, chunks, call.spec(a), mask, states)
+        return attn.attend(values[a.q], *keys, chunks, call.spec(a), given(a, values))
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         """Gradients of what the attention of one shard reads, by name."""
-        call, mask = self.call, values[a.mask] if a.mask else None
-        states = values[a.states] if a.states else None
+        call = self.call
         keys = self.given.get(a) or (yield from self._gather(a, values))
         chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
         done = values[a.out], values[a.lse]
         dq, dk, dv = attn.attend_backward(
-            g, values[a.q], *keys, *done, chunks, call.spec(a), mask, states
+            g, values[a.q], *keys, *done, chunks, call.spec(a), given(a, values)
         )
         if a in self.given:
             sums = self.sums.setdefault(a, Sums())
@@ -238,32 +245,32 @@ class Resident(Exchange):
     def _by_rank(self, x: Tensor, sequence: int) -> Tensor:
         return self.call.layouts[sequence].by_rank(x, 2, self.call.rows[sequence])
 
-    def _operands(
-        self, a: Attention, values: Values
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """q, k, v in order, the mask, and the states of the queries."""
+    def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], attn.Given]:
+        """q, k, v in order, and what says which keys a query sees."""
         q = self._ordered(values[a.q], a.queries)
         qkv = [q, self._keys(a, values[a.k]), self._keys(a, values[a.v])]
-        mask = values[a.mask] if a.mask else None
+        found = given(a, values)
+        mask, states = found.mask, found.states
         if mask is not None and mask.shape[-2] != 1:
             mask = self._ordered(mask, a.queries, mask.dim() - 2)
-        return qkv, mask, self._ordered(values[a.states], a.queries) if a.states else None
+        states = self._ordered(states, a.queries) if states is not None else None
+        return qkv, attn.Given(mask, states, found.data)
 
     def _chunks(self, a: Attention) -> list[int]:
         return list(range(self.call.axis.size * self.call.layouts[a.queries].chunks))
 
     def forward(self, a: Attention, values: Values) -> Steps:
-        qkv, *rest = self._operands(a, values)
-        out, lse = attn.attend(*qkv, self._chunks(a), self.call.spec(a), *rest)
+        qkv, found = self._operands(a, values)
+        out, lse = attn.attend(*qkv, self._chunks(a), self.call.spec(a), found)
         return self._by_rank(out, a.queries), self._by_rank(lse, a.queries)
         yield
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
-        qkv, *rest = self._operands(a, values)
+        qkv, found = self._operands(a, values)
         done = (self._ordered(x, a.queries) for x in (g, values[a.out], values[a.lse]))
         g, out, lse = done
         spec = self.call.spec(a)
-        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(a), spec, *rest)
+        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(a), spec, found)
         missing = values[a.k].shape[2] - self.call.lengths[a.keys]
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
         made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)

@@ -286,7 +286,7 @@ def random_samples() -> list[Sample]:
     tspc = torch.ops.tspc
     a, state = x(3, 5, 7), ids(2**32, 2)
     at = [torch.arange(n) for n in a.shape]
-    q, k, v, states = x(3, 4, 5, 6), x(3, 2, 7, 6), x(3, 2, 7, 11), ids(2**62, 3, 4, 5)
+    q, k, v, states = qkv = x(3, 4, 5, 6), x(3, 2, 7, 6), x(3, 2, 7, 11), ids(2**62, 3, 4, 5)
     mask = x(4, 5, 7)
 
     def attend(causal: bool) -> Sample:
@@ -304,7 +304,16 @@ def random_samples() -> list[Sample]:
         (lambda p, s, *i: tspc.query_states.default(p, s, i), (a, state, *at[:2])),
         attend(False),
         attend(True),
+        (
+            partial(under_a_predicate, "(d0[k] == d0[q])"),
+            (x(3, 4, 7, 6), *qkv[1:3], ids(2, 3, 1, 7)),
+        ),
     ]
+
+
+def under_a_predicate(text: str, *given: torch.Tensor) -> torch.Tensor:
+    op, (*qkv, rows) = torch.ops.tspc.masked_attention.default, given
+    return op(*qkv, None, 0.0, False, rows=rows, predicate=text, enable_gqa=True)
 
 
 GROUPS = {
@@ -374,6 +383,7 @@ def forbidden() -> list[tuple[str, Sample]]:
         ("whole", of(aten.constant_pad_nd.default, a, [2, 3], 1.0)),
         ("exchange", of(attend, q, k, k)),
         ("at", of(attend, q, k, k, None, 0.0, True)),
+        ("at", (partial(under_a_predicate, "(k + 2 >= q)"), (q, k, k, ids(2, 3, 1, 7)))),
         ("select", of(aten.select.int, a, 1, 3)),
         ("select", of(aten.embedding.default, x(13, 7), ids(13, 3, 5))),
         ("trim", of(aten.slice.Tensor, a, 1, 1)),

@@ -95,8 +95,8 @@ class Piece:
 class Attention:
     """K and V meet the queries of all ranks.
 
-    Names of values; mask is an operand, whole on every rank; states: of the queries, where keys are
-    dropped with probability `dropout`.
+    Names of values; mask and rows are operands, whole on every rank; states: of the queries, where
+    keys are dropped with probability `dropout`. predicate, sizes, fill: as in `tspc.masked`.
     """
 
     q: str
@@ -111,6 +111,10 @@ class Attention:
     dropout: float = 0.0
     queries: int = 0  # the sequence of q
     keys: int = 0  # that of k and v
+    rows: str | None = None
+    predicate: str = ""
+    sizes: tuple[Size, ...] = ()
+    fill: float = 0.0
 
 
 @dataclass(frozen=True)

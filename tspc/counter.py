@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tspc.masked import MASKED_ATTENTION, weights
 from tspc.ops import LIB
 from tspc.program import SDPA
 
@@ -37,7 +38,8 @@ LIB.define("query_states(Tensor query, Tensor state, Tensor[] at) -> Tensor")
 # torch's attention with the states of its queries; here on one device, `tspc::attention` on ranks
 LIB.define(
     "dropout_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
-    "bool is_causal, Tensor states, *, float? scale=None, bool enable_gqa=False) -> Tensor"
+    "bool is_causal, Tensor states, *, Tensor? rows=None, str predicate='', SymInt[] sizes=[], "
+    "float fill=0.0, float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 
 
@@ -135,28 +137,21 @@ def dropout_attention(
     is_causal: bool,
     states: Tensor,
     *,
+    rows: Tensor | None = None,
+    predicate: str = "",
+    sizes: Sequence[int] = (),
+    fill: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + mask), dropped out, times v: as torch's, and a mask with `is_causal`
-    means both."""
+    """`tspc::masked_attention` with keys dropped."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)) * scale
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
-    if is_causal:
-        shape = scores.shape[-2:]
-        keep = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~keep, -torch.inf)
-    if attn_mask is not None:
-        additive = attn_mask.dtype != torch.bool
-        scores = scores + attn_mask if additive else scores.masked_fill(~attn_mask, -torch.inf)
-    seen = (scores > -torch.inf).any(-1, keepdim=True)
-    weights = torch.where(seen, torch.softmax(torch.where(seen, scores, 0.0), -1), 0.0)
+    rest = (attn_mask, is_causal, scale, rows, predicate, sizes, fill)
+    made = weights(query, key, *rest)
     keep = kept_keys(states, 0, key.shape[-2], dropout_p)
     factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
-    return torch.where(keep, weights * factor, 0.0).to(value.dtype) @ value
+    return torch.where(keep, made * factor, 0.0).to(value.dtype) @ value
 
 
 def _positions(seed: Tensor, size: int, stride: int) -> Tensor:
@@ -176,4 +171,4 @@ for _name, _fn in (
 
 # their first six arguments are the same
 DROPOUT_ATTENTION = torch.ops.tspc.dropout_attention.default
-ATTENTIONS = (SDPA, DROPOUT_ATTENTION)
+ATTENTIONS = (SDPA, DROPOUT_ATTENTION, MASKED_ATTENTION)

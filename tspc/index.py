@@ -39,6 +39,12 @@ def nonnegative(e: Any) -> Any:
         return TRUE
     if e.is_negative:
         return FALSE
+    for a in e.atoms(sympy.Abs):  # c - |x| >= 0 is c - x >= 0 and c + x >= 0
+        times, x = e.coeff(a), a.args[0]
+        if times.is_negative:
+            return sympy.And(*(nonnegative(e - times * a + sign * times * x) for sign in (1, -1)))
+        if times.is_positive:
+            return sympy.Or(*(nonnegative(e - times * a + sign * times * x) for sign in (1, -1)))
     return sympy.Ge(e, 0, evaluate=False)
 
 

@@ -54,14 +54,15 @@ LIB.define(
 )
 # rows, lengths, orders: of the queries' sequence, and of the keys'
 LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, bool causal, "
-    "float scale, float dropout, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> "
-    "(Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, Tensor? data, "
+    "bool causal, float scale, float dropout, str predicate, SymInt[] sizes, float fill, "
+    "SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor)"
 )
 LIB.define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
-    "Tensor out, Tensor lse, bool causal, float scale, float dropout, SymInt[] rows, "
-    "SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor, Tensor)"
+    "Tensor? data, Tensor out, Tensor lse, bool causal, float scale, float dropout, "
+    "str predicate, SymInt[] sizes, float fill, SymInt[] rows, SymInt[] lengths, str[] orders, "
+    "str axis) -> (Tensor, Tensor, Tensor)"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves
@@ -249,14 +250,15 @@ _register("embed", _embed_setup, _embed_grad)
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, ctx.rest = inputs[:5], inputs[5:]
+    tensors, ctx.rest = inputs[:6], inputs[6:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
     grads = torch.ops.tspc.attention_backward(g, *ctx.saved_tensors, *ctx.rest)
-    return (*grads, None, None, *(None for _ in ctx.rest))
+    rest = [[] if r == [] else None for r in ctx.rest]  # as in _fold_grad
+    return (*grads, None, None, None, *rest)
 
 
 _register("attention", _attention_setup, _attention_grad)

@@ -6,9 +6,10 @@ import re
 
 import torch
 
+from tspc import counter  # noqa: F401  defines the ops
 from tspc.rule import Op, Rule, apply, computed, fallback, rule
 
-aten = torch.ops.aten
+aten, tspc = torch.ops.aten, torch.ops.tspc
 
 rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
 rule(aten.mm.default, "m k, k n -> m n", reduce="k")
@@ -40,20 +41,27 @@ def convolution(op: Op) -> list:
     return apply(Rule.parse(f"{b}c {before}, o c {window}, o -> {b}o {after}", **roles), op)
 
 
-@computed(aten.scaled_dot_product_attention.default)
+@computed(
+    aten.scaled_dot_product_attention.default,
+    tspc.dropout_attention.default,
+    tspc.masked_attention.default,
+)
 def attention(op: Op) -> list:
+    """States go with the queries; the data of a predicate is read at the positions of both."""
     h = "(k g)" if op.args["enable_gqa"] else "k"
     n = len(op.ins[0])
     lead = [f"b{i}" for i in range(n - 3)]
     kv, query = ([*lead, k] if n > 2 else [] for k in ("k", h))
     mask = [*query, "q", "t"][-len(op.ins[3] or op.ins[0]) :]
     kv, query, mask = map(" ".join, (kv, query, mask))
+    more = f", {query} q" if "states" in op.args else ""
+    more += f", {' '.join(lead[:1])} n p" if op.args.get("rows") is not None else ""
     return apply(
         Rule.parse(
-            f"{query} q d, {kv} t d, {kv} t e, {mask} -> {query} q e",
+            f"{query} q d, {kv} t d, {kv} t e, {mask}{more} -> {query} q e",
             exchange="t",
-            whole="d",
-            at="q" if op.args["is_causal"] else "",
+            whole="d n p" if op.args.get("rows") is not None else "d",
+            at="q" if op.args["is_causal"] or op.args.get("predicate") else "",
         ),
         op,
     )

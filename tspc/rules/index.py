@@ -10,6 +10,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from tspc.index import (
     COMPARE,
@@ -120,6 +121,8 @@ def arithmetic(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
     a, b = r.aligned(x), r.aligned(y)
     if isinstance(a, Cases) and isinstance(b, Cases):
         return _float(kind, a, b, alpha)
+    if r.node.type.dtype == torch.bool and is_predicate(a) and is_predicate(b) and kind != "sub":
+        return sympy.Or(a, b) if kind == "add" else sympy.And(a, b)
     if any(isinstance(e, Cases) or is_predicate(e) for e in (a, b)):
         return None
     b = b * alpha
@@ -137,6 +140,52 @@ def _float(kind: str, a: Cases, b: Cases, alpha: Any) -> Any:
                 return None
             merged[x] = sympy.Or(merged.get(x, FALSE), sympy.And(p, q))
     return Cases(tuple((v, p) for v, p in merged.items() if p != FALSE))
+
+
+@rule("floor_divide", "remainder")
+def division(r: Reader, x: Any, y: Any) -> Any:
+    """By a number, rounded down."""
+    e = r.aligned(x)
+    if isinstance(e, Cases) or is_predicate(e) or not (isinstance(y, int) and y > 0):
+        return None
+    whole = r.node.op._schema.name.endswith("floor_divide")
+    return FloorDiv(e, sympy.Integer(y)) if whole else PythonMod(e, sympy.Integer(y))
+
+
+@rule("div")
+def rounded(r: Reader, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    if r.node.type.is_float or rounding_mode is None:
+        return None
+    e = division(r, x, y) if isinstance(y, int) and y > 0 else None
+    if e is None:
+        return None
+    e = FloorDiv(r.aligned(x), sympy.Integer(y))
+    return e if rounding_mode == "floor" or r.aligned(x).is_nonnegative else None
+
+
+@rule("neg", "abs")
+def unary(r: Reader, x: Any) -> Any:
+    e = r.env[x]
+    if isinstance(e, Cases) or is_predicate(e):
+        return None
+    return -e if r.node.op._schema.name.endswith("neg") else sympy.Abs(e)
+
+
+@rule("rsub")
+def reversed_sub(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
+    e = r.aligned(x)
+    if isinstance(e, Cases) or is_predicate(e) or alpha != 1:
+        return None
+    other = r.aligned(y)
+    return None if isinstance(other, Cases) or is_predicate(other) else sympy.expand(other - e)
+
+
+@rule("__xor__", "bitwise_xor", "logical_xor")
+def exclusive(r: Reader, x: Any, y: Any) -> Any:
+    a, b = r.aligned(x), r.aligned(y)
+    if not (is_predicate(a) and is_predicate(b)):
+        return None
+    return sympy.Or(sympy.And(a, negate(b)), sympy.And(negate(a), b))
 
 
 @rule("__and__", "bitwise_and", "logical_and")
@@ -240,6 +289,41 @@ def expand(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
 def transpose(r: Reader, x: Any, a: int, b: int) -> Any:
     a, b = a % r.rank, b % r.rank
     return substitute(r.env[x], {index(a): index(b), index(b): index(a)})
+
+
+@rule("permute")
+def permute(r: Reader, x: Any, order: Any) -> Any:
+    return moved(r.env[x], {a % r.rank: b for b, a in enumerate(order)})
+
+
+@rule("squeeze")
+def squeeze(r: Reader, x: Any, dim: Any = None) -> Any:
+    shape = r.shape(x)
+    dims = range(len(shape)) if dim is None else (dim,) if isinstance(dim, int) else dim
+    gone = {d % len(shape) for d in dims if shape[d] == 1}
+    kept = [d for d in range(len(shape)) if d not in gone]
+    return moved(r.env[x], {a: b for b, a in enumerate(kept)})
+
+
+@rule("select")
+def select_(r: Reader, x: Any, dim: int, at: Any) -> Any:
+    rank = len(r.shape(x))
+    dim %= rank
+    if isinstance(at, int) and at < 0:
+        at = r.shape(x)[dim] + at
+    to = {index(d): index(d - 1) for d in range(dim + 1, rank)}
+    return substitute(r.env[x], {index(dim): sympy.sympify(at), **to})
+
+
+@rule("view", "reshape", "_unsafe_view")
+def view(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+    """Where only dims of size 1 come or go."""
+    before, after = (
+        [d for d, n in enumerate(shape) if n != 1] for shape in (r.shape(x), r.node.type.shape)
+    )
+    if [r.shape(x)[d] for d in before] != [r.node.type.shape[d] for d in after]:
+        return None
+    return moved(r.env[x], dict(zip(before, after)))
 
 
 @rule("slice")

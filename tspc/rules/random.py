@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from tspc import counter  # noqa: F401  defines the ops
-from tspc.rule import Op, Rule, apply, computed
+from tspc.rule import Op, computed
 
 tspc = torch.ops.tspc
 
@@ -27,14 +27,3 @@ def indexed(op: Op, dims: list) -> list:
 def query_states(op: Op) -> list:
     op.event("whole", op.ins[0][-1], 0, "a state for all features")
     return [indexed(op, list(op.ins[0][:-1]))]
-
-
-@computed(tspc.dropout_attention.default)
-def attention(op: Op) -> list:
-    """As torch's attention; the states go with the queries."""
-    h = "(k g)" if op.args["enable_gqa"] else "k"
-    lead = " ".join(f"b{i}" for i in range(len(op.ins[0]) - 3))
-    mask = " ".join([*lead.split(), h, "q", "t"][-len(op.ins[3] or op.ins[0]) :])
-    text = f"{lead} {h} q d, {lead} k t d, {lead} k t e, {mask}, {lead} {h} q -> {lead} {h} q e"
-    at = "q" if op.args["is_causal"] else ""
-    return apply(Rule.parse(text, exchange="t", whole="d", at=at), op)
