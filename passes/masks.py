@@ -20,21 +20,23 @@ import torch
 from tspc.index import At, Cases, clauses, index, is_predicate, substitute
 from tspc.program import PLACEHOLDERS, SDPA, Node, Program, Ref, Type
 from tspc.rules.index import RULES, Reader
+from tspc.sinks import SINK_ATTENTION
 
+KNOWN = (SDPA, SINK_ATTENTION)  # their first six arguments are the same
 MAX_SIZE = 200  # nodes of an expression: beyond it the value is data
 B, H, Q, K = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "bhqk")
 
 
 def recognise_masks(program: Program) -> Program:
     """Masks that are known become flags; their nodes die."""
-    if not any(n.op == SDPA for n in program.nodes):
+    if not any(n.op in KNOWN for n in program.nodes):
         return program
     env, types = {}, {}
     expressions(program.nodes, env, types)
     nodes: list[Node] = []
     known: set[str] = set()
     for n in program.nodes:
-        nodes.append(_rewritten(n, env, types, known) if n.op == SDPA else n)
+        nodes.append(_rewritten(n, env, types, known) if n.op in KNOWN else n)
         known.add(n.name)
     return replace(program, nodes=tuple(nodes)).without_dead_nodes()
 
@@ -78,7 +80,7 @@ def _ones(n: Node, e: Any) -> Any:
 
 
 def _arguments(n: Node) -> dict[str, Any]:
-    names = [a.name for a in SDPA._schema.arguments]
+    names = [a.name for a in n.op._schema.arguments]
     return {"attn_mask": None, "is_causal": False, **dict(zip(names, n.args)), **n.kwargs}
 
 

@@ -307,8 +307,11 @@ def _attention(n: Node, names: Mapping[Ref, str], values: dict[str, Value]) -> A
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
-    p = float(bound["dropout_p"])
-    return Attention(q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale), states, p)
+    p, sinks = float(bound["dropout_p"]), bound.get("sinks")
+    sinks = names[sinks] if sinks is not None else None
+    return Attention(
+        q, k, v, mask, out, lse, bool(bound["is_causal"]), float(scale), states, p, sinks
+    )
 
 
 def _bind(n: Node) -> dict[str, Any]:

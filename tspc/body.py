@@ -82,6 +82,7 @@ class Attention:
     scale: float
     states: str | None = None
     dropout: float = 0.0
+    sinks: str | None = None  # of the heads
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 
 from tspc.ops import LIB
 from tspc.program import SDPA
+from tspc.sinks import SINK_ATTENTION
 
 Tensor = torch.Tensor
 State = tuple[Tensor, Tensor]
@@ -176,4 +177,4 @@ for _name, _fn in (
 
 # their first six arguments are the same
 DROPOUT_ATTENTION = torch.ops.tspc.dropout_attention.default
-ATTENTIONS = (SDPA, DROPOUT_ATTENTION)
+ATTENTIONS = (SDPA, DROPOUT_ATTENTION, SINK_ATTENTION)

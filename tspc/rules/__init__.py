@@ -1,5 +1,5 @@
 """All rules; importing this fills the registries of `tspc.rule`."""
 
-from tspc.rules import contract, loss, norm, place, pointwise, random, view
+from tspc.rules import contract, loss, norm, place, pointwise, random, sinks, view
 
-__all__ = ["contract", "loss", "norm", "place", "pointwise", "random", "view"]
+__all__ = ["contract", "loss", "norm", "place", "pointwise", "random", "sinks", "view"]
