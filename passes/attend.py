@@ -20,6 +20,7 @@ from tspc.passes.masks import ABSORBS, Known, expressions, known
 from tspc.index import negate
 from tspc.masked import MASKED_ATTENTION
 from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
+from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
@@ -68,16 +69,21 @@ class _Finder:
         if product is None:
             return None
         weights, values, to_out = product
-        dropout, node = 0.0, self._inner(weights)
+        dropout, node, beside = 0.0, self._inner(weights), False
         while node is not None and node.op not in SOFTMAX:
-            if node.op == aten.dropout.default and not dropout:
+            if node.op == aten.slice.Tensor and self._drops_a_column(node) and not beside:
+                beside = True
+            elif node.op == aten.dropout.default and not dropout:
                 dropout = float(node.args[1]) if node.args[2] else 0.0
             elif node.op not in (*CASTS, *VIEWS) or not self._keeps_rows(node):
                 return None
             node = self._inner(node.args[0])
         if node is None or node.args[1] % len(node.type.shape) != len(node.type.shape) - 1:
             return None
-        lead, scores = node.type.shape[:-2], self._scores(node.args[0])
+        found = self._with_sinks(node.args[0]) if beside else (node.args[0], None)
+        if found is None or (beside and dropout):
+            return None
+        lead, scores, sinks = node.type.shape[:-2], self._scores(found[0]), found[1]
         if scores is None or len(lead) not in (1, 2):
             return None
         heads = len(lead) == 2
@@ -94,7 +100,9 @@ class _Finder:
         shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
         args, given = (q, k, v, mask, dropout, False), {"scale": scores.scale}
         op = SDPA
-        if mask is not None:
+        if sinks is not None:
+            op, args = SINK_ATTENTION, (*args, sinks)
+        elif mask is not None:
             op, given = MASKED_ATTENTION, {**given, "fill": -math.inf}
         out = self._emit(op, args, shape, kinds.pop(), given)
         out = to_out(self._led(out, self._type(values).shape[:-2]))
@@ -123,6 +131,46 @@ class _Finder:
         """The last two dims are those of the operand."""
         before = self._type(n.args[0]).shape
         return len(n.type.shape) > 2 and n.type.shape[-2:] == before[-2:]
+
+    def _drops_a_column(self, n: Node) -> bool:
+        """All of the last dim but its last element."""
+        _, dim, start, end, *step = (*n.args, *(None,) * (4 - len(n.args)))
+        size = self._type(n.args[0]).shape[-1]
+        last = (dim or 0) % len(n.type.shape) == len(n.type.shape) - 1
+        return last and not start and end in (-1, size - 1) and step in ([], [1])
+
+    def _with_sinks(self, r: Ref) -> tuple[Ref, Ref] | None:
+        """(scores, sinks [heads]) of scores beside a column that is one number per head; less
+        their greatest or not."""
+        node = self._inner(r)
+        if node is not None and node.op == aten.sub.Tensor and not node.kwargs:
+            x, m = node.args
+            top = self._inner(replace(m, item=None)) if isinstance(m, Ref) else None
+            of = (top.op, *top.args) if top is not None and m.item in (None, 0) else ()
+            greatest = ((aten.max.dim, x, -1, True), (aten.amax.default, x, (-1,), True))
+            node = self.by_name[x.name] if of in greatest and self.users[x.name] == 2 else None
+        if node is None or node.op != aten.cat.default or len(node.args[0]) != 2:
+            return None
+        rank = len(node.type.shape)
+        if rank != 4 or (node.args[1] if len(node.args) > 1 else 0) % rank != rank - 1:
+            return None
+        scores, column = node.args[0]
+        sinks = self._per_head(column, node.type.shape[1])
+        return None if sinks is None else (scores, sinks)
+
+    def _per_head(self, x: Ref, heads: Any) -> Ref | None:
+        """The vector [heads] that a column [b, heads, q, 1] is made of."""
+        while self.by_name[x.name].op in (aten.expand.default, aten.broadcast_to.default):
+            x = self.by_name[x.name].args[0]
+        t = self._type(x).shape
+        if len(t) < 3 or t[-3] != heads or any(s != 1 for s in (*t[:-3], *t[-2:])):
+            return None
+        while self.by_name[x.name].op in (*VIEWS, *CASTS, aten.unsqueeze.default):
+            inner = self.by_name[x.name].args[0]
+            if self._type(inner).shape == (heads,):
+                return inner
+            x = inner
+        return self._emit(aten.view.default, (x, (heads,)), (heads,), self._type(x).dtype)
 
     def _product(self, n: Node) -> tuple[Ref, Ref, Any] | None:
         """(weights [*lead, q, t], values [*lead, t, e], what makes the result of [*lead, q, e])."""

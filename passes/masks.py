@@ -23,8 +23,10 @@ from tspc.masked import MASKED_ATTENTION
 from tspc.predicate import B, H, K, Q, Unprintable, printed
 from tspc.program import CONSTANT, PLACEHOLDERS, SDPA, Node, Program, Ref, Type
 from tspc.rules.index import RULES, Reader
+from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
+KNOWN = (SDPA, MASKED_ATTENTION, SINK_ATTENTION)  # their first six arguments are the same
 MAX_SIZE = 200  # nodes of an expression: beyond it the value is data
 LOWEST = -1e9  # a fill so low that a softmax beside a score without it gives zero
 ABSORBS = -1e30  # a fill so low that adding it to a score gives it, in any type
@@ -34,12 +36,12 @@ BOTH = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor)
 
 def recognise_masks(program: Program) -> Program:
     """Masks that are known become flags and predicates; their nodes die."""
-    if not any(n.op in (SDPA, MASKED_ATTENTION) for n in program.nodes):
+    if not any(n.op in KNOWN for n in program.nodes):
         return program
     found = _Recogniser({n.name: n for n in program.nodes})
     expressions(program.nodes, found.env, found.types)
     for n in program.nodes:
-        found.nodes.append(found.rewritten(n) if n.op in (SDPA, MASKED_ATTENTION) else n)
+        found.nodes.append(found.rewritten(n) if n.op in KNOWN else n)
         found.known.add(n.name)
     return replace(program, nodes=tuple(found.nodes)).without_dead_nodes()
 
@@ -151,7 +153,8 @@ class _Recogniser:
         if not parts.known or (parts.rest and rest is None):
             return n
         both = Known(sympy.And(*(k.predicate for k in parts.known)))
-        fill = self.fill(parts, both, bound.get("fill", 0.0))
+        sunk = n.op == SINK_ATTENTION  # beside a sink nothing of a fill is left
+        fill = 0.0 if sunk else self.fill(parts, both, bound.get("fill", 0.0))
         if fill is None or (rest is not None and self.types[rest].requires_grad):
             return n
         return self.carried(n, bound, both.predicate, rest, fill) or n
@@ -193,7 +196,10 @@ class _Recogniser:
                 return None
             text, rows, sizes = told
         given = {"scale": bound["scale"], "enable_gqa": bound["enable_gqa"]}
-        args = (*n.args[:3], mask, bound["dropout_p"], is_causal)
+        args = (*n.args[:3], mask, bound["dropout_p"], is_causal, *n.args[6:])
+        if n.op == SINK_ATTENTION:
+            more = {"rows": rows, "predicate": text, "sizes": sizes}
+            return replace(n, args=args, kwargs={**more, **given})
         if text or fill or (is_causal and mask is not None):
             more = {"rows": rows, "predicate": text, "sizes": sizes, "fill": fill}
             return replace(n, op=MASKED_ATTENTION, args=args, kwargs={**more, **given})

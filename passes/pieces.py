@@ -1,81 +1,31 @@
 """Cut the body of a fold at its exchanges into pieces, plain functions on one shard's tensors.
 
-In: a `Fold` with the placement of its operands. Out: a `Body`. Pads of the factor are neutral: the
-logits of pad units are
--inf before a log-sum-exp and zero before a sum that no zero row of a weight clears (DESIGN section
-7).
+In: a `Fold` with the placement of its operands. Out: a `Body`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
-from tspc.passes.localize import call
 from tspc.passes.masks import bind
-from tspc.passes.sizes import Sizes
-from tspc.passes.typed import Typed, sequence_of
+from tspc.passes.piece import WEIGHTED, Maker, plain, runner
+from tspc.passes.typed import Typed
 
-from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value, rows_of
+from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
-from tspc.factor import Factor, Factors
+from tspc.factor import Factor
 from tspc.hardware import Hardware
 from tspc.placement import indices
 from tspc.program import Node, Ref
 
 aten = torch.ops.aten
-PICK = torch.ops.tspc.pick.default
-WEIGHTED = (
-    aten.linear.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.matmul.default,
-    aten.addmm.default,
-)
-
-
-@dataclass(frozen=True)
-class _Maker:
-    fold: Fold
-    factors: Factors
-    leaves: tuple[Factor, ...]  # its sequences
-    canonical: Mapping[Ref, str]
-    ranks: int
-
-    def sizes(self, symbols: Mapping[sympy.Symbol, Any]) -> Sizes:
-        """symbols: rows of the sequences among them."""
-        return Sizes(
-            self.factors, symbols, self.rows(symbols) | {self.fold.factor: self.fold.units}
-        )
-
-    def rows(self, symbols: Mapping[sympy.Symbol, Any]) -> dict[Factor, Any]:
-        return {f: symbols.get(rows_of(i), rows_of(i)) for i, f in enumerate(self.leaves)}
-
-    def sequence(self, dims: Sequence[Sequence[Factor]]) -> int:
-        i = sequence_of(self.factors, self.leaves, dims)
-        assert i is not None, "no sequence in these dims"
-        return i
-
-    def shape(
-        self, dims: Sequence[Sequence[Factor]], symbols: Sequence[sympy.Symbol], all_units: bool
-    ) -> tuple:
-        same = {s: s for s in symbols}
-        whole = Sizes(self.factors, same, self.rows(same))
-        sizes = whole if all_units else self.sizes(same)
-        return tuple(_plain(sizes.dim(d)) for d in dims)
-
-    def has_units(self, dims: Sequence[Sequence[Factor]]) -> bool:
-        return any(self.fold.factor in self.factors.leaves(tuple(d)) for d in dims)
-
-
-def _plain(n: Any) -> Any:
-    return int(n) if isinstance(n, sympy.Integer) else n
 
 
 def make_body(
@@ -99,7 +49,7 @@ def make_body(
     extents = tuple(Extent(f.size, orders[f]) for f in leaves)
     names: dict[Ref, str] = {}
     values: dict[str, Value] = {}
-    maker = _Maker(fold, typed.factors, leaves, names, ranks)
+    maker = Maker(fold, typed.factors, leaves, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
     def known(ref: Ref, dims: Any, kind: str, local: bool) -> str:
@@ -192,15 +142,15 @@ def _products(
     return flops, inner, spared
 
 
-def _where(m: _Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any, int]:
+def _where(m: Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any, int]:
     """(dim, lead, which) of the sequence in these dims."""
     sizes, i = m.sizes({s: s for s in symbols}), m.sequence(dims)
     leaf = m.leaves[i]
     (k,) = [k for k, d in enumerate(dims) if leaf in m.factors.leaves(d)]
-    return k, _plain(sizes.around(dims[k], leaf)[0]), i
+    return k, plain(sizes.around(dims[k], leaf)[0]), i
 
 
-def _table(m: _Maker, dims: Any) -> tuple[int, torch.Tensor]:
+def _table(m: Maker, dims: Any) -> tuple[int, torch.Tensor]:
     """The dim that carries the factor and [ranks, n]: its positions that shard j reads; pads
     repeat the last unit."""
     (k,) = [i for i, d in enumerate(dims) if m.fold.factor in m.factors.leaves(d)]
@@ -213,7 +163,7 @@ def _table(m: _Maker, dims: Any) -> tuple[int, torch.Tensor]:
 
 
 def _cut(
-    m: _Maker,
+    m: Maker,
     typed: Typed,
     names: dict[Ref, str],
     values: dict[str, Value],
@@ -274,7 +224,7 @@ def _cut(
                 else ()
             )
             copies = {names[r]: cut for r, cut in cuts.items()}
-            steps.append(Piece(reads, writes, _runner(m, nodes, names, tables, copies), saves))
+            steps.append(Piece(reads, writes, runner(m, nodes, names, tables, copies), saves))
         for n in exchanges.get(depth, []):
             met = [m.sequence(d) for d in m.fold.records[n.name].ins[:2]]
             steps.append(_attention(n, {**names, **cuts}, values, *met))
@@ -282,7 +232,7 @@ def _cut(
 
 
 def _saves(
-    m: _Maker,
+    m: Maker,
     nodes: Sequence[Node],
     names: Mapping[Ref, str],
     values: Mapping[str, Value],
@@ -297,18 +247,6 @@ def _saves(
         if n.op in WEIGHTED and carried and values[name].requires_grad and name not in leaving:
             out.append(name)
     return tuple(out)
-
-
-class _Kept(torch.autograd.Function):
-    """A saved value in the place of the one made again; the gradient goes on to what made it."""
-
-    @staticmethod
-    def forward(ctx: Any, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return kept.view_as(kept)
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        return None, g
 
 
 def _attention(
@@ -326,6 +264,7 @@ def _attention(
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
+    sinks = bound.get("sinks")
     return Attention(
         q,
         k,
@@ -343,77 +282,5 @@ def _attention(
         bound.get("predicate", ""),
         tuple(bound.get("sizes", ())),
         float(bound.get("fill", 0.0)),
+        names[sinks] if sinks is not None else None,
     )
-
-
-def _runner(
-    m: _Maker,
-    nodes: Sequence[Node],
-    names: Mapping[Ref, str],
-    tables: Mapping[Ref, tuple[int, torch.Tensor]],
-    copies: Mapping[str, str],
-) -> Callable[..., dict[str, Any]]:
-    """copies: operand -> the name that its units of shard j are written under."""
-    sliced = {names[r]: t for r, t in tables.items()}
-
-    def run(
-        symbols: Mapping[sympy.Symbol, Any],
-        step: torch.Tensor,
-        given: dict[str, torch.Tensor],
-        kept: dict[str, torch.Tensor],
-    ) -> dict[str, Any]:
-        sizes = m.sizes(symbols)
-        env = dict(given)
-        for name, (k, table) in sliced.items():
-            if name in env:
-                at = table.to(step.device).index_select(0, step.view(1)).view(-1)
-                env[name] = env[name].index_select(k, at)
-        env.update({cut: env[name] for name, cut in copies.items()})
-        for n in nodes:
-            record = m.fold.records[n.name]
-            result = _one(m, n, record, sizes, step, lambda r: env[names[r]])
-            for item, value in enumerate(result if isinstance(result, (list, tuple)) else [result]):
-                name = names[Ref(n.name, item)]
-                if name not in given:  # else it is made apart
-                    env[name] = _Kept.apply(kept[name], value) if name in kept else value
-        return env
-
-    return run
-
-
-def _one(
-    m: _Maker, n: Node, record: Any, sizes: Sizes, step: torch.Tensor, get: Callable[[Ref], Any]
-) -> Any:
-    """One op of the body, pads of the factor made neutral where it sums over the factor."""
-    f = m.fold.factor
-    if n.op == PICK:
-        logits, labels = get(n.args[0]), get(n.args[1])
-        return n.op(logits, labels, step * m.fold.units)
-    roles = {role for role, *_ in record.roles.get(f, ())}
-    padded = m.fold.units * m.ranks != m.fold.size
-    if padded and roles & {"reduce", "lse"} and n.op not in WEIGHTED:
-        fill = -torch.inf if "lse" in roles else 0.0
-        first = n.args[0]
-        x = get(first)
-        for k, d in enumerate(record.ins[0]):
-            if f in m.factors.leaves(d):
-                x = _neutral(m, x, k, d, sizes, step, fill)
-        cleared = x
-
-        def fetch(r: Ref) -> Any:
-            return cleared if r == first else get(r)
-
-        return call(n, record.ins, record.outs, sizes, fetch)
-    return call(n, record.ins, record.outs, sizes, get)
-
-
-def _neutral(
-    m: _Maker, x: torch.Tensor, k: int, dim: Any, sizes: Sizes, step: torch.Tensor, fill: float
-) -> torch.Tensor:
-    """`fill` in the pad units of dim k."""
-    lead, trail = sizes.around(dim, m.fold.factor)
-    unit = torch.arange(m.fold.units, device=x.device) + step * m.fold.units
-    real = (unit < m.fold.size).view(1, -1, 1).expand(lead, m.fold.units, trail).reshape(-1)
-    shape = [1] * x.dim()
-    shape[k] = real.shape[0]
-    return torch.where(real.view(shape), x, fill)

@@ -33,6 +33,7 @@ from tspc.program import (
     Type,
     casts_of_parameters,
 )
+from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
 
@@ -259,6 +260,8 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         mask = mask_of(n)
         if mask is not None and s.types[mask.name, mask.item or 0].requires_grad:
             _fall_back(s, n, outs, "its mask has a gradient")
+        elif n.op == SINK_ATTENTION:
+            _fall_back(s, n, outs, "its sinks are in no fold")
         elif all(r in cut for r in n.args[:3]):
             _attention(s, n, outs, operands)
         else:

@@ -20,6 +20,7 @@ from tspc.runtime.step import (
     Exchange,
     Sums,
     Values,
+    attended,
     in_operand_order,
     step_backward,
 )
@@ -59,7 +60,7 @@ def _turn(
         if isinstance(s, Piece):
             values.update(call.pieces.forward(index, symbols, call.step(j), values))
         else:
-            values[s.out], values[s.lse] = yield from exchange.forward(s, values)
+            values[s.out], values[s.lse] = yield from attended(exchange, s, values)
     _collect(body, values, sums, stacks, j)
 
 

@@ -12,6 +12,7 @@ from tspc.runtime.step import (
     Call,
     Resident,
     Values,
+    attended,
     in_operand_order,
     step_backward,
 )
@@ -52,7 +53,7 @@ def stationary_forward(call: Call) -> Steps:
         if isinstance(s, Piece):
             values.update(call.pieces.forward(index, symbols, step, values))
         else:
-            values[s.out], values[s.lse] = yield from exchange.forward(s, values)
+            values[s.out], values[s.lse] = yield from attended(exchange, s, values)
     real = axis.rank * body.units < body.size
     outs = []
     for o in body.outs:

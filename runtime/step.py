@@ -14,6 +14,7 @@ from tspc.runtime.requests import Axis, Steps
 
 from tspc.body import Attention, Body, Piece, Token, evaluate, symbol_values
 from tspc.layout import Layout
+from tspc.sinks import sinks_gradient, sunk
 
 Tensor = torch.Tensor
 Values = dict[str, Tensor]
@@ -278,6 +279,12 @@ class Resident(Exchange):
         yield
 
 
+def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
+    """(out, lse) of one shard, its sinks in both: the backward takes them as they are."""
+    out, lse = yield from exchange.forward(a, values)
+    return (out, lse) if a.sinks is None else sunk(out, lse, values[a.sinks])
+
+
 def step_backward(
     call: Call, symbols: dict[Any, Any], j: int, values: Values, given: Values, exchange: Exchange
 ) -> Steps:
@@ -305,6 +312,8 @@ def step_backward(
         g = torch.zeros_like(out) if g is None else g.to(out.dtype)
         for n, d in (yield from exchange.backward(s, g, values)).items():
             grads.add(n, d)
+        if s.sinks is not None:
+            grads.add(s.sinks, sinks_gradient(g, out, values[s.lse], values[s.sinks]))
     return grads
 
 

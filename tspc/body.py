@@ -115,6 +115,7 @@ class Attention:
     predicate: str = ""
     sizes: tuple[Size, ...] = ()
     fill: float = 0.0
+    sinks: str | None = None  # of the heads
 
 
 @dataclass(frozen=True)

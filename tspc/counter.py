@@ -17,6 +17,7 @@ import torch
 from tspc.masked import MASKED_ATTENTION, weights
 from tspc.ops import LIB
 from tspc.program import SDPA
+from tspc.sinks import SINK_ATTENTION
 
 Tensor = torch.Tensor
 State = tuple[Tensor, Tensor]
@@ -147,8 +148,8 @@ def dropout_attention(
     """`tspc::masked_attention` with keys dropped."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    rest = (attn_mask, is_causal, scale, rows, predicate, sizes, fill)
-    made = weights(query, key, *rest)
+    rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
+    made = weights(query, key, *rest, fill=fill)
     keep = kept_keys(states, 0, key.shape[-2], dropout_p)
     factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
     return torch.where(keep, made * factor, 0.0).to(value.dtype) @ value
@@ -171,4 +172,4 @@ for _name, _fn in (
 
 # their first six arguments are the same
 DROPOUT_ATTENTION = torch.ops.tspc.dropout_attention.default
-ATTENTIONS = (SDPA, DROPOUT_ATTENTION, MASKED_ATTENTION)
+ATTENTIONS = (SDPA, DROPOUT_ATTENTION, MASKED_ATTENTION, SINK_ATTENTION)

@@ -9,6 +9,7 @@ torch's op, which gives zeros for a query without a key.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ LIB.define(
 )
 
 
-def weights(
+def scores_of(
     query: Tensor,
     key: Tensor,
     attn_mask: Tensor | None,
@@ -37,7 +38,7 @@ def weights(
     sizes: Sequence[int] = (),
     fill: float = 0.0,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + mask), in fp32 or wider."""
+    """q kᵀ · scale + mask, in fp32 or wider."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
@@ -52,6 +53,12 @@ def weights(
         keep = more if keep is None else keep & more
     if keep is not None:
         scores = scores + torch.zeros_like(keep, dtype=scores.dtype).masked_fill(~keep, hidden)
+    return scores
+
+
+def weights(*given: Any, fill: float = 0.0) -> Tensor:
+    """Softmax of `scores_of`."""
+    scores = scores_of(*given, fill=fill)
     if fill:
         return torch.softmax(scores, -1)
     seen = (scores > -torch.inf).any(-1, keepdim=True)
@@ -76,8 +83,8 @@ def masked_attention(
     assert not dropout_p, "`tspc::dropout_attention` drops keys"
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    rest = (attn_mask, is_causal, scale, rows, predicate, sizes, fill)
-    return weights(query, key, *rest).to(value.dtype) @ value
+    rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
+    return weights(query, key, *rest, fill=fill).to(value.dtype) @ value
 
 
 LIB.impl("masked_attention", masked_attention, "CompositeImplicitAutograd")

@@ -45,9 +45,10 @@ def convolution(op: Op) -> list:
     aten.scaled_dot_product_attention.default,
     tspc.dropout_attention.default,
     tspc.masked_attention.default,
+    tspc.sink_attention.default,
 )
 def attention(op: Op) -> list:
-    """States go with the queries; the data of a predicate is read at the positions of both."""
+    """States go with the queries, a sink with its head, the data of a predicate with neither."""
     h = "(k g)" if op.args["enable_gqa"] else "k"
     n = len(op.ins[0])
     lead = [f"b{i}" for i in range(n - 3)]
@@ -55,6 +56,7 @@ def attention(op: Op) -> list:
     mask = [*query, "q", "t"][-len(op.ins[3] or op.ins[0]) :]
     kv, query, mask = map(" ".join, (kv, query, mask))
     more = f", {query} q" if "states" in op.args else ""
+    more += f", {h}" if "sinks" in op.args else ""
     more += f", {' '.join(lead[:1])} n p" if op.args.get("rows") is not None else ""
     return apply(
         Rule.parse(
