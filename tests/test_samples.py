@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.passes.factorize import EXTRA_POINTWISE, Analysis
+from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 import tspc.rules  # noqa: F401  fills the registries
 from tests.brute import check, check_cut, traced
-from tspc.program import OUTPUT
+from tests.rules_table import DOC, table
 from tspc.rule import COMPUTED, RULES
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
@@ -337,13 +337,20 @@ def test_pieces_rejoin(group: str, reached: dict[str, dict[Any, int]]) -> None:
 
 
 def vanished(a: Analysis) -> None:
-    """Every factor of an operand is in an output or has a role; a slice may leave segments out."""
+    """Every factor of an operand is in an output or has a role."""
     for r in a.records:
-        if r.node.op in (OUTPUT, aten.slice.Tensor):
-            continue
-        kept = set().union(*r.carried_out, r.roles)
-        lost = {f for f in set().union(*r.carried_in) - kept if f.size}
+        lost = [f for f, roles in r.roles.items() if VANISHED in {why for *_, why in roles}]
         assert not lost, f"{r.node.op} {r.node.args}"
+
+
+def test_a_factor_that_a_rule_loses_is_needed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        COMPUTED, aten.flip.default, lambda op: [[op.ins[0][0], op.F.dim(5, "lost")]]
+    )
+    a, _ = traced(lambda p: aten.flip.default(p, [1]), x(3, 5))
+    (record,) = (r for r in a.records if r.node.op == aten.flip.default)
+    ((f, roles),) = record.roles.items()
+    assert f.size == 5 and roles == {("whole", 0, VANISHED)}
 
 
 def test_every_rule_is_reached(reached: dict[str, dict[Any, int]]) -> None:
@@ -353,6 +360,18 @@ def test_every_rule_is_reached(reached: dict[str, dict[Any, int]]) -> None:
     missed = {*RULES, *COMPUTED, *EXTRA_POINTWISE} - tried - set(UNTRIED)
     assert not missed, f"no cut of these was tried: {sorted(map(str, missed))}"
     assert not tried & set(UNTRIED)
+
+
+def test_the_table_of_rules_is_up_to_date(
+    reached: dict[str, dict[Any, int]], request: pytest.FixtureRequest
+) -> None:
+    """docs/rules.md; `make rules` writes it."""
+    for group in set(GROUPS) - set(reached):
+        test_pieces_rejoin(group, reached)
+    text = table(reached, UNTRIED, forbidden_ops())
+    if request.config.getoption("--update-golden"):
+        DOC.write_text(text)
+    assert DOC.read_text() == text, "make rules"
 
 
 def forbidden() -> list[tuple[str, Sample]]:
@@ -379,6 +398,16 @@ def forbidden() -> list[tuple[str, Sample]]:
         ("trim", of(aten.slice.Tensor, a, 1, 1)),
         ("twice", (lambda p: aten.mm.default(p, p), [x(5, 5)])),
     ]
+
+
+def forbidden_ops() -> dict[Any, set[str]]:
+    """Op -> the roles that a sample shows to be needed."""
+    found: dict[Any, set[str]] = {}
+    for role, (fn, tensors) in forbidden():
+        for r in traced(fn, *tensors)[0].records:
+            if any(role == x[0] for roles in r.roles.values() for x in roles):
+                found.setdefault(r.node.op, set()).add(role)
+    return found
 
 
 @pytest.mark.parametrize("role,sample", forbidden())

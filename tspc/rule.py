@@ -76,11 +76,14 @@ class Rule:
 
 
 RULES, COMPUTED = {}, {}
+ONCE = {}  # op -> the operand that is added after the sum
 
 
 def rule(op, text, **kw):
     _unique(op)
     RULES[op] = Rule.parse(text, **kw)
+    if RULES[op].once:
+        (ONCE[op],) = RULES[op].once
 
 
 def _unique(op):
@@ -88,11 +91,13 @@ def _unique(op):
         raise RuleError(f"two rules for {op}")
 
 
-def computed(*ops):
+def computed(*ops, once=None):
     def register(fn):
         for op in ops:
             _unique(op)
             COMPUTED[op] = fn
+            if once is not None:
+                ONCE[op] = once
         return fn
 
     return register
