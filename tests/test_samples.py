@@ -12,8 +12,9 @@ import torch
 from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 import tspc.rules  # noqa: F401  fills the registries
-from tests.brute import check, check_cut, traced
+from tests.brute import check, check_cut, check_meaning, traced
 from tests.rules_table import DOC, table
+from tspc.counter import ATTENTIONS
 from tspc.rule import COMPUTED, RULES
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
@@ -152,8 +153,8 @@ def reduction_samples() -> list[Sample]:
     out += [of(aten.sum.dim_IntList, a, []), of(aten.mean.dim, a, None)]
     for op in (aten.var.dim, aten.std.dim):
         out += [of(op, a, [1]), of(op, a, [0, 2], False, True)]
-    for op in (aten.any.dim, aten.all.dim):
-        out += [(partial(positive, op), (a,)), (partial(positive, op, keepdim=True), (a,))]
+    for op, p in ((aten.any.dim, a), (aten.all.dim, a + 2)):
+        out += [(partial(positive, op), (p,)), (partial(positive, op, keepdim=True), (p,))]
     return out
 
 
@@ -314,6 +315,7 @@ GROUPS = {
     "reductions": reduction_samples,
     "views": view_samples,
     "composites": composite_samples,
+    "attentions": lambda: [sample for sample, _ in attentions()],
 }
 
 # registered, but no cut can be tried
@@ -332,6 +334,7 @@ def test_pieces_rejoin(group: str, reached: dict[str, dict[Any, int]]) -> None:
     for fn, tensors in GROUPS[group]():
         a, env = traced(fn, *tensors)
         vanished(a)
+        check_meaning(a, env)
         for op, n in check(a, env).items():
             cuts[op] = cuts.get(op, 0) + n
 
@@ -372,6 +375,55 @@ def test_the_table_of_rules_is_up_to_date(
     if request.config.getoption("--update-golden"):
         DOC.write_text(text)
     assert DOC.read_text() == text, "make rules"
+
+
+def attentions() -> list[tuple[Sample, set[tuple[str, int, int]]]]:
+    """Attention with every kind of mask; (role, operand, size) of all its roles."""
+    attend, dropped = aten.scaled_dot_product_attention.default, torch.ops.tspc.dropout_attention
+    q, k, v, states = x(3, 6, 5, 4), x(3, 2, 7, 4), x(3, 2, 7, 11), ids(2**62, 3, 6, 5)
+    plain = {("whole", 0, 4), ("whole", 1, 4), ("exchange", 1, 7), ("exchange", 2, 7)}
+    masked, causal = plain | {("exchange", 3, 7)}, plain | {("at", 0, 5)}
+    dropped_causal = causal | {("at", 4, 5)}
+    all_heads, few = (q, x(3, 6, 7, 4), x(3, 6, 7, 11)), {"enable_gqa": True}
+
+    def dropping(mask: torch.Tensor | None) -> Sample:
+        def fn(*given: torch.Tensor) -> Any:
+            m = given[4] if mask is not None else None
+            return dropped.default(*given[:3], m, 0.5, mask is None, given[3], enable_gqa=True)
+
+        return fn, [q, k, v, states, *([mask] if mask is not None else [])]
+
+    return [
+        (of(attend, *all_heads), plain),
+        (of(attend, *all_heads, None, 0.0, True), causal),
+        (of(attend, q, k, v, None, 0.0, True, **few), causal),
+        (of(attend, *all_heads, x(3, 6, 5, 7)), masked),
+        (of(attend, *all_heads, x(5, 7)), masked),
+        (of(attend, q, k, v, **few), plain),
+        (of(attend, q, k, v, x(3, 6, 5, 7), **few), masked),
+        (of(attend, *(t[0] for t in all_heads)), plain),
+        (of(attend, *(t[0] for t in all_heads), x(6, 5, 7)), masked),
+        (of(attend, *(t[0, 0] for t in all_heads)), plain),
+        (dropping(None), dropped_causal),
+        (dropping(x(6, 5, 7)), masked),
+        (dropping(x(3, 6, 5, 7)), masked),
+    ]
+
+
+def roles_of(sample: Sample, ops: Sequence[Any]) -> set[tuple[str, int, int]]:
+    """(role, operand, size) in the records of these ops."""
+    return {
+        (role, operand, f.size)
+        for r in traced(sample[0], *sample[1])[0].records
+        if r.node.op in ops
+        for f, roles in r.roles.items()
+        for role, operand, _ in roles
+    }
+
+
+@pytest.mark.parametrize("sample,roles", attentions())
+def test_what_attention_needs(sample: Sample, roles: set[tuple[str, int, int]]) -> None:
+    assert roles_of(sample, ATTENTIONS) == roles
 
 
 def forbidden() -> list[tuple[str, Sample]]:
