@@ -211,7 +211,7 @@ def equivalent(m: Mutant) -> bool:
 
 
 def survivors(found: dict, every: int = 1, start: int = 0) -> tuple[Counter[str], list[Mutant]]:
-    """Of each `every`-th mutant of the observed rules: how many were caught by what, and which were not."""
+    """Of each `every`-th mutant of the rules: how many were caught by what, and which were not."""
     needs = requirements()
     all_of = [(m, given) for (k, given) in found.items() for m in mutations(*k)]
     counts, left = Counter[str](), list[Mutant]()
