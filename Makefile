@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo scripts wide clean
+.PHONY: demo test quick check dist bench profile zoo rules mutants scripts wide clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,12 @@ check: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python -m tests.run_zoo
+
+rules: $(READY)
+	$(BIN)/python -m pytest tests/test_samples.py --update-golden
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
 
 scripts: $(READY)
 	$(BIN)/python -m pytest tests/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal

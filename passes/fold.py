@@ -18,6 +18,7 @@ from tspc.passes.regions import Region
 
 from tspc.factor import Factor
 from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.rule import ONCE
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
@@ -268,11 +269,8 @@ def _cast_before(
 
 def added_once(node: Node) -> Ref | None:
     """The operand that is added after the sum."""
-    if node.op == aten.linear.default and len(node.args) > 2:
-        return node.args[2]
-    if node.op in (aten.addmm.default, aten.baddbmm.default):
-        return node.args[0]
-    return None
+    i = ONCE.get(node.op, len(node.args))
+    return node.args[i] if i < len(node.args) else None
 
 
 def summand(node: Node) -> Node:

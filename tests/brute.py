@@ -134,3 +134,47 @@ def check(a: Analysis, env: Values) -> dict[Any, int]:
             check_cut(a, r, env, f, how)
             done[r.node.op] = done.get(r.node.op, 0) + 1
     return done
+
+
+def only(x: torch.Tensor, dim: int, position: int) -> torch.Tensor:
+    """Zero but at one position of a dim."""
+    out = torch.zeros_like(x)
+    out.select(dim, position).copy_(x.select(dim, position))
+    return out
+
+
+def outputs(r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]) -> list[Any]:
+    """The op on the whole, some operands exchanged; numbers as floats."""
+    sizes = Sizes(a.F, {}, {})
+    out = call(r.node, r.ins, r.outs, sizes, lambda x: swap.get(x, env[x.name, x.item or 0]))
+    found = out if isinstance(out, (list, tuple)) else [out]
+    return [x if x.is_floating_point() or x.is_complex() else x.double() for x in found]
+
+
+def check_meaning(a: Analysis, env: Values) -> None:
+    """What is selected: each result takes one position of it. Where positions are read: a result
+    depends on no other position of it."""
+    for r in a.records:
+        for f, roles in r.roles.items() if r.node.op != OUTPUT else ():
+            kinds = {role for role, *_ in roles}
+            for x, dims in zip(r.refs, r.ins):
+                at = [k for k, d in enumerate(dims or ()) if a.F.expand(tuple(d)) == (f,)]
+                if x is None or len(at) != 1 or not kinds & {"select", "at"}:
+                    continue
+                value, where = env[x.name, x.item or 0], f"{r.node.op} {kinds} {f}"
+                if value.dtype == torch.int64:
+                    continue
+                parts = [only(value, at[0], p) for p in range(int(f.size))]
+                each = [outputs(r, a, env, {x: part}) for part in parts]
+                for i, whole in enumerate(outputs(r, a, env, {})):
+                    if "at" in kinds:
+                        (k,) = (k for k, d in enumerate(r.outs[i]) if f in a.F.leaves(tuple(d)))
+                        for p, e in enumerate(each):
+                            torch.testing.assert_close(
+                                e[i].select(k, p), whole.select(k, p), msg=where
+                            )
+                    elif kinds == {"select"}:
+                        none = outputs(r, a, env, {x: torch.zeros_like(value)})[i]
+                        moved = torch.stack([e[i] - none for e in each])
+                        torch.testing.assert_close(moved.sum(0) + none, whole, msg=where)
+                        assert ((moved != 0).sum(0) <= 1).all(), where

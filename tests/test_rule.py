@@ -40,3 +40,18 @@ def test_an_unknown_role_is_named() -> None:
 def test_two_rules_for_an_op() -> None:
     with pytest.raises(RuleError, match="two rules"):
         rule(torch.ops.aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
+
+
+@pytest.mark.parametrize(
+    "text,roles,told",
+    [
+        ("m k -> m k", {"reduce": "k"}, "k stays: it cannot be reduce"),
+        ("v d, i -> v d i", {"select": "v"}, "v stays: it cannot be select"),
+        ("m k -> m", {"at": "k"}, "k vanishes: it cannot be at"),
+        ("m -> m c", {"reduce": "c"}, "it cannot be reduce"),
+        ("m -> m c", {"at": "c"}, "c is new: it can only be whole"),
+    ],
+)
+def test_a_role_that_a_letter_cannot_have(text: str, roles: dict[str, str], told: str) -> None:
+    with pytest.raises(RuleError, match=told):
+        Rule.parse(text, **roles)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.passes.factorize import EXTRA_POINTWISE, Analysis
+from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 import tspc.rules  # noqa: F401  fills the registries
-from tests.brute import check, check_cut, traced
-from tspc.program import OUTPUT
+from tests.brute import check, check_cut, check_meaning, traced
+from tests.rules_table import DOC, table
+from tspc.counter import ATTENTIONS
 from tspc.rule import COMPUTED, RULES
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
@@ -152,8 +153,8 @@ def reduction_samples() -> list[Sample]:
     out += [of(aten.sum.dim_IntList, a, []), of(aten.mean.dim, a, None)]
     for op in (aten.var.dim, aten.std.dim):
         out += [of(op, a, [1]), of(op, a, [0, 2], False, True)]
-    for op in (aten.any.dim, aten.all.dim):
-        out += [(partial(positive, op), (a,)), (partial(positive, op, keepdim=True), (a,))]
+    for op, p in ((aten.any.dim, a), (aten.all.dim, a + 2)):
+        out += [(partial(positive, op), (p,)), (partial(positive, op, keepdim=True), (p,))]
     return out
 
 
@@ -323,6 +324,7 @@ GROUPS = {
     "reductions": reduction_samples,
     "views": view_samples,
     "composites": composite_samples,
+    "attentions": lambda: [sample for sample, _ in attentions()],
 }
 
 # registered, but no cut can be tried
@@ -341,18 +343,26 @@ def test_pieces_rejoin(group: str, reached: dict[str, dict[Any, int]]) -> None:
     for fn, tensors in GROUPS[group]():
         a, env = traced(fn, *tensors)
         vanished(a)
+        check_meaning(a, env)
         for op, n in check(a, env).items():
             cuts[op] = cuts.get(op, 0) + n
 
 
 def vanished(a: Analysis) -> None:
-    """Every factor of an operand is in an output or has a role; a slice may leave segments out."""
+    """Every factor of an operand is in an output or has a role."""
     for r in a.records:
-        if r.node.op in (OUTPUT, aten.slice.Tensor):
-            continue
-        kept = set().union(*r.carried_out, r.roles)
-        lost = {f for f in set().union(*r.carried_in) - kept if f.size}
+        lost = [f for f, roles in r.roles.items() if VANISHED in {why for *_, why in roles}]
         assert not lost, f"{r.node.op} {r.node.args}"
+
+
+def test_a_factor_that_a_rule_loses_is_needed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        COMPUTED, aten.flip.default, lambda op: [[op.ins[0][0], op.F.dim(5, "lost")]]
+    )
+    a, _ = traced(lambda p: aten.flip.default(p, [1]), x(3, 5))
+    (record,) = (r for r in a.records if r.node.op == aten.flip.default)
+    ((f, roles),) = record.roles.items()
+    assert f.size == 5 and roles == {("whole", 0, VANISHED)}
 
 
 def test_every_rule_is_reached(reached: dict[str, dict[Any, int]]) -> None:
@@ -362,6 +372,67 @@ def test_every_rule_is_reached(reached: dict[str, dict[Any, int]]) -> None:
     missed = {*RULES, *COMPUTED, *EXTRA_POINTWISE} - tried - set(UNTRIED)
     assert not missed, f"no cut of these was tried: {sorted(map(str, missed))}"
     assert not tried & set(UNTRIED)
+
+
+def test_the_table_of_rules_is_up_to_date(
+    reached: dict[str, dict[Any, int]], request: pytest.FixtureRequest
+) -> None:
+    """docs/rules.md; `make rules` writes it."""
+    for group in set(GROUPS) - set(reached):
+        test_pieces_rejoin(group, reached)
+    text = table(reached, UNTRIED, forbidden_ops())
+    if request.config.getoption("--update-golden"):
+        DOC.write_text(text)
+    assert DOC.read_text() == text, "make rules"
+
+
+def attentions() -> list[tuple[Sample, set[tuple[str, int, int]]]]:
+    """Attention with every kind of mask; (role, operand, size) of all its roles."""
+    attend, dropped = aten.scaled_dot_product_attention.default, torch.ops.tspc.dropout_attention
+    q, k, v, states = x(3, 6, 5, 4), x(3, 2, 7, 4), x(3, 2, 7, 11), ids(2**62, 3, 6, 5)
+    plain = {("whole", 0, 4), ("whole", 1, 4), ("exchange", 1, 7), ("exchange", 2, 7)}
+    masked, causal = plain | {("exchange", 3, 7)}, plain | {("at", 0, 5)}
+    dropped_causal = causal | {("at", 4, 5)}
+    all_heads, few = (q, x(3, 6, 7, 4), x(3, 6, 7, 11)), {"enable_gqa": True}
+
+    def dropping(mask: torch.Tensor | None) -> Sample:
+        def fn(*given: torch.Tensor) -> Any:
+            m = given[4] if mask is not None else None
+            return dropped.default(*given[:3], m, 0.5, mask is None, given[3], enable_gqa=True)
+
+        return fn, [q, k, v, states, *([mask] if mask is not None else [])]
+
+    return [
+        (of(attend, *all_heads), plain),
+        (of(attend, *all_heads, None, 0.0, True), causal),
+        (of(attend, q, k, v, None, 0.0, True, **few), causal),
+        (of(attend, *all_heads, x(3, 6, 5, 7)), masked),
+        (of(attend, *all_heads, x(5, 7)), masked),
+        (of(attend, q, k, v, **few), plain),
+        (of(attend, q, k, v, x(3, 6, 5, 7), **few), masked),
+        (of(attend, *(t[0] for t in all_heads)), plain),
+        (of(attend, *(t[0] for t in all_heads), x(6, 5, 7)), masked),
+        (of(attend, *(t[0, 0] for t in all_heads)), plain),
+        (dropping(None), dropped_causal),
+        (dropping(x(6, 5, 7)), masked),
+        (dropping(x(3, 6, 5, 7)), masked),
+    ]
+
+
+def roles_of(sample: Sample, ops: Sequence[Any]) -> set[tuple[str, int, int]]:
+    """(role, operand, size) in the records of these ops."""
+    return {
+        (role, operand, f.size)
+        for r in traced(sample[0], *sample[1])[0].records
+        if r.node.op in ops
+        for f, roles in r.roles.items()
+        for role, operand, _ in roles
+    }
+
+
+@pytest.mark.parametrize("sample,roles", attentions())
+def test_what_attention_needs(sample: Sample, roles: set[tuple[str, int, int]]) -> None:
+    assert roles_of(sample, ATTENTIONS) == roles
 
 
 def forbidden() -> list[tuple[str, Sample]]:
@@ -389,6 +460,16 @@ def forbidden() -> list[tuple[str, Sample]]:
         ("trim", of(aten.slice.Tensor, a, 1, 1)),
         ("twice", (lambda p: aten.mm.default(p, p), [x(5, 5)])),
     ]
+
+
+def forbidden_ops() -> dict[Any, set[str]]:
+    """Op -> the roles that a sample shows to be needed."""
+    found: dict[Any, set[str]] = {}
+    for role, (fn, tensors) in forbidden():
+        for r in traced(fn, *tensors)[0].records:
+            if any(role == x[0] for roles in r.roles.values() for x in roles):
+                found.setdefault(r.node.op, set()).add(role)
+    return found
 
 
 @pytest.mark.parametrize("role,sample", forbidden())

@@ -39,6 +39,14 @@ CONTRACTED = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_g
 PARTS = {"index", "index_select", "select", "slice", "split", "unbind", "split_with_sizes"} | VIEWS
 # a later step of the project folds the experts of a mixture; their router is small
 EXPERTS = ("*.experts.*", "*.mlp.gate.weight", "*.mlp.router.weight")
+# one matrix between a norm and a norm or a table: it has no inner factor that a fold could cut
+ALONE = (
+    "cls.predictions.transform.dense.weight",
+    "head.dense.weight",
+    "predictions.dense.weight",
+    "*.embedding_hidden_mapping_in.weight",
+    "*.kv_a_proj_with_mqa.weight",
+)
 Facts = dict[str, Any]
 
 
@@ -135,7 +143,9 @@ def gathered(rewritten: Rewritten) -> list[list[Any]]:
 
 def folds_all(facts: Facts) -> bool:
     """Every attention, MLP and vocabulary region is folded; of mixtures all but the experts."""
-    rest = [n for n in facts["unfolded"] if not any(fnmatch.fnmatch(n, p) for p in EXPERTS)]
+    rest = [
+        n for n in facts["unfolded"] if not any(fnmatch.fnmatch(n, p) for p in (*EXPERTS, *ALONE))
+    ]
     return set(facts["attentions"]) <= {"folded"} and bool(facts["folds"]) and not rest
 
 

@@ -15,8 +15,8 @@ Made by `{command}` (`python -m tests.run_zoo NAME...` measures some anew). {ver
 
 - *parity*: the worst relative error of loss, outputs and every gradient against one device, in
   float64 on simulated ranks: D = 2, 3, 4 on 24 tokens, D = 4 on 23. Exact: at most {exact}.
-- *folds*: regions folded; *all*: every attention, every MLP and the vocabulary (experts of
-  mixtures and their router excepted: they are gathered).
+- *folds*: regions folded; *all*: every attention, every MLP and the vocabulary. Gathered at use
+  all the same: experts of mixtures with their router, and a single matrix between two norms.
 - *gathered*: floats gathered along the sequence other than K, V and scalars.
 - *compiles*: of the graph compiled most often over calls of 5 lengths (of a model that has one
   length: 5 batches), by default and with `dynamic=True`, every call compared with one device.

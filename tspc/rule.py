@@ -59,7 +59,20 @@ class Rule:
                 f"{text}\n{' ' * at}^ {', '.join(sorted(vanish))} vanish: say reduce, whole, "
                 "select, exchange or lse"
             )
+        r.check_roles(text)
         return r
+
+    def check_roles(self, text):
+        """Summed, selected and exchanged letters go; a position is read of one that stays; what is
+        new on the right can only be made whole."""
+        kept, given = self.letters(self.outs), self.letters(self.ins)
+        for l, role in self.roles:
+            gone = role in ("reduce", "lse", "select", "exchange")
+            if (l in kept) if gone else (role == "at" and l not in kept):
+                stays = "stays" if gone else "vanishes"
+                raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} {stays}: it cannot be {role}")
+            if l not in given and role != "whole":
+                raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} is new: it can only be whole")
 
     @staticmethod
     def letters(tensors):
@@ -76,11 +89,14 @@ class Rule:
 
 
 RULES, COMPUTED = {}, {}
+ONCE = {}  # op -> the operand that is added after the sum
 
 
 def rule(op, text, **kw):
     _unique(op)
     RULES[op] = Rule.parse(text, **kw)
+    if RULES[op].once:
+        (ONCE[op],) = RULES[op].once
 
 
 def _unique(op):
@@ -88,11 +104,13 @@ def _unique(op):
         raise RuleError(f"two rules for {op}")
 
 
-def computed(*ops):
+def computed(*ops, once=None):
     def register(fn):
         for op in ops:
             _unique(op)
             COMPUTED[op] = fn
+            if once is not None:
+                ONCE[op] = once
         return fn
 
     return register

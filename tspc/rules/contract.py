@@ -18,10 +18,10 @@ rule(aten.baddbmm.default, "b m n, b m k, b k n -> b m n", reduce="k", once=0)
 rule(aten.embedding.default, "v d, ... -> ... d", select="v")
 
 
-@computed(aten.addmm.default)
+@computed(aten.addmm.default, once=0)
 def addmm(op: Op) -> list:
     bias = "m n" if len(op.ins[0]) > 1 else "n"
-    return apply(Rule.parse(f"{bias}, m k, k n -> m n", reduce="k", once=0), op)
+    return apply(Rule.parse(f"{bias}, m k, k n -> m n", reduce="k"), op)
 
 
 @computed(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
