@@ -7,7 +7,7 @@ where a fold cannot run it; its weights are then gathered at use.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,20 @@ def choose(
     """Schedule: one name for all regions, or a dict from region name or glob."""
     leaf, users = sequence(a), _users(a)
     refused: list[tuple[Region, str]] = []
+
+    def why_not(g: Region, regions: Regions) -> str:
+        return _why_not(a, g, leaf, users, _lookups(a, regions, leaf), regions)
+
     while True:  # a refused region makes way for others, and may take some with it
         regions = find_regions(a, leaf, {g.key for g, _ in refused})
         lookups = _lookups(a, regions, leaf)
         found = [(g, _why_not(a, g, leaf, users, lookups, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
         if any(why for _, why in found):
+            continue
+        few = _outgrown(regions, ranks, why_not)
+        if few:
+            refused += [(g, f"it has {g.factor.size} pieces for {ranks} ranks") for g in few]
             continue
         tied = entangled(a.records, regions.chosen)
         if not tied:
@@ -80,6 +88,23 @@ def choose(
     order = layout if layout != "auto" else "zigzag" if causal else "contiguous"
     picked = tuple(zip(names, chosen, schedules))
     return Choice(leaf, order, picked, tuple(refused), storages, frozenset(lookups))
+
+
+def _outgrown(
+    regions: Regions, ranks: int, why_not: Callable[[Region, Regions], str]
+) -> list[Region]:
+    """Regions of fewer pieces than ranks in whose stead another is evenly cut: K/V heads, for the
+    queries of each of them."""
+    out: dict[int, Region] = {}
+    for other, clash in regions.rejected:
+        size, instead = int(other.factor.size), {id(g): g for g in clash}
+        if other.leaks or other.phases > 1 or not other.exits or size % ranks or len(instead) > 1:
+            continue
+        for key, g in instead.items():
+            small = int(g.factor.size) < ranks and g.elements <= 2 * other.elements
+            if small and not why_not(other, regions):
+                out[key] = g
+    return list(out.values())
 
 
 def _is_causal(n: Node) -> bool:

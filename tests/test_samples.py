@@ -3,7 +3,6 @@ needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,34 +12,11 @@ from tspc.passes.factorize import EXTRA_POINTWISE, Analysis
 
 import tspc.rules  # noqa: F401  fills the registries
 from tests.brute import check, check_cut, traced
+from tests.samples import MORE, Sample, ids, more_forbidden, of, x
 from tspc.program import OUTPUT
 from tspc.rule import COMPUTED, RULES
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
-Sample = tuple[Callable[..., Any], Sequence[torch.Tensor]]
-
-
-def x(*shape: int) -> torch.Tensor:
-    """Random numbers, the same for the same shape and order of calls."""
-    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
-
-
-def ids(high: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, high, shape, generator=GENERATOR)
-
-
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-def of(op: Any, *args: Any, **kwargs: Any) -> Sample:
-    """A sample of one op: tensors among the arguments are the operands."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-
-    def fn(*given: torch.Tensor) -> Any:
-        rest = iter(given)
-        return op(*(next(rest) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
-
-    return fn, tensors
 
 
 def pointwise_samples() -> list[Sample]:
@@ -314,6 +290,7 @@ GROUPS = {
     "reductions": reduction_samples,
     "views": view_samples,
     "composites": composite_samples,
+    **MORE,
 }
 
 # registered, but no cut can be tried
@@ -378,6 +355,7 @@ def forbidden() -> list[tuple[str, Sample]]:
         ("select", of(aten.embedding.default, x(13, 7), ids(13, 3, 5))),
         ("trim", of(aten.slice.Tensor, a, 1, 1)),
         ("twice", (lambda p: aten.mm.default(p, p), [x(5, 5)])),
+        *more_forbidden(),
     ]
 
 
