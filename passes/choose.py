@@ -7,7 +7,7 @@ where a fold cannot run it; its weights are then gathered at use.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,20 @@ def choose(
     """Schedule: one name for all regions, or a dict from region name or glob."""
     leaves, users = sequences(a), _users(a)
     refused: list[tuple[Region, str]] = []
+
+    def why_not(g: Region, regions: Regions) -> str:
+        return _why_not(a, g, leaves, users, _lookups(a, regions, leaves), regions)
+
     while True:  # a refused region makes way for others, and may take some with it
         regions = find_regions(a, leaves, {g.key for g, _ in refused})
         lookups = _lookups(a, regions, leaves)
         found = [(g, _why_not(a, g, leaves, users, lookups, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
         if any(why for _, why in found):
+            continue
+        few = _outgrown(regions, ranks, why_not)
+        if few:
+            refused += [(g, f"it has {g.factor.size} pieces for {ranks} ranks") for g in few]
             continue
         tied = entangled(a.records, regions.chosen)
         if not tied:
@@ -96,6 +104,23 @@ def _order(a: Analysis, leaf: Factor) -> str:
     """Of the layout of a sequence."""
     attentions = (r for r in a.records if r.node.op in ATTENTIONS and _is_causal(r.node))
     return "zigzag" if any(leaf in r.carried_in[0] for r in attentions) else "contiguous"
+
+
+def _outgrown(
+    regions: Regions, ranks: int, why_not: Callable[[Region, Regions], str]
+) -> list[Region]:
+    """Regions of fewer pieces than ranks in whose stead another is evenly cut: K/V heads, for the
+    queries of each of them."""
+    out: dict[int, Region] = {}
+    for other, clash in regions.rejected:
+        size, instead = int(other.factor.size), {id(g): g for g in clash}
+        if other.leaks or other.phases > 1 or not other.exits or size % ranks or len(instead) > 1:
+            continue
+        for key, g in instead.items():
+            small = int(g.factor.size) < ranks and g.elements <= 2 * other.elements
+            if small and not why_not(other, regions):
+                out[key] = g
+    return list(out.values())
 
 
 def _is_causal(n: Node) -> bool:

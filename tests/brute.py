@@ -38,9 +38,12 @@ def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, 
     return factorize(program), given
 
 
-def traced(fn: Callable[..., Any], *tensors: torch.Tensor) -> tuple[Analysis, Values]:
-    """The analysis of a function of tensors, its ops as they are written, and every value."""
-    gm = make_fx(fn, pre_dispatch=True)(*tensors)
+def traced(
+    fn: Callable[..., Any], *tensors: torch.Tensor, apart: dict[Any, Any] | None = None
+) -> tuple[Analysis, Values]:
+    """The analysis of a function of tensors, its ops as they are written but for those taken apart,
+    and every value."""
+    gm = make_fx(fn, apart, pre_dispatch=True)(*tensors)
     kinds = [(INPUT, f"x{i}") for i in range(len(tensors))]
     program, positions = convert("sample", gm, kinds, [False] * len(tensors), {})
     a = factorize(program)

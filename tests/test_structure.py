@@ -62,6 +62,34 @@ class FusedAndCached(Fused):
         return loss, *self.cache
 
 
+class Experts(nn.Module):
+    """Softmax, the two best of four experts per token, their weights by `index_select`; a loss that
+    balances them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.router = nn.Linear(WIDTH, 4, bias=False)
+        self.up = nn.Parameter(torch.randn(4, WIDTH, 10) / 3)
+        self.down = nn.Parameter(torch.randn(4, 10, WIDTH) / 3)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        flat = x.flatten(0, 1)
+        share = F.softmax(self.router(flat), -1)
+        best, chosen = share.topk(2, -1)
+        every = torch.zeros_like(share).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
+        y = torch.zeros_like(flat)
+        for k in range(2):
+            up, down = (w.index_select(0, chosen[:, k]) for w in (self.up, self.down))
+            made = torch.bmm(F.silu(torch.bmm(flat.unsqueeze(1), up)), down).squeeze(1)
+            y = y + made * every.gather(-1, chosen[:, k : k + 1])
+        x = x + y.view_as(x)
+        balance = (F.one_hot(chosen, 4).sum(1).double() * share).mean()
+        return F.cross_entropy(self.head(x).flatten(0, 1), tokens.flatten()) + balance
+
+
 def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Rewritten:
     torch.manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (2, 13))
@@ -85,3 +113,12 @@ def test_one_key_head_in_the_weight_of_the_queries(
     (attention,) = fold.kwargs["body"].attentions
     exchanged_once = {t.name for t in fold.kwargs["body"].tokens}
     assert len(apart.types) == 2 and {attention.k, attention.v} <= exchanged_once
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_of_a_cut_sequence(ranks: int) -> None:
+    rewritten = run(Experts, ranks)
+    assert {n.kwargs["fold"].name for n in rewritten.folds} == {"head"}
+    assert not rewritten.typed.fallbacks and not rewritten.analysis.fallbacks
+    kinds = {n: s.kind for n, s in rewritten.choice.storages.items()}
+    assert kinds["up"] == kinds["down"] == "gather"

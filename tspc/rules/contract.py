@@ -15,6 +15,7 @@ rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
 rule(aten.mm.default, "m k, k n -> m n", reduce="k")
 rule(aten.bmm.default, "b m k, b k n -> b m n", reduce="k")
 rule(aten.baddbmm.default, "b m n, b m k, b k n -> b m n", reduce="k", once=0)
+rule(aten.outer.default, "a, b -> a b")
 rule(aten.embedding.default, "v d, ... -> ... d", select="v")
 
 

@@ -23,6 +23,7 @@ computed(
     aten.__or__.Tensor,
     aten._to_copy.default,
     aten.copy.default,
+    aten.log_sigmoid.default,
 )(pointwise)
 
 
