@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import torch
 from tspc.runtime.blocks import Blocks, Given, Spec, View
-from tspc.runtime.requests import AllGather, Axis, ReduceScatter, Steps
+from tspc.runtime.keys import gather, scatter
+from tspc.runtime.requests import Axis, Steps
 
 from tspc.layout import Layout
 
@@ -212,37 +213,6 @@ def attend_backward(
             dk[:, :, keys] += grads[1]
             dv[:, :, keys] += grads[2]
     return dq, dk, dv
-
-
-def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A buffer for both with the sequence first, [n, b, hk, dk + dv], and views of it like k and
-    like v."""
-    b, heads, n, width = k.shape
-    both = k.new_empty((n, b, heads, width + v.shape[-1]))
-    views = both.permute(1, 2, 0, 3)
-    return both, views[..., :width], views[..., width:]
-
-
-def gather(axis: Axis, layout: Layout, k: Tensor, v: Tensor, spec: Spec) -> Steps:
-    """K and V of the whole sequence, pads dropped: one communication."""
-    both, keys, values = _packed(k, v)
-    keys.copy_(k)
-    values.copy_(v)
-    handle = yield AllGather(both)
-    whole = layout.whole(handle.wait().flatten(0, 1), 0, spec.rows, spec.length)
-    whole = whole.permute(1, 2, 0, 3)
-    return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
-
-
-def scatter(axis: Axis, layout: Layout, dk: Tensor, dv: Tensor, spec: Spec) -> Steps:
-    """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
-    both, keys, values = _packed(dk, dv)
-    keys.copy_(dk)
-    values.copy_(dv)
-    blocks = layout.blocks(both, 0, spec.rows)
-    handle = yield ReduceScatter(blocks.unflatten(0, (axis.size, -1)))
-    mine = handle.wait().permute(1, 2, 0, 3)
-    return mine[..., : dk.shape[-1]], mine[..., dk.shape[-1] :]
 
 
 def attention(

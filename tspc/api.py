@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from tspc import attended
 from tspc.backend import GRAPHS, Compiled
 from tspc.body import evaluate
 from tspc.budget import lines
@@ -226,6 +227,7 @@ def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
         by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
         schedules = {n: choose(by_name[n], ranks, values, rows) for n in names if n in by_name}
         kept = lines(rewritten.keepings, sizes)
+        kept += attended.lines(rewritten, layout, rows, int(evaluate(leaf.size, sizes)), sizes)
     return show(rewritten, schedules=schedules, notes=kept)
 
 
