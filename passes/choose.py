@@ -15,6 +15,7 @@ import torch
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
+from tspc.passes.masks import bind
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
 from tspc.passes.sequence import attends, sequences
 
@@ -23,10 +24,12 @@ from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
 from tspc.factor import Factor, const
 from tspc.placement import indices
+from tspc.predicate import ANY, truth
 from tspc.program import OUTPUT, PARAM, Node, casts_of_parameters
 from tspc.shard import ShardMap, chunked
 
 aten = torch.ops.aten
+FAR = 10**12  # a distance beyond every window
 SMALL = 64 * 1024  # bytes: parameters of one dim below this are replicated
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 FOLD, GATHER, REPLICATE = "fold", "gather", "replicate"
@@ -102,7 +105,7 @@ def choose(
 
 def _order(a: Analysis, leaf: Factor) -> str:
     """Of the layout of a sequence."""
-    attentions = (r for r in a.records if r.node.op in ATTENTIONS and _is_causal(r.node))
+    attentions = (r for r in a.records if r.node.op in ATTENTIONS and _is_uneven(r.node))
     return "zigzag" if any(leaf in r.carried_in[0] for r in attentions) else "contiguous"
 
 
@@ -123,8 +126,17 @@ def _outgrown(
     return list(out.values())
 
 
-def _is_causal(n: Node) -> bool:
-    return bool(n.args[5] if len(n.args) > 5 else n.kwargs.get("is_causal", False))
+def _is_uneven(n: Node) -> bool:
+    """Later queries see more keys: none that are far ahead of them, but some far behind."""
+    bound = bind(n)
+    text = bound.get("predicate", "")
+    unknown = [ANY] * len(bound.get("sizes", ()))
+
+    def sees(q: int, k: int) -> bool:
+        return not text or truth(text, (q, q), (k, k), unknown) is not False
+
+    ahead = not bound["is_causal"] and sees(0, FAR)
+    return not ahead and sees(FAR, 0)
 
 
 def _users(a: Analysis) -> dict[str, list[Record]]:

@@ -13,9 +13,10 @@ from functools import lru_cache
 
 import torch
 from tspc.runtime.blocks import Blocks, Given, Span, Spec, View
-from tspc.runtime.requests import AllGather, ReduceScatter, Steps
+from tspc.runtime.keys import gather, scatter
+from tspc.runtime.requests import Steps
 
-__all__ = ["Given", "Spec", "attend", "attend_backward", "gather", "scatter"]
+__all__ = ["Given", "Span", "Spec", "attend", "attend_backward", "gather", "scatter"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -212,37 +213,6 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A buffer for both with the sequence first, [n, b, hk, dk + dv], and views of it like k and
-    like v."""
-    b, heads, n, width = k.shape
-    both = k.new_empty((n, b, heads, width + v.shape[-1]))
-    views = both.permute(1, 2, 0, 3)
-    return both, views[..., :width], views[..., width:]
-
-
-def gather(span: Span, k: Tensor, v: Tensor) -> Steps:
-    """K and V of the whole sequence, pads dropped: one communication."""
-    both, keys, values = _packed(k, v)
-    keys.copy_(k)
-    values.copy_(v)
-    handle = yield AllGather(both)
-    whole = span.layout.whole(handle.wait().flatten(0, 1), 0, span.rows, span.length)
-    whole = whole.permute(1, 2, 0, 3)
-    return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
-
-
-def scatter(span: Span, dk: Tensor, dv: Tensor) -> Steps:
-    """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
-    both, keys, values = _packed(dk, dv)
-    keys.copy_(dk)
-    values.copy_(dv)
-    blocks = span.layout.blocks(both, 0, span.rows)
-    handle = yield ReduceScatter(blocks.unflatten(0, (span.layout.ranks, -1)))
-    mine = handle.wait().permute(1, 2, 0, 3)
-    return mine[..., : dk.shape[-1]], mine[..., dk.shape[-1] :]
-
-
 def attention(
     rank: int,
     spans: Sequence[Span],
@@ -253,7 +223,7 @@ def attention(
     spec: Spec,
 ) -> Steps:
     """Local q, k, v -> (out, lse) of the local queries. Spans: of queries and keys."""
-    keys, values = yield from gather(spans[1], k, v)
+    keys, values = yield from gather(rank, spans, k, v, spec)
     out, lse = attend(q, keys, values, spans[0].layout.chunk_ids(rank), spec, given)
     return out.contiguous(), lse.contiguous()
 
@@ -272,8 +242,8 @@ def attention_backward(
 ) -> Steps:
     """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
     again."""
-    keys, values = yield from gather(spans[1], k, v)
+    keys, values = yield from gather(rank, spans, k, v, spec)
     chunks = spans[0].layout.chunk_ids(rank)
     dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, given)
-    dk, dv = yield from scatter(spans[1], dk, dv)
+    dk, dv = yield from scatter(rank, spans, dk, dv, spec)
     return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))

@@ -137,6 +137,18 @@ def _plain(spec: Spec, chunks: tuple[int, ...]) -> list[Run]:
     return runs
 
 
+def _edge(spec: Spec) -> int:
+    return min(EDGE, max(spec.rows, 64))
+
+
+def counted(spec: Spec, chunks: tuple[int, ...]) -> tuple[int, int, int]:
+    """(blocks that positions do not rule out, of how many, their edge)."""
+    edge = _edge(spec)
+    runs = _known(spec, chunks, edge)
+    blocks = [-(-(b.k1 - b.k0) // edge) for run in runs for b in run.blocks]
+    return sum(blocks), len(runs) * -(-spec.length // edge), edge
+
+
 @lru_cache(maxsize=256)
 def _known(spec: Spec, chunks: tuple[int, ...], edge: int) -> list[Run]:
     return list(_looked_at(spec, chunks, edge, None))
@@ -205,9 +217,9 @@ class Blocks:
         if not spec.predicate and not (spec.causal and masked) and not spec.fill:
             runs = _plain(spec, self.chunks)
         elif self.given.data is not None:
-            runs = _looked_at(spec, self.chunks, EDGE, _bounds(self.given.data))
+            runs = _looked_at(spec, self.chunks, _edge(spec), _bounds(self.given.data))
         else:
-            runs = _known(spec, self.chunks, EDGE)
+            runs = _known(spec, self.chunks, _edge(spec))
         for run in runs:
             top = self._top(run)
             yield (run if top is None else replace(run, blocks=(self._whole(run),))), top

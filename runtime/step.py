@@ -76,6 +76,10 @@ class Call:
         """Of a sequence."""
         return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
 
+    def met(self, a: Attention) -> tuple[int, list[attn.Span]]:
+        """This rank, and the sequences of queries and keys."""
+        return self.axis.rank, [self.span(a.queries), self.span(a.keys)]
+
     def spec(self, a: Attention) -> attn.Spec:
         sizes = tuple(self.lead(s) for s in a.sizes)
         queries, told = (
@@ -193,7 +197,7 @@ class Exchange:
 
     def _gather(self, a: Attention, values: Values) -> Steps:
         call = self.call
-        return (yield from attn.gather(call.span(a.keys), values[a.k], values[a.v]))
+        return (yield from attn.gather(*call.met(a), values[a.k], values[a.v], call.spec(a)))
 
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
@@ -216,14 +220,14 @@ class Exchange:
             sums.add(a.k, dk)
             sums.add(a.v, dv)
             return {a.q: dq}
-        dk, dv = yield from attn.scatter(call.span(a.keys), dk, dv)
+        dk, dv = yield from attn.scatter(*call.met(a), dk, dv, call.spec(a))
         return {a.q: dq, a.k: dk, a.v: dv}
 
     def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
         call = self.call
         for a, sums in self.sums.items():
-            dk, dv = yield from attn.scatter(call.span(a.keys), sums[a.k], sums[a.v])
+            dk, dv = yield from attn.scatter(*call.met(a), sums[a.k], sums[a.v], call.spec(a))
             total.add(a.k, dk)
             total.add(a.v, dv)
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from tspc.runtime import blocks
+from tspc.runtime import blocks, keys
 
 import tspc
 from tests.models import VOCABULARY
 from tests.widen import Widen
-from tspc.check import Simulated
+from tspc.check import Simulated, simulated_backend
+from tspc.layout import Layout
 
 pytestmark = pytest.mark.slow
 
@@ -197,7 +198,7 @@ def test_rows_without_a_key_are_the_models(
         torch._dynamo.reset()
         with torch.no_grad(), Widen():
             made: list[Simulated] = []
-            compiled = torch.compile(model, backend=tspc.check.simulated_backend(3, made=made))
+            compiled = torch.compile(model, backend=simulated_backend(3, made=made))
             mine, one = compiled(*given), model(*given)
         assert torch.isnan(one).any()
         assert torch.allclose(mine, one, rtol=1e-9, atol=1e-9, equal_nan=True)
@@ -209,3 +210,74 @@ def test_rows_without_a_key_are_the_models(
     safe = mask is window
     assert {a.fill for a in attentions(graph)} == {0.0 if safe else fill}
     assert not squares(graph)
+
+
+def test_a_window_sends_what_it_needs() -> None:
+    """To the next rank the three rows before its own; a chunk that ends inside a rank none."""
+    layout = Layout(4)
+    spec = blocks.Spec(True, 1.0, 4, 15, 0.0, "(k + 3 >= q)")
+    found = keys.needed(layout, spec)
+    assert found is not None
+    assert [[list(r) for r in row] for row in found] == [
+        [[(0, 4, 0)], [], [], []],
+        [[(1, 4, 1)], [(0, 4, 4)], [], []],
+        [[], [(1, 4, 5)], [(0, 4, 8)], []],
+        [[], [], [(1, 4, 9)], [(0, 3, 12)]],
+    ]
+    chunks = blocks.Spec(True, 1.0, 4, 15, 0.0, "((k // 8) == (q // 8))")
+    found = keys.needed(layout, chunks)
+    assert found is not None
+    assert [[len(r) for r in row] for row in found] == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
+    causal = blocks.Spec(True, 1.0, 4, 15, 0.0, "(d0[k] == d0[q])")
+    assert keys.needed(Layout(4, "zigzag"), causal) is None
+
+
+def test_the_plan_tells_predicates_and_blocks() -> None:
+    text = str(tspc.plan(Model(packed, layers=1), inputs(256), ranks=2))
+    (line,) = (x for x in text.splitlines() if x.startswith("attention: "))
+    assert "(q >= k) & (cumsum[k] == cumsum[q]); blocks of 64 by rank: 5 5 of 8" in line
+    text = str(tspc.plan(Model(window, layers=1), inputs(256), ranks=4))
+    assert "(q >= k) & (k + 3 >= q); blocks of 64 by rank: 1 2 2 2 of 4" in text
+    assert "layout contiguous" in text
+
+
+def test_one_graph_for_all_lengths(small_blocks: None) -> None:
+    """A size of the program is part of the predicate."""
+
+    def half(x: Tensor, pad: Tensor) -> Tensor:
+        q, k = positions(x)
+        return (k <= q) | (k < x.shape[2] // 2)
+
+    torch.manual_seed(0)
+    model = Model(half, layers=1).double()
+    made: list[Simulated] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=simulated_backend(3, made=made), dynamic=True)
+    with Widen():
+        for length in (12, 15, 31):
+            mine, one = compiled(*inputs(length)), model(*inputs(length))
+            assert torch.allclose(mine, one, rtol=1e-9, atol=1e-9)
+    (graph,) = made
+    assert {a.predicate for a in attentions(graph)} == {"(((s0 // 2) >= k + 1) | (q >= k))"}
+
+
+def test_data_tells_which_blocks_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of whole blocks: no query's block meets another's."""
+    monkeypatch.setattr(blocks, "EDGE", 128)
+    data = (torch.arange(1024) // 256).view(1, 1, -1)
+    spec = blocks.Spec(True, 1.0, 512, 1024, 0.0, "(d0[k] == d0[q])")
+    given = blocks.Given(data=data)
+    runs = list(blocks.Blocks(spec, given, (1,), data.device).runs())
+    assert [(b.k0, b.k1) for run, _ in runs for b in run.blocks] == [
+        (512, 640),
+        (512, 640),
+        (640, 768),
+        (768, 896),
+        (768, 896),
+        (896, 1024),
+    ]

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from tspc import attended
 from tspc.backend import GRAPHS, Compiled
 from tspc.budget import lines
 from tspc.capture import capture
@@ -239,6 +240,7 @@ def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
                 rows = [int(e.chunk_rows(ranks, sizes)) for e in by_name[n].extents]
                 schedules[n] = choose(by_name[n], ranks, values, rows)
         kept = lines(rewritten.keepings, sizes)
+        kept += attended.lines(rewritten, ranks, sizes)
     told = [str(r) for r in reports(rewritten, sizes or None)]
     return show(rewritten, schedules=schedules, notes=[*kept, *told])
 
