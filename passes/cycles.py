@@ -23,11 +23,13 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
     before: dict[int, set[int]] = defaultdict(set)
     for r in recs:
         for x in r.refs:
-            for source in made.get(x.name, []) if x is not None else []:
-                for to in holders.get(r.index, [r.index]):
-                    if source != to:
-                        after[source].add(to)
-                        before[to].add(source)
+            sources = made.get(x.name, []) if x is not None else []
+            for to in holders.get(r.index, [r.index]):
+                if to in sources:  # it reads what it makes itself
+                    continue
+                for source in sources:
+                    after[source].add(to)
+                    before[to].add(source)
     left = {*after, *before}
     for one, other in (
         (before, after),

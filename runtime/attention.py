@@ -171,15 +171,29 @@ def _kernel_backward(
     if fused:
         dq, dk, dv = _fused_backward(g, q, k, v, out, lse, b, scale)
         return dq, _summed(dk, groups), _summed(dv, groups)
+    dq, dk, dv, _ = _written_out_backward(g, q, k, v, out, lse, b, scale, factors)
+    return dq, _summed(dk, groups), _summed(dv, groups)
+
+
+def _written_out_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    b: _Block,
+    scale: float,
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, of k and v repeated for all heads, and of the scores with the mask added."""
     wide = torch.promote_types(q.dtype, torch.float32)
     g, q, k, v, out = (x.to(wide) for x in (g, q, k, v, out))
     weights = torch.nan_to_num(torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1)), 0.0)
     dv = _dropped(weights, factors).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
-    dw = _dropped(g @ v.transpose(-1, -2), factors)
-    ds = weights * (dw - delta) * scale
-    dk = ds.transpose(-1, -2) @ q
-    return ds @ k, _summed(dk, groups), _summed(dv, groups)
+    ds = weights * (_dropped(g @ v.transpose(-1, -2), factors) - delta)
+    return (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, dv, ds
 
 
 def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
@@ -283,6 +297,27 @@ def attend_backward(
     return dq, dk, dv
 
 
+def attend_backward_with_mask(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chunks: Sequence[int],
+    spec: Spec,
+    mask: Tensor,
+    states: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and the gradient of an additive mask, summed over what it is broadcast along."""
+    ((b,),) = _blocks(spec, chunks, mask, q.device)
+    groups = q.shape[1] // k.shape[1]
+    factors = b.factors(states, spec.dropout, torch.promote_types(q.dtype, torch.float32))
+    pair = _repeated(k, groups), _repeated(v, groups)
+    dq, dk, dv, ds = _written_out_backward(g, q, *pair, out, lse, b, spec.scale, factors)
+    return dq, _summed(dk, groups), _summed(dv, groups), ds.sum_to_size(mask.shape)
+
+
 def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A buffer for both with the sequence first, [n, b, hk, dk + dv], and views of it like k and
     like v."""
@@ -344,12 +379,15 @@ def attention_backward(
     states: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    biased: bool,
     spec: Spec,
 ) -> Steps:
-    """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
-    again."""
+    """Cotangent of the local out -> (dq, dk, dv) of the local rows, and that of the mask if it is
+    `biased`; K and V are gathered again."""
     keys, values = yield from gather(spans[1], k, v)
     chunks = spans[0].layout.chunk_ids(rank)
-    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
+    backward = attend_backward_with_mask if biased else attend_backward
+    dq, dk, dv, *rest = backward(g, q, keys, values, out, lse, chunks, spec, mask, states)
     dk, dv = yield from scatter(spans[1], dk, dv)
-    return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))
+    pairs = zip((dq, dk, dv, *rest), (q, k, v, mask))
+    return [d.to(x.dtype).contiguous() for d, x in pairs]

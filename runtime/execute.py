@@ -222,9 +222,10 @@ def _attention(axis, q, k, v, mask, states, *rest):
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, states, out, lse, *rest):
+def _attention_backward(axis, g, q, k, v, mask, states, out, lse, biased, *rest):
     spans, spec = _attends(axis, *rest[:-1])
-    return attn.attention_backward(axis.rank, spans, g, q, k, v, mask, states, out, lse, spec)
+    saved = (mask, states, out, lse)
+    return attn.attention_backward(axis.rank, spans, g, q, k, v, *saved, biased, spec)
 
 
 @_steps("fold")
