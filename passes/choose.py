@@ -17,7 +17,7 @@ from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
 from tspc.passes.masks import bind
 from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
-from tspc.passes.sequence import attends, sequences
+from tspc.passes.sequence import attends, masks_by_key, sequences
 
 from tspc.body import Extent
 from tspc.counter import ATTENTIONS
@@ -207,10 +207,8 @@ def _why_not(
         why = why or _reads_pieces(a, r, g, leaves, made)
         if why:
             return why
-        if r.node.op in ATTENTIONS:
-            mask = r.refs[3] if len(r.refs) > 3 else None
-            if mask is not None and mask.name not in a.program.replicated:
-                return f"the mask of {r.node.name} is computed from weights"
+        if r.node.op in ATTENTIONS and masks_by_key(a, r, leaves):
+            return f"the mask of {r.node.name} is computed from its keys' tokens"
     return ""
 
 

@@ -41,11 +41,13 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
     before: dict[int, set[int]] = defaultdict(set)
     for r in recs:
         for x in r.refs:
-            for source in sources(x):
-                for to in holders.get(r.index, [r.index]):
-                    if source != to:
-                        after[source].add(to)
-                        before[to].add(source)
+            found = sources(x)
+            for to in holders.get(r.index, [r.index]):
+                if to in found:  # it reads what it makes itself
+                    continue
+                for source in found:
+                    after[source].add(to)
+                    before[to].add(source)
     left = {*after, *before}
     for one, other in (
         (before, after),

@@ -16,7 +16,7 @@ import torch
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
-from tspc.passes.sequence import attends
+from tspc.passes.sequence import attends, masks_by_key
 from tspc.passes.typed import Dims, Fallback, Typed, sequence_of
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
@@ -209,6 +209,8 @@ def _fold(s: _State, n: Node) -> None:
         cut_mask(s, new, fold.dims[old], n.source)
         if old in masks
         else new
+        if _weak(s, new) and n.op == FOLD and not _is_map(s, new, fold.dims[old])
+        else _rows(s, new, fold.dims[old], n.source)
         if _weak(s, new) and n.op == FOLD
         else s.sequence(new, n.source, fold.dims[old])
         for old, new in zip(fold.tokens, n.args[0])
@@ -221,6 +223,21 @@ def _fold(s: _State, n: Node) -> None:
         s.dims[n.name, item] = e.dims
         s.places[n.name, item] = "S"
         s.types[n.name, item] = e.type
+
+
+def _is_map(s: _State, ref: Ref, dims: Dims) -> bool:
+    """It has one element for each pair of tokens: no rank should hold it whole."""
+    leaf = s.leaf_of(dims)
+    others = [s.analysis.F.size(d) for d in dims if d != (leaf,)]
+    made = s.by_name[ref.name].is_call and ref.name in s.analysis.program.replicated
+    return made and leaf is not None and any(f.size in others for f in s.leaves)
+
+
+def _rows(s: _State, ref: Ref, dims: Dims, source: str) -> Ref:
+    """The value cut along the sequence, what makes it too where it is a map."""
+    if s.place(ref) == "R" and _is_map(s, ref, dims):
+        return cut_mask(s, ref, dims, source)
+    return s.sequence(ref, source, dims)
 
 
 def _weak(s: _State, ref: Ref) -> bool:
@@ -257,20 +274,17 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
     elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and _attends(s, record):
-        mask = mask_of(n)
-        if mask is not None and s.types[mask.name, mask.item or 0].requires_grad:
-            _fall_back(s, n, outs, "its mask has a gradient")
-        elif n.op == SINK_ATTENTION:
+        if n.op == SINK_ATTENTION:
             _fall_back(s, n, outs, "its sinks are in no fold")
         elif all(r in cut for r in n.args[:3]):
-            _attention(s, n, outs, operands)
+            _attention(s, n, record, outs, operands)
         else:
             _fall_back(s, n, outs, "its queries are of another sequence")
     elif len(met) > 1:
         _fall_back(s, n, outs, "it meets two sequences")
     elif not kinds:
         renamed = {
-            r: s.sequence(r, n.source, operands[r])
+            r: _rows(s, r, operands[r], n.source)
             if r in cut
             else s.varying(s.replicated(r, n.source), n.source)
             for r in operands
@@ -303,12 +317,17 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
     s.emit(node, outs, "S")
 
 
-def _attention(s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any]) -> None:
+def _attention(
+    s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Any]
+) -> None:
     q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
     renamed = dict(zip(n.args[:3], (q, k, v)))
     mask = mask_of(n)
     if mask is not None:
-        renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
+        if s.carries(operands[mask]) and not masks_by_key(s.analysis, record, s.leaves):
+            renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
+        else:
+            renamed[mask] = s.varying(s.replicated(mask, n.source), n.source)
     rows = n.kwargs.get("rows")
     if rows is not None:
         renamed[rows] = s.replicated(rows, n.source)

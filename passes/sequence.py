@@ -90,6 +90,12 @@ def attends(a: Analysis, r: Record, leaves: Collection[Factor]) -> bool:
     return whole and (q == k or not causal)
 
 
+def masks_by_key(a: Analysis, r: Record, leaves: Collection[Factor]) -> bool:
+    """The mask of an attention is made of values that are cut along the keys."""
+    mask = r.ins[3] if len(r.ins) > 3 else None
+    return bool(mask) and any(f in leaves for f in a.F.leaves(tuple(mask[-1])))
+
+
 def _original(a: Analysis, f: Factor) -> Factor:
     return a.F.find(f.image_of) if f.image_of is not None else f
 

@@ -87,15 +87,29 @@ def _kernel_backward(
     if fused:
         dq, dk, dv = _fused_backward(g, q, k, v, out, lse, b, scale)
         return dq, _summed(dk, groups), _summed(dv, groups)
+    dq, dk, dv, _ = _written_out_backward(g, q, k, v, out, lse, b, scale)
+    return dq, _summed(dk, groups), _summed(dv, groups)
+
+
+def _written_out_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    b: View,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, of k and v repeated for all heads, and of the scores with the mask added."""
     wide = torch.promote_types(q.dtype, torch.float32)
     g, q, k, v, out = (x.to(wide) for x in (g, q, k, v, out))
     weights = torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1))
     dv = _dropped(weights, b.factors).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
     dw = _dropped(g @ v.transpose(-1, -2), b.factors)
-    ds = weights * (dw - delta) * scale
-    dk = ds.transpose(-1, -2) @ q
-    return ds @ k, _summed(dk, groups), _summed(dv, groups)
+    ds = weights * (dw - delta)
+    return (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, dv, ds
 
 
 def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
@@ -184,20 +198,26 @@ def attend_backward(
     chunks: Sequence[int],
     spec: Spec,
     given: Given = _NOTHING,
-) -> tuple[Tensor, Tensor, Tensor]:
+    biased: bool = False,
+) -> tuple[Tensor, ...]:
     """Gradients of q, and of k and v over the whole sequence, from the global out and lse; in fp32
-    or wider."""
+    or wider.
+
+    biased: of the mask too, which is added, summed over what it is broadcast along.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     blocks = Blocks(spec, given, tuple(chunks), q.device)
     runs = list(blocks.runs())
-    if len(runs) == 1 and len(runs[0][0].blocks) == 1 and q.dtype == wide:
+    if len(runs) == 1 and len(runs[0][0].blocks) == 1 and q.dtype == wide and not biased:
         ((run, top),) = runs
         b = run.blocks[0]
         if (b.k0, b.k1) == (0, k.shape[2]):
             view = blocks.view(run, b, top, wide)
             return _kernel_backward(g, q, k, v, out, lse, view, spec.scale)
+    groups = q.shape[1] // k.shape[1]
     dq = torch.zeros_like(q, dtype=wide)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dmask = torch.zeros_like(given.mask, dtype=wide) if biased and given.mask is not None else None
     for run, top in runs:
         at = slice(run.q0, run.q1)
         mine = tuple(x[:, :, at] for x in (g, q))
@@ -206,11 +226,18 @@ def attend_backward(
             keys = slice(b.k0, b.k1)
             pair = (x[:, :, keys] for x in (k, v))
             view = blocks.view(run, b, top, wide)
-            grads = _kernel_backward(*mine, *pair, *done, view, spec.scale)
+            if dmask is None:
+                grads = _kernel_backward(*mine, *pair, *done, view, spec.scale)
+            else:
+                every = (_repeated(x, groups) for x in pair)
+                *grads, ds = _written_out_backward(*mine, *every, *done, view, spec.scale)
+                grads[1:] = (_summed(x, groups) for x in grads[1:])
+                part = b.of(dmask)
+                part += ds.sum_to_size(part.shape)
             dq[:, :, at] += grads[0]
             dk[:, :, keys] += grads[1]
             dv[:, :, keys] += grads[2]
-    return dq, dk, dv
+    return (dq, dk, dv) if dmask is None else (dq, dk, dv, dmask)
 
 
 def attention(
@@ -238,12 +265,15 @@ def attention_backward(
     given: Given,
     out: Tensor,
     lse: Tensor,
+    biased: bool,
     spec: Spec,
 ) -> Steps:
-    """Cotangent of the local out -> (dq, dk, dv) of the local rows; K and V are gathered
-    again."""
+    """Cotangent of the local out -> (dq, dk, dv) of the local rows, and that of the mask if it is
+    `biased`; K and V are gathered again."""
     keys, values = yield from gather(rank, spans, k, v, spec)
     chunks = spans[0].layout.chunk_ids(rank)
-    dq, dk, dv = attend_backward(g, q, keys, values, out, lse, chunks, spec, given)
+    done = (g, q, keys, values, out, lse)
+    dq, dk, dv, *rest = attend_backward(*done, chunks, spec, given, biased)
     dk, dv = yield from scatter(rank, spans, dk, dv, spec)
-    return tuple(d.to(x.dtype).contiguous() for d, x in zip((dq, dk, dv), (q, k, v)))
+    pairs = zip((dq, dk, dv, *rest), (q, k, v, given.mask))
+    return [d.to(x.dtype).contiguous() for d, x in pairs]

@@ -87,6 +87,12 @@ class Block:
     causal: bool = False
     checks: tuple[str, ...] = ()
 
+    def of(self, mask: Tensor) -> Tensor:
+        """Its part of a mask, which may be one row or one column for all."""
+        if mask.shape[-2] != 1:
+            mask = mask[..., self.q0 : self.q1, :]
+        return mask[..., self.k0 : self.k1] if mask.shape[-1] != 1 else mask
+
 
 @dataclass(frozen=True)
 class Run:
@@ -257,11 +263,7 @@ class Blocks:
     def _operand(self, b: Block) -> Tensor | None:
         """The mask tensor on a block."""
         whole = self.given.mask
-        if whole is None:
-            return None
-        if whole.shape[-2] != 1:
-            whole = whole[..., b.q0 : b.q1, :]
-        return whole[..., b.k0 : b.k1] if whole.shape[-1] != 1 else whole
+        return None if whole is None else b.of(whole)
 
     def _total(self, keep: Tensor | None, operand: Tensor | None) -> Tensor:
         """All that is added to the scores, in fp64 if the mask is, else fp32."""

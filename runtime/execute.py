@@ -223,10 +223,10 @@ def _attention(axis, q, k, v, mask, states, data, *rest):
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, states, data, out, lse, *rest):
+def _attention_backward(axis, g, q, k, v, mask, states, data, out, lse, biased, *rest):
     spans, spec = _attends(axis, *rest[:-1])
-    given = attn.Given(mask, states, data)
-    return attn.attention_backward(axis.rank, spans, g, q, k, v, given, out, lse, spec)
+    done = (attn.Given(mask, states, data), out, lse)
+    return attn.attention_backward(axis.rank, spans, g, q, k, v, *done, biased, spec)
 
 
 @_steps("fold")

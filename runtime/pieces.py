@@ -82,9 +82,9 @@ def cotangent_names(body: Body, index: int) -> tuple[str, ...]:
     """What the piece writes that a cotangent may come for."""
     piece = body.steps[index]
     assert isinstance(piece, Piece)
-    wanted = {o.name for o in body.outs if o.differentiable}
+    wanted: set[str | None] = {o.name for o in body.outs if o.differentiable}
     for a in body.attentions:
-        wanted |= {a.q, a.k, a.v}
+        wanted |= {a.q, a.k, a.v, a.mask}
     for later in body.steps[index + 1 :]:
         if isinstance(later, Piece):
             wanted |= set(later.reads)

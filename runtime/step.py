@@ -80,6 +80,10 @@ class Call:
         """This rank, and the sequences of queries and keys."""
         return self.axis.rank, [self.span(a.queries), self.span(a.keys)]
 
+    def biased(self, a: Attention) -> bool:
+        """The mask is added and wants a gradient."""
+        return a.mask is not None and self.body.values[a.mask].requires_grad
+
     def spec(self, a: Attention) -> attn.Spec:
         sizes = tuple(self.lead(s) for s in a.sizes)
         queries, told = (
@@ -212,16 +216,16 @@ class Exchange:
         keys = self.given.get(a) or (yield from self._gather(a, values))
         chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
         done = values[a.out], values[a.lse]
-        dq, dk, dv = attn.attend_backward(
-            g, values[a.q], *keys, *done, chunks, call.spec(a), given(a, values)
-        )
+        rest = (chunks, call.spec(a), given(a, values), call.biased(a))
+        dq, dk, dv, *more = attn.attend_backward(g, values[a.q], *keys, *done, *rest)
+        own = {a.q: dq, **({a.mask: more[0]} if a.mask and more else {})}
         if a in self.given:
             sums = self.sums.setdefault(a, Sums())
             sums.add(a.k, dk)
             sums.add(a.v, dv)
-            return {a.q: dq}
+            return own
         dk, dv = yield from attn.scatter(*call.met(a), dk, dv, call.spec(a))
-        return {a.q: dq, a.k: dk, a.v: dv}
+        return {**own, a.k: dk, a.v: dv}
 
     def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
@@ -247,8 +251,8 @@ class Resident(Exchange):
         """In order, without pads."""
         return self._ordered(x, a.keys)[:, :, : self.call.lengths[a.keys]]
 
-    def _by_rank(self, x: Tensor, sequence: int) -> Tensor:
-        return self.call.layouts[sequence].by_rank(x, 2, self.call.rows[sequence])
+    def _by_rank(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
+        return self.call.layouts[sequence].by_rank(x, dim, self.call.rows[sequence])
 
     def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], attn.Given]:
         """q, k, v in order, and what says which keys a query sees."""
@@ -275,11 +279,16 @@ class Resident(Exchange):
         done = (self._ordered(x, a.queries) for x in (g, values[a.out], values[a.lse]))
         g, out, lse = done
         spec = self.call.spec(a)
-        grads = attn.attend_backward(g, *qkv, out, lse, self._chunks(a), spec, found)
+        rest = (self._chunks(a), spec, found, self.call.biased(a))
+        grads = attn.attend_backward(g, *qkv, out, lse, *rest)
         missing = values[a.k].shape[2] - self.call.lengths[a.keys]
-        dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:])
+        dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:3])
         made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
-        return {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
+        own = {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
+        for d in grads[3:]:
+            rows = d.dim() - 2
+            own[a.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
+        return own
         yield
 
 

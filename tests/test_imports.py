@@ -20,6 +20,7 @@ TOGETHER = {
     "check.py",
     "reference.py",
     "show.py",
+    "attended.py",
     "report.py",
     "origin.py",
     "cli.py",

@@ -257,3 +257,96 @@ class Meeting(nn.Module):
 def test_two_sequences_that_meet() -> None:
     r = run(Meeting(), *words(7, 9), ranks=2)
     assert [f.op.split(".")[1] for f in r.typed.fallbacks] == ["cat"]
+
+
+def distances(x: Tensor) -> Tensor:
+    at = torch.arange(x.shape[1], device=x.device)
+    return (at[None] - at[:, None]).clamp(-3, 3) + 3
+
+
+class Relative(nn.Module):
+    """A table of biases by distance, for each head or (heads = 1) for all."""
+
+    def __init__(self, heads: int = HEADS) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(distances(x)).permute(2, 0, 1)[None]
+
+
+class Slopes(nn.Module):
+    """Learned slopes; the future has no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.rand(HEADS, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        later = at[None] > at[:, None]
+        return (self.slopes * (at[None] - at[:, None])).masked_fill(later, -torch.inf)[None]
+
+
+class OfKeys(nn.Module):
+    """A bias that each token has as a key, computed from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(HIDDEN, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(x).transpose(1, 2)[:, None]
+
+
+class OfQueries(nn.Module):
+    """Biases of a fixed number of heads computed from the queries' tokens, for all keys but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(HIDDEN, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.arange(x.shape[1], device=x.device) == 0
+        return self.score(x).transpose(1, 2)[..., None] * first
+
+
+class Biased(nn.Module):
+    """Two layers of attention with one bias."""
+
+    def __init__(self, bias: nn.Module) -> None:
+        super().__init__()
+        self.words, self.bias, self.layers = nn.Embedding(17, HIDDEN), bias, nn.ModuleList()
+        self.layers.extend(Block() for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        mask = self.bias(x)
+        for m in self.layers:
+            h = m.norm1(x)
+            q, k, v = (w(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in (m.q, m.k, m.v))
+            x = x + m.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return x.pow(2).mean()
+
+
+# bias, ranks, length, options, attentions that are folded
+BIASES = [
+    (Relative, 2, 9, {}, 2),
+    (Relative, 4, 5, {"schedule": "stationary", "layout": "zigzag"}, 2),
+    (Relative, 3, 7, {"schedule": "gather"}, 2),
+    (lambda: Relative(1), 3, 8, {}, 2),
+    (Slopes, 2, 7, {"layout": "zigzag"}, 2),
+    (OfKeys, 3, 8, {}, 0),
+    (OfQueries, 2, 7, {}, 2),
+]
+
+
+@pytest.mark.parametrize(("bias", "ranks", "length", "options", "count"), BIASES)
+def test_biases_with_a_gradient(bias, ranks, length, options, count) -> None:
+    torch.manual_seed(0)
+    r = run(Biased(bias()), *words(length), ranks=ranks, **options)
+    assert not r.typed.fallbacks
+    attentions = [b for b in r.bodies if b.attentions]
+    assert len(attentions) == count, r.choice.refused
+    whole = [n for n in r.typed.program.nodes if n.op == "whole"]
+    assert bool(whole) == (bias is OfKeys)

@@ -52,7 +52,8 @@ LIB.define(
     "embed_backward(Tensor g, Tensor ids, int units, ScalarType dtype, SymInt rows, SymInt length, "
     "str order, str axis) -> Tensor"
 )
-# rows, lengths, orders: of the queries' sequence, and of the keys'
+# rows, lengths, orders: of the queries' sequence, and of the keys'. biased: the mask is added and
+# wants a gradient too
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, Tensor? data, "
     "bool causal, float scale, float dropout, str predicate, SymInt[] sizes, float fill, "
@@ -60,9 +61,9 @@ LIB.define(
 )
 LIB.define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
-    "Tensor? data, Tensor out, Tensor lse, bool causal, float scale, float dropout, "
+    "Tensor? data, Tensor out, Tensor lse, bool biased, bool causal, float scale, float dropout, "
     "str predicate, SymInt[] sizes, float fill, SymInt[] rows, SymInt[] lengths, str[] orders, "
-    "str axis) -> (Tensor, Tensor, Tensor)"
+    "str axis) -> Tensor[]"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves
@@ -174,8 +175,8 @@ def _attention_fake(q, k, v, *_):
 
 
 @_fake("attention_backward")
-def _attention_backward_fake(g, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _attention_backward_fake(g, q, k, v, mask, states, data, out, lse, biased, *_):
+    return [x.new_empty(x.shape) for x in (q, k, v, *([mask] if biased else []))]
 
 
 def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -256,9 +257,10 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
-    grads = torch.ops.tspc.attention_backward(g, *ctx.saved_tensors, *ctx.rest)
-    rest = [[] if r == [] else None for r in ctx.rest]  # as in _fold_grad
-    return (*grads, None, None, None, *rest)
+    biased = ctx.needs_input_grad[3]
+    grads = torch.ops.tspc.attention_backward(g, *ctx.saved_tensors, biased, *ctx.rest)
+    mask = grads[3] if biased else None
+    return (*grads[:3], mask, None, None, *(None for _ in ctx.rest))
 
 
 _register("attention", _attention_setup, _attention_grad)
