@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.exchange import clear, take
+from tspc.runtime.exchange import whole as gathered
 from tspc.runtime.outputs import from_chunks, to_chunks
 from tspc.runtime.requests import Axis
 
@@ -100,3 +101,16 @@ def test_a_range_is_cut_from_the_whole(outputs: str, length: int) -> None:
     (graph,) = found.graphs
     assert len(found.errors["output"]) == 3
     assert len(graph.rewritten.choice.regions) == 1 and not graph.rewritten.typed.fallbacks
+
+
+@pytest.mark.parametrize("ranks,length", [(2, 8), (3, 7)])
+def test_a_whole_value_is_laid_out_as_on_one_device(ranks: int, length: int) -> None:
+    """Without room between its rows where pads were: what comes next may view it flat."""
+    layout = Layout(ranks)
+    rows = int(layout.chunk_rows(length))
+    x = torch.randn(2, length, 3)
+    axes = [Axis("", ranks, r) for r in range(ranks)]
+    local = [take(layout, r, x, 1, 1, rows, length) for r in range(ranks)]
+    steps = [gathered(a, layout, l, 1, 1, rows, length) for a, l in zip(axes, local)]
+    for mine in lockstep(steps):
+        assert torch.equal(mine.view(-1), x.view(-1))
