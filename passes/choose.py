@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,8 +120,11 @@ def _outgrown(
         if other.leaks or other.phases > 1 or not other.exits or size % ranks or len(instead) > 1:
             continue
         for key, g in instead.items():
-            small = int(g.factor.size) < ranks and g.elements <= 2 * other.elements
-            if small and not why_not(other, regions):
+            small = int(g.factor.size) < ranks and other.ops <= g.ops
+            small = small and g.elements <= 2 * other.elements
+            kept = [x for x in regions.chosen if x is not g]
+            kept += [x for x, _ in regions.rejected if x.factor is other.factor]
+            if small and not why_not(other, replace(regions, chosen=kept)):
                 out[key] = g
     return list(out.values())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tspc.passes.pipeline import Rewritten
 
 import tspc
+from examples.llama_like import LlamaLike
 from tspc.program import APART
 
 VOCABULARY, WIDTH, HEADS, DIM = 23, 12, 5, 4
@@ -122,3 +123,18 @@ def test_experts_of_a_cut_sequence(ranks: int) -> None:
     assert not rewritten.typed.fallbacks and not rewritten.analysis.fallbacks
     kinds = {n: s.kind for n, s in rewritten.choice.storages.items()}
     assert kinds["up"] == kinds["down"] == "gather"
+
+
+@pytest.mark.parametrize("heads,kv_heads,ranks", [(8, 2, 4), (6, 2, 3)])
+def test_key_heads_fewer_than_ranks(heads: int, kv_heads: int, ranks: int) -> None:
+    """The queries of each K/V head are cut in their stead: no rank holds a pad, and K and V are
+    exchanged once."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 256, (2, 13))
+    model = LlamaLike(layers=1, heads=heads, kv_heads=kv_heads).double()
+    found = tspc.verify(model, (tokens, tokens), {}, ranks, {}, 1e-9)
+    rewritten = found.graphs[0].rewritten
+    (fold,) = (n for n in rewritten.folds if n.kwargs["body"].attentions)
+    assert fold.kwargs["fold"].size == fold.kwargs["fold"].units * ranks == heads // kv_heads
+    (attention,) = fold.kwargs["body"].attentions
+    assert {attention.k, attention.v} <= {t.name for t in fold.kwargs["body"].tokens}
