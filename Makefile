@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules mutants scripts wide clean
+.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ rules: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
+
+graphs: $(READY)
+	$(BIN)/python -m pytest tests/test_graphs.py --graphs 200 -n $(JOBS) --dist worksteal
 
 scripts: $(READY)
 	$(BIN)/python -m pytest tests/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal

@@ -197,7 +197,7 @@ def _why_not(
     for i in g.ops:
         r = a.records[i]
         for k, dims in enumerate(r.outs):
-            view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, users, a)
+            view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, a)
             if (
                 not r.carried_out[k].intersection(leaves)
                 and not view
@@ -278,14 +278,13 @@ def _apart(a: Analysis, dims: Sequence[Any], f: Factor) -> bool:
     return len(hit) == 1 and hit[0].count(f) == 1 and all(const(x.size) for x in hit[0])
 
 
-def _of_weight(r: Record, params: Mapping[str, Node], users: object, a: Analysis) -> bool:
+def _of_weight(r: Record, params: Mapping[str, Node], a: Analysis) -> bool:
     """The op is a view or cast of a weight."""
     ref = r.refs[0]
-    producers = {x.node.name: x for x in a.records}
-    while ref is not None and ref.name in producers:
-        if not is_view(producers[ref.name].node.op):
+    while ref is not None and ref.name in a.makers:
+        if not is_view(a.makers[ref.name].node.op):
             return False
-        ref = producers[ref.name].refs[0]
+        ref = a.makers[ref.name].refs[0]
     return ref is not None and ref.name in params
 
 
