@@ -363,7 +363,7 @@ CASES: dict[Callable[[], nn.Module], tuple[set[str], set[str]]] = {
     Encoder: ({"attention", "mlp", "head"}, set()),
     Pooled: ({"attention", "mlp"}, set()),
     FirstToken: ({"attention", "mlp"}, set()),
-    CrossAttention: ({"attention", "mlp"}, {"scaled_dot_product_attention"}),
+    CrossAttention: ({"attention", "mlp", "own", "cross", "last", "head"}, set()),
 }
 LENGTHS: dict[object, tuple[int, ...]] = {CrossAttention: (9, 13)}
 
