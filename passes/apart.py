@@ -45,5 +45,7 @@ def _first_units(fold: Fold, ref: Ref, x: torch.Tensor, sizes: Sizes) -> torch.T
     for k, d in enumerate(fold.dims[ref]):
         if fold.factor in sizes.factors.leaves(d):
             at = indices(sizes.factors, d, fold.factor, range(fold.units))
-            x = x.index_select(k, torch.tensor(at, device=x.device))
+            starts = [i for i, a in enumerate(at) if not i or at[i - 1] != a - 1]
+            runs = [x.narrow(k, at[i], j - i) for i, j in zip(starts, (*starts[1:], len(at)))]
+            x = torch.cat(runs, k)  # no table: a constant would keep the graph out of caches
     return x
