@@ -92,7 +92,9 @@ _language(
     "gemma3",
     "Gemma3TextConfig",
     "Gemma3ForCausalLM",
-    lambda: _grouped(sliding_window=7, layer_types=["sliding_attention", "full_attention"]),
+    lambda: _grouped(
+        sliding_window=7, layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2)
+    ),
 )
 _causal("gpt_neox", "GPTNeoX", lambda: _base(hidden_dropout=0.0, attention_dropout=0.0))
 _causal("phi", "Phi", lambda: _base(num_key_value_heads=HEADS, resid_pdrop=0.0))
@@ -146,7 +148,7 @@ _causal(
     lambda: _grouped(
         num_local_experts=4,
         sliding_window=7,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
         **EXPERTS,
     ),
 )
