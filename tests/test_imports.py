@@ -19,6 +19,7 @@ TOGETHER = {
     "api.py",
     "check.py",
     "reference.py",
+    "attended.py",
     "show.py",
     "cli.py",
 }
