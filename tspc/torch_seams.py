@@ -15,9 +15,17 @@ from torch._decomp import decomposition_table
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import predispatch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tspc.errors import ShardedParameterError
+
+FLEX = torch.ops.higher_order.flex_attention
+NESTING = {  # the functions that open and close a loop of vmap in a Dynamo graph
+    predispatch._vmap_increment_nesting: "open",
+    predispatch._vmap_decrement_nesting: "close",
+    predispatch.lazy_load_decompositions: "prepare",
+}
 
 
 class RestartTrace(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):

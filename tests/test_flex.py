@@ -1,0 +1,112 @@
+"""FlexAttention: its mask functions become predicates, what it adds to the scores stays added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as flex
+
+import tspc
+from tests.test_predicates import Model, attentions, inputs, squares
+from tests.widen import Widen
+from tspc.check import Simulated, simulated_backend
+
+Tensor = torch.Tensor
+
+
+class Flex(Model):
+    """The mask function of a batch; `score` modifies the scores."""
+
+    def __init__(self, mod: Callable[..., Any] | None, score: Callable[..., Tensor] | None = None):
+        super().__init__(lambda x, pad: pad, layers=1)
+        self.mod, self.score = mod, score
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        block = None
+        if self.mod is not None:
+            n = q.shape[2]
+            block = flex.create_block_mask(self.mod(mask), q.shape[0], None, n, n, device="cpu")
+        return flex.flex_attention(q, k, v, score_mod=self.score, block_mask=block)
+
+
+class Plain(Flex):
+    """The same with tensors over queries and keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        at = [
+            torch.arange(n).view([-1 if d == e else 1 for e in range(4)])
+            for d, n in enumerate((*q.shape[:3], q.shape[2]))
+        ]
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = self.score(scores, *at) if self.score is not None else scores
+        if self.mod is not None:
+            scores = scores.masked_fill(~self.mod(mask)(*at), -torch.inf)
+        return torch.nan_to_num(torch.softmax(scores, -1)) @ v
+
+
+def window(pad: Tensor) -> Any:
+    return lambda b, h, q, k: (q >= k) & (q - k < 4)
+
+
+def packed(pad: Tensor) -> Any:
+    document = (pad == 0).cumsum(-1)
+    return lambda b, h, q, k: (q >= k) & (document[b, q] == document[b, k])
+
+
+def far(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return s - (q - k).abs() * (h + 1)
+
+
+def capped(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(s / 2) * 2
+
+
+@pytest.mark.parametrize(
+    "mod,score,text",
+    [
+        (window, None, "(k + 3 >= q)"),
+        (packed, None, "(d0[k] == d0[q])"),
+        (None, None, ""),
+        (window, far, None),
+        (packed, capped, None),
+    ],
+)
+def test_equals_one_device(
+    mod: Any, score: Any, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward of one device; no CPU has its backward, but that of the same in tensors."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    torch.manual_seed(0)
+    mine, plain = Flex(mod, score).double(), Plain(mod, score).double()
+    plain.load_state_dict(mine.state_dict())
+    made: list[Simulated] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(mine, backend=simulated_backend(3, made=made))
+    with Widen():
+        got, expected = compiled(*inputs()), plain(*inputs())
+    with torch.no_grad():
+        torch.testing.assert_close(got.detach(), mine(*inputs()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    got.square().mean().backward()
+    expected.square().mean().backward()
+    for (n, p), q in zip(mine.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=n: n + m)
+    if text is not None:
+        (graph,) = (g for g in made if g.rewritten.folds)
+        assert {a.predicate for a in attentions(graph)} == {text} and not squares(graph)
+
+
+def test_its_log_sum_exp_is_refused() -> None:
+    class Both(Flex):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            out, lse = flex.flex_attention(q, k, v, return_lse=True)
+            return out * lse.unsqueeze(-1)
+
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match="log-sum-exp is used"),
+    ):
+        tspc.verify(Both(None), inputs(), {}, 2)

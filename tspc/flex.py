@@ -1,0 +1,142 @@
+"""FlexAttention in a Dynamo graph becomes attention with a mask over queries and keys, of which the
+passes make a predicate; what only made its block mask goes.
+
+In: the graph module. Out: one without the higher-order op. A modification that adds to the score
+becomes an added mask; any other is written out as products and a softmax.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tspc.errors import UnsupportedError
+from tspc.torch_seams import FLEX, NESTING
+
+Tensor = torch.Tensor
+ADDS = {operator.add, operator.iadd, torch.add, "add", "__add__", "__radd__"}
+
+
+def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Raises `UnsupportedError` where the log-sum-exp of FlexAttention is used."""
+    if not any(n.target is FLEX for n in gm.graph.nodes):
+        return gm
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    gm = torch.fx.GraphModule(gm, graph)
+    if reason is not None:
+        object.__setattr__(gm, "compile_subgraph_reason", reason)
+    found = [n for n in gm.graph.nodes if n.target is FLEX]
+    masks: set[torch.fx.Node] = set()
+    for n in found:
+        q, k, v, score, block_mask, scale, _, buffers, mask_buffers = n.args
+        if any(u.target is not operator.getitem or u.args[1] for u in n.users):
+            raise UnsupportedError(
+                "FlexAttention: its log-sum-exp is used, which the ranks do not share; call "
+                "flex_attention without return_lse or return_aux"
+            )
+        *blocks, mask = block_mask
+        args = (q, k, v, score, mask, scale, buffers, mask_buffers)
+        with gm.graph.inserting_before(n):
+            made = gm.graph.call_function(attend, args)
+        made.meta = dict(n.meta)
+        for user in list(n.users):
+            user.replace_all_uses_with(made)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(n)
+        masks |= {b for b in blocks if isinstance(b, torch.fx.Node)}
+    _prune(gm.graph, masks)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _prune(graph: torch.fx.Graph, masks: set[torch.fx.Node]) -> None:
+    """Erase what nothing but these values needed, and then the loops of vmap with nothing in."""
+    behind, todo = set(masks), list(masks)
+    while todo:
+        n = todo.pop()
+        writes = [u for u in n.users if u.target is operator.setitem and u.args[0] is n]
+        more = [x for x in (*n.all_input_nodes, *writes) if x not in behind]
+        behind.update(more)
+        todo += more
+    for n in reversed(list(graph.nodes)):
+        if n.op in ("placeholder", "output") or n.users or n.target in NESTING:
+            continue
+        if n in behind or not n.is_impure():
+            graph.erase_node(n)
+    opened: list[tuple[torch.fx.Node, int]] = []
+    inside = 0
+    for n in list(graph.nodes):
+        kind = NESTING.get(n.target) if n.op == "call_function" else None
+        if kind == "open":
+            opened.append((n, inside))
+        elif kind == "close":
+            start, before = opened.pop()
+            if inside == before:
+                graph.erase_node(n)
+                graph.erase_node(start)
+        elif kind is None:
+            inside += 1
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_mod: torch.fx.GraphModule,
+    mask_mod: Callable[..., Tensor],
+    scale: float,
+    score_buffers: Sequence[Any],
+    mask_buffers: Sequence[Any],
+) -> Tensor:
+    """What FlexAttention computes; zeros for a query without a key."""
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    at = [
+        torch.arange(n, device=q.device).view([n if d == e else 1 for e in range(4)])
+        for d, n in enumerate(sizes)
+    ]
+    keep = mask_mod(*at, *mask_buffers)
+    kind, grouped = _kind(score_mod), q.shape[1] != k.shape[1]
+    if kind != "other":
+        mask = keep
+        if kind == "adds":
+            zero = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
+            bias = score_mod(zero, *at, *score_buffers)
+            mask = bias.masked_fill(~keep, -torch.inf)
+        mask = mask.expand([*torch.broadcast_shapes(mask.shape, (1, 1, *sizes[2:]))])
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = score_mod((q @ k.transpose(-1, -2)) * scale, *at, *score_buffers)
+    seen = keep.any(-1, keepdim=True)
+    hidden = torch.where(seen, -torch.inf, 0.0).to(scores.dtype)
+    weights = torch.softmax(torch.where(keep, scores, hidden), -1)
+    return torch.where(seen, weights, 0.0).to(v.dtype) @ v
+
+
+def _kind(score_mod: torch.fx.GraphModule) -> str:
+    """ "same", "adds" where something is added to the score that does not depend on it, "other"."""
+    score = next(iter(score_mod.graph.nodes))
+    (output,) = score_mod.graph.find_nodes(op="output")
+    n = output.args[0]
+    n = n[0] if isinstance(n, (tuple, list)) else n
+    kind = "same"
+    while n is not score:
+        minus = n.target in (operator.sub, torch.sub, "sub", "__sub__")
+        if n.target not in ADDS and not minus:
+            return "other"
+        on = [a for a in n.args if isinstance(a, torch.fx.Node) and _depends(a, score)]
+        if len(on) != 1 or n.kwargs or (minus and n.args[0] is not on[0]):
+            return "other"
+        n, kind = on[0], "adds"
+    return kind
+
+
+def _depends(n: torch.fx.Node, on: torch.fx.Node) -> bool:
+    return n is on or any(_depends(x, on) for x in n.all_input_nodes)
