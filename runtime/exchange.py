@@ -88,7 +88,7 @@ def whole(
     joined = join(handle.wait(), dim, lead)
     count = axis.size * layout.chunks * rows
     parts = layout.whole(_split(joined, dim, lead, count), 1, rows, length)
-    return parts.reshape(_shape(joined, dim, count, length))
+    return parts.reshape(_shape(joined, dim, count, length)).contiguous()
 
 
 def summing(dtype: torch.dtype, reduce: torch.dtype | None = None) -> torch.dtype:
