@@ -84,7 +84,7 @@ def cotangent_names(body: Body, index: int) -> tuple[str, ...]:
     assert isinstance(piece, Piece)
     wanted = {o.name for o in body.outs if o.differentiable}
     for a in body.attentions:
-        wanted |= {a.q, a.k, a.v}
+        wanted |= {a.q, a.k, a.v} | ({a.sinks} if a.sinks else set())
     for later in body.steps[index + 1 :]:
         if isinstance(later, Piece):
             wanted |= set(later.reads)
