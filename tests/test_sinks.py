@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tspc.runtime.pieces import cotangent_names
 
 import tspc
 from tests.models import VOCABULARY
@@ -79,6 +80,9 @@ def test_equals_one_device(attend: Attend, ranks: int, schedule: str) -> None:
     (fold,) = graph.rewritten.folds
     (attention,) = fold.kwargs["body"].attentions
     assert attention.sinks and not graph.rewritten.typed.fallbacks
+    body = fold.kwargs["body"]
+    made = [i for i, s in enumerate(body.steps) if attention.sinks in getattr(s, "writes", ())]
+    assert all(attention.sinks in cotangent_names(body, i) for i in made) and made
 
 
 def first_column(scores: Tensor, sinks: Tensor, v: Tensor) -> Tensor:
