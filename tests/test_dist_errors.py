@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import tspc
 from tests.models import make, tokens_of
-from tests.test_errors import Sorted
+from tests.test_errors import Renormed
 
 pytestmark = pytest.mark.dist
 EAGER = {"compiler": "eager"}
@@ -131,12 +131,12 @@ def test_a_mesh_or_plan_that_does_not_fit(world: Any) -> None:
 
 
 def strict() -> str:
-    fn = torch.compile(Sorted(), backend="tsp", options={**EAGER, "strict": True})
+    fn = torch.compile(Renormed(), backend="tsp", options={**EAGER, "strict": True})
     return _told(lambda: fn(tokens_of(8) % 32))
 
 
 def test_strict_makes_an_op_without_a_rule_an_error(world: Any) -> None:
-    pattern = r"test_errors.py:\d+: aten.sort.* has no rule .*strict=False"
+    pattern = r"test_errors.py:\d+: aten.renorm.* has no rule .*strict=False"
     _match(world(2).run(strict), pattern)
 
 
@@ -153,7 +153,7 @@ def warned() -> tuple[list[str], str]:
     """The lines logged in the first call, and what is explained."""
     lines = _Lines()
     logging.getLogger("tspc").addHandler(lines)
-    fn = torch.compile(Sorted(), backend="tsp", options=EAGER)
+    fn = torch.compile(Renormed(), backend="tsp", options=EAGER)
     fn(tokens_of(8) % 32)
     logging.getLogger("tspc").removeHandler(lines)
     return lines.lines, tspc.explain(fn)
@@ -161,8 +161,8 @@ def warned() -> tuple[list[str], str]:
 
 def test_an_op_without_a_rule_is_warned_of_once(world: Any) -> None:
     told = world(2).run(warned)
-    about = [l for lines, _ in told for l in lines if "aten.sort" in l]
+    about = [l for lines, _ in told for l in lines if "aten.renorm" in l]
     assert len(about) == 1, about
-    assert re.search(r"test_errors.py:\d+: aten.sort.* has no rule and runs replicated", about[0])
+    assert re.search(r"test_errors.py:\d+: aten.renorm.* has no rule and runs replicated", about[0])
     for _, text in told:
-        assert re.search(r"test_errors.py:\d+: aten.sort.* has no rule", text), text
+        assert re.search(r"test_errors.py:\d+: aten.renorm.* has no rule", text), text
