@@ -1,8 +1,9 @@
 """Find attention that is written out as products and a softmax, and make it one op.
 
-In: a normalized program. Out: the same where softmax(scale * q kᵀ + mask) v, of which nothing else
-reads what is between, is `scaled_dot_product_attention`. The mask is what is added or filled in,
-if it is made of no weight and no float input. Rows without a key stay what the model makes of them.
+In: a normalized program. Out: the same where softmax(f(scale * q kᵀ) + mask) v, of which nothing
+else reads what is between, is `scaled_dot_product_attention` or `tspc.masked`'s op. f: pointwise ops
+with constants, as a soft cap. The mask is what is added or filled in, if it is made of no weight and
+no float input. Rows without a key stay what the model makes of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tspc.passes.masks import ABSORBS, Known, expressions, known
 from tspc.index import negate
 from tspc.masked import MASKED_ATTENTION
 from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
+from tspc.score import SCORE, applied
 from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
@@ -32,11 +34,12 @@ WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.wh
 
 @dataclass
 class _Scores:
-    """scale * q kᵀ + terms; q [*lead, queries, d], k [*lead, keys, d]."""
+    """score(scale * q kᵀ) + terms; q [*lead, queries, d], k [*lead, keys, d]."""
 
     q: Ref
     k: Ref
     scale: float
+    score: str = ""
     terms: list[Ref] = field(default_factory=list)
 
 
@@ -92,17 +95,16 @@ class _Finder:
         kinds = {self._type(x).dtype for x in (q, k, v)}
         if len(kinds) != 1:
             return None
-        mask = self._mask(scores.terms, self._type(q).dtype)
-        if mask is not None and not heads and len(self._type(mask).shape) == 3:
-            m = self._type(mask)
-            shape = (m.shape[0], 1, *m.shape[1:])
-            mask = self._emit(aten.unsqueeze.default, (mask, 1), shape, m.dtype)
+        mask = self._mask(scores.terms, self._type(q).dtype, 0 if heads else 1)
         shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
-        args, given = (q, k, v, mask, dropout, False), {"scale": scores.scale}
+        args: tuple[Any, ...] = (q, k, v, mask, dropout, False)
+        given: dict[str, Any] = {"scale": scores.scale}
         op = SDPA
+        if scores.score:
+            given["score"] = scores.score
         if sinks is not None:
             op, args = SINK_ATTENTION, (*args, sinks)
-        elif mask is not None:
+        elif mask is not None or scores.score:
             op, given = MASKED_ATTENTION, {**given, "fill": -math.inf}
         out = self._emit(op, args, shape, kinds.pop(), given)
         out = to_out(self._led(out, self._type(values).shape[:-2]))
@@ -210,6 +212,7 @@ class _Finder:
         """Back from the softmax to the product of queries and keys."""
         lead = self._type(r).shape[:-2]
         scale, terms, node = 1.0, [], self._inner(r)
+        steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []  # the last one first
         while node is not None and node.op not in PRODUCTS:
             x, step = node.args[0], node.op
             if step in CASTS or (step in VIEWS and self._keeps_rows(node)):
@@ -219,29 +222,37 @@ class _Finder:
                 if number is None:
                     return None
                 scale *= number if step in (aten.mul.Tensor, aten.mul.Scalar) else 1 / number
-            elif step in (aten.add.Tensor, aten.sub.Tensor):
+            elif step in (aten.add.Tensor, aten.sub.Tensor) and isinstance(node.args[1], Ref):
                 sign = -1.0 if step == aten.sub.Tensor else 1.0
                 x, m = node.args[:2]
-                if sign > 0 and self._is_mask(x):
+                if sign > 0 and not self._leads(x):
                     x, m = m, x
-                if not self._is_mask(m) or node.kwargs.get("alpha", 1) != 1:
+                if steps or len(self._type(m).shape) > 4 or node.kwargs.get("alpha", 1) != 1:
                     return None
                 terms.append(self._term(self._times(m, sign * scale), node, lead))
             elif step in FILLS or step in WHERE:
                 filled = self._fill(node)
-                if filled is None:
+                if steps or filled is None:
                     return None
                 x, term = filled
                 terms.append(self._term(term, node, lead))
             else:
-                return None
+                if scale != 1:
+                    steps.append(("mul", (x, scale), {}))
+                    scale = 1.0
+                steps.append((step._schema.name.removeprefix("aten::"), node.args, node.kwargs))
             if isinstance(x, Ref) and self._type(x).shape[-2:] != node.type.shape[-2:]:
                 return None  # broadcast here
             node = self._inner(x)
         if node is None or scale <= 0:
             return None
         pair = self._queries_and_keys(node)
-        return None if pair is None else _Scores(*pair, scale, terms)
+        text: str | None = SCORE
+        for packet, args, kwargs in reversed(steps):
+            text = applied(packet, (text, *args[1:]), kwargs) if text is not None else None
+        if pair is None or text is None:
+            return None
+        return _Scores(*pair, scale, text if steps else "", terms)
 
     def _term(self, m: Ref, at: Node, lead: Sequence[Any]) -> Ref:
         """What is added to scores of other leading dims than in the end, over those."""
@@ -277,6 +288,13 @@ class _Finder:
         if node is not None and node.op == aten.full.default and not node.type.shape:
             return self._number(node.args[1])
         return None
+
+    def _leads(self, x: Any) -> bool:
+        """A product of queries and keys is behind it, through values of one use."""
+        node = self._inner(x)
+        if node is None or node.name in self.replicated:
+            return False
+        return node.op in PRODUCTS or any(map(self._leads, node.refs()))
 
     def _is_mask(self, x: Any) -> bool:
         return isinstance(x, Ref) and x.name in self.replicated and len(self._type(x).shape) <= 4
@@ -353,12 +371,15 @@ class _Finder:
         t = self._type(x)
         return self._emit(aten.mul.Scalar, (x, factor), t.shape, t.dtype)
 
-    def _mask(self, terms: list[Ref], dtype: torch.dtype) -> Ref | None:
-        """The sum of what is added to the scores."""
+    def _mask(self, terms: list[Ref], dtype: torch.dtype, at: int) -> Ref | None:
+        """The sum of what is added to the scores; at: where three dims lack a fourth."""
         total: Ref | None = None
         for m in reversed(terms):
             if self._type(m).dtype != dtype:
                 m = self._emit(aten.to.dtype, (m, dtype), self._type(m).shape, dtype)
+            if len(shape := self._type(m).shape) == 3:
+                shape = (*shape[:at], 1, *shape[at:])
+                m = self._emit(aten.unsqueeze.default, (m, at), shape, dtype)
             if total is None:
                 total = m
                 continue

@@ -194,13 +194,15 @@ def _why_not(
         for r in users.get(w, []):
             if r.index not in same and not (rows and r.node.name in lookups):
                 return f"{w} is also used by {r.node.name}"
-    for i in g.ops:
+    of_weights = {*params, *a.program.replicated}  # made of nothing else: the same for all tokens
+    for i in sorted(g.ops):
         r = a.records[i]
+        if r.node.op != OUTPUT and all(x is None or x.name in of_weights for x in r.refs):
+            of_weights.add(r.node.name)
         for k, dims in enumerate(r.outs):
-            view = r.node.op != OUTPUT and is_view(r.node.op) and _of_weight(r, params, a)
             if (
                 not r.carried_out[k].intersection(leaves)
-                and not view
+                and r.node.name not in of_weights
                 and r.node.types[k] is not None
             ):
                 return f"{r.node.name} has no sequence"

@@ -144,7 +144,7 @@ def _attention(d: _Drawer) -> None:
         "states", tspc.query_states.default, (q, *d.state(shape)), Type(shape, torch.int64)
     )
     args = (q, a["key"], a["value"], a["attn_mask"], a["dropout_p"], a["is_causal"], states)
-    names = ("rows", "predicate", "sizes", "fill", "scale", "enable_gqa")
+    names = ("rows", "predicate", "sizes", "fill", "score", "scale", "enable_gqa")
     kwargs = {n: a[n] for n in names if n in a}
     d.emit("", tspc.dropout_attention.default, args, d.node.type, **kwargs)
 

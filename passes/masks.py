@@ -155,7 +155,7 @@ class _Recogniser:
         both = Known(sympy.And(*(k.predicate for k in parts.known)))
         sunk = n.op == SINK_ATTENTION  # beside a sink nothing of a fill is left
         fill = 0.0 if sunk else self.fill(parts, both, bound.get("fill", 0.0))
-        if fill is None or (rest is not None and self.types[rest].requires_grad):
+        if fill is None:
             return n
         return self.carried(n, bound, both.predicate, rest, fill) or n
 
@@ -196,11 +196,13 @@ class _Recogniser:
                 return None
             text, rows, sizes = told
         given = {"scale": bound["scale"], "enable_gqa": bound["enable_gqa"]}
+        if score := bound.get("score"):
+            given["score"] = score
         args = (*n.args[:3], mask, bound["dropout_p"], is_causal, *n.args[6:])
         if n.op == SINK_ATTENTION:
             more = {"rows": rows, "predicate": text, "sizes": sizes}
             return replace(n, args=args, kwargs={**more, **given})
-        if text or fill or (is_causal and mask is not None):
+        if text or fill or score or (is_causal and mask is not None):
             more = {"rows": rows, "predicate": text, "sizes": sizes, "fill": fill}
             return replace(n, op=MASKED_ATTENTION, args=args, kwargs={**more, **given})
         return replace(n, op=SDPA, args=args, kwargs=given)

@@ -88,6 +88,8 @@ def normalize(program: Program) -> Program:
             n = _scaled(b, n)
         if n.op == SDPA and len(n.type.shape) == 3:
             n = _with_a_head(b, n)
+        if n.op == SDPA and len(n.args) > 3 and n.args[3] is not None:
+            n = _with_a_batch(b, n)
         if n.op in SHAPE_ONLY:
             n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
@@ -226,15 +228,24 @@ def _with_a_head(b: _Builder, n: Node) -> Node:
     args = list(n.args)
     for k in range(min(len(args), 4)):
         if args[k] is not None and len(b.type(args[k]).shape) == 3:
-            args[k] = b.add(_unsqueezed(f"{n.name}.{k}", args[k], b.type(args[k]), n))
+            args[k] = b.add(_unsqueezed(f"{n.name}.{k}", args[k], b.type(args[k]), n, 1))
     t = replace(n.type, shape=(n.type.shape[0], 1, *n.type.shape[1:]))
     made = b.add(Node(f"{n.name}.head", n.op, tuple(args), n.kwargs, (t,), n.source))
     return replace(n, op=aten.squeeze.dim, args=(made, 1), kwargs={})
 
 
-def _unsqueezed(name: str, x: Ref, t: Type, n: Node) -> Node:
-    shape = (t.shape[0], 1, *t.shape[1:])
-    return Node(name, aten.unsqueeze.default, (x, 1), {}, (replace(t, shape=shape),), n.source)
+def _with_a_batch(b: _Builder, n: Node) -> Node:
+    """Attention under a mask over heads, queries and keys: the same for every batch entry."""
+    mask = n.args[3]
+    if len(b.type(mask).shape) != 3 or len(n.type.shape) != 4:
+        return n
+    mask = b.add(_unsqueezed(f"{n.name}.mask", mask, b.type(mask), n, 0))
+    return replace(n, args=(*n.args[:3], mask, *n.args[4:]))
+
+
+def _unsqueezed(name: str, x: Ref, t: Type, n: Node, dim: int) -> Node:
+    shape = (*t.shape[:dim], 1, *t.shape[dim:])
+    return Node(name, aten.unsqueeze.default, (x, dim), {}, (replace(t, shape=shape),), n.source)
 
 
 def _on_a_placeholder(b: _Builder, n: Node) -> Node:

@@ -282,5 +282,6 @@ def _attention(
         bound.get("predicate", ""),
         tuple(bound.get("sizes", ())),
         float(bound.get("fill", 0.0)),
+        bound.get("score", ""),
         names[sinks] if sinks is not None else None,
     )

@@ -16,6 +16,8 @@ from tspc.runtime.blocks import Blocks, Given, Span, Spec, View
 from tspc.runtime.keys import gather, scatter
 from tspc.runtime.requests import Steps
 
+from tspc.score import modified, pulled_back
+
 __all__ = ["Given", "Span", "Spec", "attend", "attend_backward", "gather", "scatter"]
 
 aten = torch.ops.aten
@@ -63,14 +65,14 @@ def _fused_backward(
 def _kernel(q: Tensor, k: Tensor, v: Tensor, b: View, scale: float) -> tuple[Tensor, Tensor]:
     """K and V may have fewer heads than q. A query that sees none of the keys has -inf."""
     groups = q.shape[1] // k.shape[1]
-    if b.factors is None and b.top is None and _is_fused(q, v):
+    if b.is_plain and _is_fused(q, v):
         if groups > 1 and not _takes_groups():
             k, v = _repeated(k, groups), _repeated(v, groups)
         out, lse = _fused(q, k, v, b, scale)
         return out, lse if b.mask is None else lse.masked_fill(_sees_none(b.mask), -torch.inf)
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, _repeated(k, groups), _repeated(v, groups)))
-    scores = _scores(q, k, b, scale)
+    scores = _masked(modified(b.score, _scores(q, k, scale)), b)
     lse = torch.logsumexp(scores, -1)
     weights = _dropped(torch.exp(scores - _finite(lse, b.top).unsqueeze(-1)), b.factors)
     return (weights @ v).to(dtype), lse
@@ -80,7 +82,7 @@ def _kernel_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, b: View, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = q.shape[1] // k.shape[1]
-    fused = b.factors is None and b.top is None and _is_fused(q, v)
+    fused = b.is_plain and _is_fused(q, v)
     if fused and (groups == 1 or _takes_groups()):
         return _fused_backward(g, q, k, v, out, lse, b, scale)
     k, v = _repeated(k, groups), _repeated(v, groups)
@@ -104,12 +106,14 @@ def _written_out_backward(
     """Gradients of q, of k and v repeated for all heads, and of the scores with the mask added."""
     wide = torch.promote_types(q.dtype, torch.float32)
     g, q, k, v, out = (x.to(wide) for x in (g, q, k, v, out))
-    weights = torch.exp(_scores(q, k, b, scale) - lse.unsqueeze(-1))
+    scores = _scores(q, k, scale)
+    weights = torch.exp(_masked(modified(b.score, scores), b) - lse.unsqueeze(-1))
     dv = _dropped(weights, b.factors).transpose(-1, -2) @ g
     delta = (g * out).sum(-1, keepdim=True)
     dw = _dropped(g @ v.transpose(-1, -2), b.factors)
     ds = weights * (dw - delta)
-    return (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, dv, ds
+    di = pulled_back(b.score, scores, ds)
+    return (di @ k) * scale, (di.transpose(-1, -2) @ q) * scale, dv, ds
 
 
 def _dropped(x: Tensor, factors: Tensor | None) -> Tensor:
@@ -127,12 +131,15 @@ def _sees_none(mask: Tensor) -> Tensor:
     return ~seen.any(-1)
 
 
-def _scores(q: Tensor, k: Tensor, b: View, scale: float) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)) * scale
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (q @ k.transpose(-1, -2)) * scale
+
+
+def _masked(scores: Tensor, b: View) -> Tensor:
     if b.causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
-    mask = _additive(b.mask, q)
+    mask = _additive(b.mask, scores)
     scores = scores if mask is None else scores + mask
     return scores if b.top is None else scores - b.top.to(scores.dtype)
 

@@ -36,7 +36,7 @@ class Span:
 @dataclass(frozen=True)
 class Spec:
     """What one attention is: the scale, causal or not, the sizes of the queries' layout, with which
-    probability a key is dropped; predicate, sizes and fill as in `tspc.masked`.
+    probability a key is dropped; predicate, sizes, fill and score as in `tspc.masked`.
 
     keys: how many, where they are of another sequence.
     """
@@ -49,6 +49,7 @@ class Spec:
     predicate: str = ""
     sizes: tuple[int, ...] = ()
     fill: float = 0.0
+    score: str = ""
     keys: int | None = None
 
     @property
@@ -109,13 +110,20 @@ class View:
     """What a kernel takes beside queries, keys and values.
 
     factors: zero or 1 / (1 - p) for every weight. top: what is taken off the scores of each query
-    after the mask is added, where they would be lost in it; zero for others.
+    after the mask is added, where they would be lost in it; zero for others. score: what is done to
+    the scores before, as `tspc.score`'s text.
     """
 
     causal: bool = False
     mask: Tensor | None = None
     factors: Tensor | None = None
     top: Tensor | None = None
+    score: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """A fused kernel takes it."""
+        return self.factors is None and self.top is None and not self.score
 
 
 def _segments(spec: Spec, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -245,7 +253,7 @@ class Blocks:
             combined = keep & operand
         else:
             combined = operand.masked_fill(~keep, -torch.inf)
-        return View(b.causal, combined, factors, top)
+        return View(b.causal, combined, factors, top, self.spec.score)
 
     def _whole(self, run: Run) -> Block:
         return Block(run.q0, run.q1, 0, self.spec.count, False, self.spec.texts)

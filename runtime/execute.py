@@ -207,12 +207,12 @@ def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
     return exchange.embed_backward(axis, layout, g, ids, units, dtype, rows, length)
 
 
-def _attends(axis, causal, scale, dropout, predicate, sizes, fill, rows, lengths, orders):
+def _attends(axis, causal, scale, dropout, predicate, sizes, fill, score, rows, lengths, orders):
     """The spans of queries and keys, and what the attention is."""
     spans = [
         attn.Span(Layout(axis.size, order), c, n) for order, c, n in zip(orders, rows, lengths)
     ]
-    told = (predicate, tuple(sizes), fill)
+    told = (predicate, tuple(sizes), fill, score)
     return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, *told, lengths[1])
 
 

@@ -105,7 +105,7 @@ def _needs(spans: Sequence[Span], spec: Spec) -> Needs | None:
     """None where queries and keys are of two sequences: all go to all."""
     if spans[0] != spans[1]:
         return None
-    return needed(spans[1].layout, replace(spec, scale=1.0, dropout=0.0))
+    return needed(spans[1].layout, replace(spec, scale=1.0, dropout=0.0, score=""))
 
 
 @lru_cache(maxsize=256)

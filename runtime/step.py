@@ -88,7 +88,7 @@ class Call:
         sizes = tuple(self.lead(s) for s in a.sizes)
         queries, told = (
             (self.rows[a.queries], self.lengths[a.queries]),
-            (a.predicate, sizes, a.fill),
+            (a.predicate, sizes, a.fill, a.score),
         )
         return attn.Spec(a.causal, a.scale, *queries, a.dropout, *told, self.lengths[a.keys])
 

@@ -94,6 +94,40 @@ def distances(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return F.softmax((q @ k.mT + bias) * 0.25, -1) @ v
 
 
+def capped(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return F.softmax(torch.tanh(q @ k.mT / 5) * 5, -1) @ v
+
+
+def capped_and_masked(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    n = q.shape[2]
+    scores = 3.0 * torch.tanh(q @ k.mT * 0.3 / 3.0)
+    scores = scores + torch.full((n, n), LOWEST).triu(1)
+    scores = scores + (1.0 - pad[:, None, None, :].to(q.dtype)) * LOWEST
+    return m.dropout(F.softmax(scores, -1)) @ v
+
+
+def squashed(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """More than a cap; scaled and masked after it."""
+    n = q.shape[2]
+    scores = 1.0 - torch.sigmoid(q @ k.mT - 0.1).clamp(min=0.2) ** 2
+    keep = torch.ones(n, n, dtype=torch.bool).tril()
+    return F.softmax((scores * 3).masked_fill(~keep, -torch.inf), -1) @ v
+
+
+def learned_bias(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return F.softmax(m.bias + q @ k.mT * 0.3, -1) @ v
+
+
+def relative(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """A learned number for each head and distance, and a mask."""
+    n = q.shape[2]
+    at = torch.arange(n)
+    table = torch.cat([m.bias[:, :, 0], m.bias[:, :, 0] ** 2], 1)
+    bias = table[:, ((at[:, None] - at) > 2).long()]
+    scores = (q @ k.mT * 0.3 + bias).masked_fill(torch.ones(n, n).triu(1) > 0, LOWEST)
+    return F.softmax(scores, -1) @ v
+
+
 CASES: dict[Attend, tuple[bool, bool]] = {
     plain: (False, False),
     nano_gpt: (False, True),
@@ -102,6 +136,11 @@ CASES: dict[Attend, tuple[bool, bool]] = {
     by_letters: (True, False),
     padded: (True, True),
     distances: (False, True),
+    capped: (False, False),
+    capped_and_masked: (True, True),
+    squashed: (True, False),
+    learned_bias: (False, True),
+    relative: (True, True),
 }
 
 
@@ -124,10 +163,6 @@ def weights_too(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tenso
     return weights @ v + weights.mean()
 
 
-def learned_bias(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    return F.softmax(q @ k.mT * 0.3 + m.bias, -1) @ v
-
-
 def shallow_fill(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     """Scores that are replaced by -5 still count."""
     n = q.shape[2]
@@ -135,8 +170,11 @@ def shallow_fill(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tens
     return F.softmax(scores, -1) @ v
 
 
-def capped(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    return F.softmax(torch.tanh(q @ k.mT / 5) * 5, -1) @ v
+def filled_then_capped(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """The mask is not what is added last."""
+    n = q.shape[2]
+    scores = (q @ k.mT).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+    return F.softmax(torch.tanh(scores / 5) * 5, -1) @ v
 
 
 def over_queries(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
@@ -145,7 +183,7 @@ def over_queries(m: Eager, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tens
 
 @pytest.mark.parametrize(
     "attend",
-    [weights_too, learned_bias, shallow_fill, capped, over_queries],
+    [weights_too, shallow_fill, filled_then_capped, over_queries],
     ids=lambda f: f.__name__,
 )
 def test_what_only_looks_like_it_is_right(attend: Attend) -> None:

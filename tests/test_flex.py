@@ -61,7 +61,16 @@ def far(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def capped(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return torch.tanh(s / 2) * 2
+    return 2 * torch.tanh(s / 2)
+
+
+def capped_then_far(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return far(capped(s, b, h, q, k), b, h, q, k)
+
+
+def by_head(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Not of constants alone: written out."""
+    return torch.tanh(s / (h + 1))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +80,9 @@ def capped(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         (packed, None, "(d0[k] == d0[q])"),
         (None, None, ""),
         (window, far, None),
-        (packed, capped, None),
+        (packed, capped, "(d0[k] == d0[q])"),
+        (window, capped_then_far, None),
+        (window, by_head, None),
     ],
 )
 def test_equals_one_device(

@@ -13,6 +13,7 @@ from tspc.passes.masks import bind
 from tspc.passes.pipeline import Rewritten
 from tspc.program import FOLD, Node, Ref
 from tspc.runtime.blocks import CAUSAL, Spec, counted
+from tspc.score import shown as readable
 
 CAT = torch.ops.aten.cat.default
 
@@ -32,7 +33,7 @@ def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> list[st
                 found.setdefault((i, *_told(a, nodes)), []).append(name)
     out = []
     for (i, causal, text, shown, given), names in found.items():
-        if not causal and not text:
+        if not shown:
             continue
         values = tuple(int(evaluate(s, sizes)) for s in given)
         extent = rewritten.choice.extents[i]
@@ -60,6 +61,8 @@ def _told(n: Node, nodes: Mapping[str, Node]) -> tuple[Any, ...]:
     for i, name in enumerate(_sources(bound.get("rows"), nodes)):
         shown = shown.replace(f"d{i}[", f"{name}[")
     shown = " & ".join(t for t in (CAUSAL if causal else "", shown) if t)
+    if score := bound.get("score"):
+        shown = "; ".join(t for t in (shown, f"score {readable(score)}") if t)
     return causal, text, shown, sizes
 
 

@@ -96,7 +96,8 @@ class Attention:
     """K and V meet the queries of all ranks.
 
     Names of values; mask and rows are operands, whole on every rank; states: of the queries, where
-    keys are dropped with probability `dropout`. predicate, sizes, fill: as in `tspc.masked`.
+    keys are dropped with probability `dropout`. predicate, sizes, fill, score: as in
+    `tspc.masked`.
     """
 
     q: str
@@ -115,6 +116,7 @@ class Attention:
     predicate: str = ""
     sizes: tuple[Size, ...] = ()
     fill: float = 0.0
+    score: str = ""
     sinks: str | None = None  # of the heads
 
 

@@ -40,7 +40,7 @@ LIB.define("query_states(Tensor query, Tensor state, Tensor[] at) -> Tensor")
 LIB.define(
     "dropout_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
     "bool is_causal, Tensor states, *, Tensor? rows=None, str predicate='', SymInt[] sizes=[], "
-    "float fill=0.0, float? scale=None, bool enable_gqa=False) -> Tensor"
+    "float fill=0.0, str score='', float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 
 
@@ -142,6 +142,7 @@ def dropout_attention(
     predicate: str = "",
     sizes: Sequence[int] = (),
     fill: float = 0.0,
+    score: str = "",
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -149,7 +150,7 @@ def dropout_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
-    made = weights(query, key, *rest, fill=fill)
+    made = weights(query, key, *rest, fill=fill, score=score)
     keep = kept_keys(states, 0, key.shape[-2], dropout_p)
     factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
     return torch.where(keep, made * factor, 0.0).to(value.dtype) @ value

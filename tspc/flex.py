@@ -1,8 +1,8 @@
 """FlexAttention in a Dynamo graph becomes attention with a mask over queries and keys, of which the
 passes make a predicate; what only made its block mask goes.
 
-In: the graph module. Out: one without the higher-order op. A modification that adds to the score
-becomes an added mask; any other is written out as products and a softmax.
+In: the graph module. Out: one without the higher-order op. What a modification does to the score
+alone becomes a text, what it adds an added mask; any other is written out as products and a softmax.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from tspc.errors import UnsupportedError
+from tspc.masked import MASKED_ATTENTION
+from tspc.score import SCORE, applied
 from tspc.torch_seams import FLEX, NESTING
 
 Tensor = torch.Tensor
 ADDS = {operator.add, operator.iadd, torch.add, "add", "__add__", "__radd__"}
+SUBTRACTS = {operator.sub, torch.sub, "sub", "__sub__"}
+PYTHON = {"truediv": "div", "imul": "mul", "itruediv": "div", "iadd": "add", "isub": "sub"}
 
 
 def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -102,15 +106,21 @@ def attend(
         for d, n in enumerate(sizes)
     ]
     keep = mask_mod(*at, *mask_buffers)
-    kind, grouped = _kind(score_mod), q.shape[1] != k.shape[1]
-    if kind != "other":
+    found, grouped = _read(score_mod), q.shape[1] != k.shape[1]
+    if found is not None:
+        text, last, adds = found
         mask = keep
-        if kind == "adds":
+        if adds:
             zero = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
-            bias = score_mod(zero, *at, *score_buffers)
+            known = {last: zero} if last.op != "placeholder" else None
+            given = (zero, *at, *score_buffers)
+            bias = torch.fx.Interpreter(score_mod).run(*given, initial_env=known)
             mask = bias.masked_fill(~keep, -torch.inf)
         mask = mask.expand([*torch.broadcast_shapes(mask.shape, (1, 1, *sizes[2:]))])
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+        if not text:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+        more = {"score": text, "scale": scale, "enable_gqa": grouped}
+        return MASKED_ATTENTION(q, k, v, mask, 0.0, False, **more)
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = score_mod((q @ k.transpose(-1, -2)) * scale, *at, *score_buffers)
@@ -120,22 +130,39 @@ def attend(
     return torch.where(seen, weights, 0.0).to(v.dtype) @ v
 
 
-def _kind(score_mod: torch.fx.GraphModule) -> str:
-    """ "same", "adds" where something is added to the score that does not depend on it, "other"."""
+def _read(score_mod: torch.fx.GraphModule) -> tuple[str, torch.fx.Node, bool] | None:
+    """(the text of what is done to the score itself, the value that it is, whether something that
+    does not depend on the score is added after it); None for any other modification."""
     score = next(iter(score_mod.graph.nodes))
     (output,) = score_mod.graph.find_nodes(op="output")
     n = output.args[0]
     n = n[0] if isinstance(n, (tuple, list)) else n
-    kind = "same"
+    adds = False
     while n is not score:
-        minus = n.target in (operator.sub, torch.sub, "sub", "__sub__")
-        if n.target not in ADDS and not minus:
-            return "other"
         on = [a for a in n.args if isinstance(a, torch.fx.Node) and _depends(a, score)]
-        if len(on) != 1 or n.kwargs or (minus and n.args[0] is not on[0]):
-            return "other"
-        n, kind = on[0], "adds"
-    return kind
+        other = [a for a in n.args if isinstance(a, torch.fx.Node) and a not in on]
+        minus = n.target in SUBTRACTS
+        if not other or len(on) != 1 or n.kwargs or not (minus or n.target in ADDS):
+            break
+        if minus and n.args[0] is not on[0]:
+            return None
+        n, adds = on[0], True
+    text = _text(n, score)
+    return None if text is None else ("" if text == SCORE else text, n, adds)
+
+
+def _text(n: Any, score: torch.fx.Node) -> str | None:
+    """Of what is made of the score by constants alone."""
+    if n is score:
+        return SCORE
+    on = [i for i, a in enumerate(n.args) if isinstance(a, torch.fx.Node)]
+    inner = _text(n.args[on[0]], score) if len(on) == 1 else None
+    if inner is None:
+        return None
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    name = name.strip("_")
+    args = tuple(inner if i == on[0] else a for i, a in enumerate(n.args))
+    return applied(PYTHON.get(name, name), args, n.kwargs, on[0])
 
 
 def _depends(n: torch.fx.Node, on: torch.fx.Node) -> bool:

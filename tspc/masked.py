@@ -3,7 +3,7 @@
 rows, predicate, sizes: `tspc.predicate`'s data, text and sizes; "" is no predicate. fill: what is
 added to a score where the predicate is false, in a softmax that is as the model has it: NaN for a
 query of nothing but -inf, the mean of all values where all scores are lost in a low number. 0: as
-torch's op, which gives zeros for a query without a key.
+torch's op, which gives zeros for a query without a key. score: what is done to a score before, as `tspc.score`'s text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from tspc import predicate as predicates
 from tspc.ops import LIB
+from tspc.score import modified
 
 Tensor = torch.Tensor
 
@@ -23,7 +24,7 @@ Tensor = torch.Tensor
 LIB.define(
     "masked_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
     "bool is_causal, *, Tensor? rows=None, str predicate='', SymInt[] sizes=[], float fill=0.0, "
-    "float? scale=None, bool enable_gqa=False) -> Tensor"
+    "str score='', float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 
 
@@ -37,11 +38,13 @@ def scores_of(
     predicate: str = "",
     sizes: Sequence[int] = (),
     fill: float = 0.0,
+    score: str = "",
 ) -> Tensor:
-    """q kᵀ · scale + mask, in fp32 or wider."""
+    """q kᵀ · scale, what `score` makes of it, + mask, in fp32 or wider."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+    scores = modified(score, scores)
     q, k = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
     hidden = fill or -torch.inf
     if attn_mask is not None:
@@ -56,9 +59,9 @@ def scores_of(
     return scores
 
 
-def weights(*given: Any, fill: float = 0.0) -> Tensor:
+def weights(*given: Any, fill: float = 0.0, score: str = "") -> Tensor:
     """Softmax of `scores_of`."""
-    scores = scores_of(*given, fill=fill)
+    scores = scores_of(*given, fill=fill, score=score)
     if fill:
         return torch.softmax(scores, -1)
     seen = (scores > -torch.inf).any(-1, keepdim=True)
@@ -77,6 +80,7 @@ def masked_attention(
     predicate: str = "",
     sizes: Sequence[int] = (),
     fill: float = 0.0,
+    score: str = "",
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -84,7 +88,7 @@ def masked_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
-    return weights(query, key, *rest, fill=fill).to(value.dtype) @ value
+    return weights(query, key, *rest, fill=fill, score=score).to(value.dtype) @ value
 
 
 LIB.impl("masked_attention", masked_attention, "CompositeImplicitAutograd")

@@ -57,13 +57,13 @@ LIB.define(
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, Tensor? data, "
     "bool causal, float scale, float dropout, str predicate, SymInt[] sizes, float fill, "
-    "SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor)"
+    "str score, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor)"
 )
 LIB.define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
     "Tensor? data, Tensor out, Tensor lse, bool biased, bool causal, float scale, float dropout, "
-    "str predicate, SymInt[] sizes, float fill, SymInt[] rows, SymInt[] lengths, str[] orders, "
-    "str axis) -> Tensor[]"
+    "str predicate, SymInt[] sizes, float fill, str score, SymInt[] rows, SymInt[] lengths, "
+    "str[] orders, str axis) -> Tensor[]"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves

@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 LIB.define(
     "sink_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
     "bool is_causal, Tensor sinks, *, Tensor? rows=None, str predicate='', SymInt[] sizes=[], "
-    "float? scale=None, bool enable_gqa=False) -> Tensor"
+    "str score='', float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 
 
@@ -36,15 +36,17 @@ def sink_attention(
     rows: Tensor | None = None,
     predicate: str = "",
     sizes: Sequence[int] = (),
+    score: str = "",
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax([q kᵀ · scale + mask, sink]) without its last column, times v: a mask, `is_causal`
-    and the predicate of `tspc.masked` hold together. No dropout."""
+    """softmax([q kᵀ · scale + mask, sink]) without its last column, times v: a mask, `is_causal`,
+    predicate and score of `tspc.masked` hold together. No dropout."""
     assert not dropout_p, "attention with sinks has no dropout"
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scores = scores_of(query, key, attn_mask, is_causal, scale, rows, predicate, sizes)
+    rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
+    scores = scores_of(query, key, *rest, score=score)
     beside = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, beside], -1), -1)[..., :-1]
     return weights.to(value.dtype) @ value
