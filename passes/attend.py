@@ -1,9 +1,8 @@
 """Find attention that is written out as products and a softmax, and make it one op.
 
 In: a normalized program. Out: the same where softmax(f(scale * q kᵀ) + mask) v, of which nothing
-else reads what is between, is `scaled_dot_product_attention` or `tspc.masked`'s op. f: pointwise ops
-with constants, as a soft cap. The mask is what is added or filled in, if it is made of no weight and
-no float input. Rows without a key stay what the model makes of them.
+else reads what is between, is one op. f: pointwise ops with constants, as a soft cap. The mask is
+what is added, or filled in. Rows without a key stay what the model makes of them.
 """
 
 from __future__ import annotations

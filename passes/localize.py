@@ -343,7 +343,12 @@ class _Run:
         rest = (*([x[i] for i in met] for x in every), self.program.axis)
         dropout = float(bound["dropout_p"]) if states is not None else 0.0
         sizes = [self.sizes.value(s) for s in bound.get("sizes", ())]
-        told = (bound.get("predicate", ""), sizes, float(bound.get("fill", 0.0)), bound.get("score", ""))
+        told = (
+            bound.get("predicate", ""),
+            sizes,
+            float(bound.get("fill", 0.0)),
+            bound.get("score", ""),
+        )
         causal = bool(bound["is_causal"])
         out, _ = torch.ops.tspc.attention(
             q, k, v, mask, states, more, causal, scale, dropout, *told, *rest

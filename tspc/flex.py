@@ -2,12 +2,13 @@
 passes make a predicate; what only made its block mask goes.
 
 In: the graph module. Out: one without the higher-order op. What a modification does to the score
-alone becomes a text, what it adds an added mask; any other is written out as products and a softmax.
+alone becomes a text, what it adds an added mask; any other is written out, with a softmax.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from tspc.score import SCORE, applied
 from tspc.torch_seams import FLEX, NESTING
 
 Tensor = torch.Tensor
+# tracing leaves our op as it is, which is what we want
+warnings.filterwarnings("ignore", message=r"(?s)At pre-dispatch tracing.*Found tspc\.")
 ADDS = {operator.add, operator.iadd, torch.add, "add", "__add__", "__radd__"}
 SUBTRACTS = {operator.sub, torch.sub, "sub", "__sub__"}
 PYTHON = {"truediv": "div", "imul": "mul", "itruediv": "div", "iadd": "add", "isub": "sub"}

@@ -3,7 +3,8 @@
 rows, predicate, sizes: `tspc.predicate`'s data, text and sizes; "" is no predicate. fill: what is
 added to a score where the predicate is false, in a softmax that is as the model has it: NaN for a
 query of nothing but -inf, the mean of all values where all scores are lost in a low number. 0: as
-torch's op, which gives zeros for a query without a key. score: what is done to a score before, as `tspc.score`'s text.
+torch's op, which gives zeros for a query without a key. score: what is done to a score before,
+as `tspc.score`'s text.
 """
 
 from __future__ import annotations

@@ -36,10 +36,14 @@ def applied(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int
         packet, text = _MIRRORED[packet].format(args[at]).split(" ", 1)
         args, at = (text, other), 0
     op = getattr(torch.ops.aten, packet, None)
-    if op is None or (at and packet != "pow") or not any(
-        torch.Tag.pointwise in getattr(op, o).tags
-        and torch.Tag.nondeterministic_seeded not in getattr(op, o).tags
-        for o in op.overloads()
+    if (
+        op is None
+        or (at and packet != "pow")
+        or not any(
+            torch.Tag.pointwise in getattr(op, o).tags
+            and torch.Tag.nondeterministic_seeded not in getattr(op, o).tags
+            for o in op.overloads()
+        )
     ):
         return None
     rest = [a for i, a in enumerate(args) if i != at] + list(kwargs.values())
