@@ -59,7 +59,7 @@ def batches() -> list[torch.Tensor]:
         text += f.read_bytes()
         if len(text) >= need:
             break
-    data = torch.frombuffer(bytes(text[:need]), dtype=torch.uint8).long()
+    data = torch.frombuffer(bytearray(text[:need]), dtype=torch.uint8).long()
     return list(data.view(STEPS, BATCH, LENGTH))
 
 

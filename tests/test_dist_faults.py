@@ -3,7 +3,6 @@ within the group's timeout and say where they waited and for whom."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -22,13 +21,12 @@ from tspc.runtime import failures
 from tspc.runtime.travel import Gradients, Weights
 
 from tests.models import VOCABULARY, make, tokens_of
+from tests.world import PROCESSES
 
 pytestmark = pytest.mark.dist
 TIMEOUT = 5.0  # seconds of the process group
 SLACK = 5.0  # to end on a loaded machine
 EAGER = {"compiler": "eager", "schedule": "ring"}
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tspc.backend", __name__])
 
 
 def _work(rank: int, ranks: int, store: str, scenario: Callable[[int], None], pipe: Any) -> None:

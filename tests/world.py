@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 WAIT = 120.0  # seconds for another rank's compile
+# processes that have imported torch, the compiler and the library of models already
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.preload"])
 
 
 def _in_turn(rank: int, folder: str) -> Callable[[], None]:
@@ -81,13 +84,12 @@ class World:
 
     def __init__(self, ranks: int, cache: str | None = None):
         self.ranks = ranks
-        context = multiprocessing.get_context("spawn")
         folder = tempfile.mkdtemp()
         self.pipes, self.processes = [], []
         for r in range(ranks):
-            mine, theirs = context.Pipe()
+            mine, theirs = PROCESSES.Pipe()
             args = (r, ranks, folder, cache, theirs)
-            p = context.Process(target=_work, args=args, daemon=True)
+            p = PROCESSES.Process(target=_work, args=args, daemon=True)
             p.start()
             self.pipes.append(mine)
             self.processes.append(p)
