@@ -200,12 +200,11 @@ def _why_not(
         if r.node.op != OUTPUT and all(x is None or x.name in of_weights for x in r.refs):
             of_weights.add(r.node.name)
         for k, dims in enumerate(r.outs):
-            if (
-                not r.carried_out[k].intersection(leaves)
-                and r.node.name not in of_weights
-                and r.node.types[k] is not None
-            ):
-                return f"{r.node.name} has no sequence"
+            if not r.carried_out[k].intersection(leaves) and r.node.types[k] is not None:
+                ends = any(role in ENDS for role, *_ in r.roles.get(g.factor, ()))
+                ends = ends or any(u.node.op == OUTPUT for u in users.get(r.node.name, ()))
+                if ends or r.node.name not in of_weights:
+                    return f"{r.node.name} has no sequence"
             if any(in_segment(a.F, dims, leaf) for leaf in leaves):
                 return f"the sequence is part of a dim of {r.node.name}"
         why = _needs_sequence(a, r, g, leaves) or _escapes(a, r, g, leaves, users, regions)

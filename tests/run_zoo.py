@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[])
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--gloo", action="store_true", help="two gloo processes under Inductor")
-    parser.add_argument("--out", default=str(ROOT / "results" / "zoo.json"))
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "zoo.json"))
     parser.add_argument("--doc", default=str(ROOT / "docs" / "models.md"))
     args = parser.parse_args()
     logging.disable(logging.WARNING)

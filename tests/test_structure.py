@@ -138,3 +138,41 @@ def test_key_heads_fewer_than_ranks(heads: int, kv_heads: int, ranks: int) -> No
     assert fold.kwargs["fold"].size == fold.kwargs["fold"].units * ranks == heads // kv_heads
     (attention,) = fold.kwargs["body"].attentions
     assert {attention.k, attention.v} <= {t.name for t in fold.kwargs["body"].tokens}
+
+
+class Gated(nn.Module):
+    """An MLP whose columns are scaled by what is computed of weights alone; `also` makes something
+    more of the weights that goes into the loss or out."""
+
+    def __init__(self, also: Callable[[Gated, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.also = also
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+        self.scale = nn.Parameter(torch.randn(20))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.words(tokens)
+        gate = self.scale.exp() * self.up.bias.tanh()
+        y = x + self.down(F.gelu(self.up(x) * gate))
+        return y.square().mean(), self.also(self, gate)
+
+
+WEIGHTS_ALONE: dict[str, tuple[Callable[[Gated, Tensor], Tensor], bool]] = {
+    "nothing": (lambda m, gate: m.words.weight.sum(), True),
+    "returned": (lambda m, gate: gate, False),
+    "summed": (lambda m, gate: gate.square().sum(), False),
+    "decay": (lambda m, gate: m.up.weight.square().sum(), False),
+    "view": (lambda m, gate: m.up.weight.t(), False),
+}
+
+
+@pytest.mark.parametrize("also", WEIGHTS_ALONE)
+def test_values_of_weights_alone(also: str) -> None:
+    """They stay in a fold, which is made only where none of them leaves it."""
+    fn, folds = WEIGHTS_ALONE[also]
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 11))
+    found = tspc.verify(Gated(fn).double(), (tokens,), {}, 3, {}, 1e-9)
+    (graph,) = found.graphs
+    assert bool(graph.rewritten.choice.regions) == folds
