@@ -1,10 +1,11 @@
+# ruff: noqa: F401
 """What every rank of a test imports, once for all of them."""
 
 import torch._dynamo
 import torch._inductor.compile_fx
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
-import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+import transformers.models.qwen3.modeling_qwen3
 
 import tests.models
-import tspc  # noqa: F401
+import tspc
