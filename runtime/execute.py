@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tspc.runtime import attention as attn
-from tspc.runtime import exchange, replicas, schedules
+from tspc.runtime import along, exchange, replicas, schedules
 from tspc.runtime.drivers import distributed
 from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
 
+from tspc import along as ops  # noqa: F401  defines them
 from tspc.body import BODIES, Body
 from tspc.layout import Layout
 from tspc.ops import LIB
@@ -169,6 +170,22 @@ def _whole_backward(axis, g, dim, lead, trail, rows, length, order, name):
 def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
     layout = Layout(axis.size, order)
     return _nothing(exchange.clear(layout, axis.rank, x, dim, lead, rows, length))
+
+
+@_steps("extend")
+def _extend(axis, x, left, right, way, dim, rows, length, order, name):
+    return along.extend(axis, Layout(axis.size, order), x, left, right, way, dim, rows, length)
+
+
+@_steps("extend_backward")
+def _extend_backward(axis, g, left, right, way, dim, rows, length, order, name):
+    layout = Layout(axis.size, order)
+    return along.extend_backward(axis, layout, g, left, right, way, dim, rows, length)
+
+
+@_steps("carry")
+def _carry(axis, x, dim, after, order, name):
+    return along.carry(axis, Layout(axis.size, order), x, dim, after)
 
 
 @_steps("all_reduce")

@@ -1,0 +1,230 @@
+"""Ops along the sequence: the forms in which they are written, and what one rank runs.
+
+`canonical` brings what keeps the length of a dim to one form: a convolution with its pads and the
+slice of its result is `sequence_conv`, rows moved by a slice and zeros are a pad by (n, -n).
+`run` is the op on a rank's chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tspc.passes.factorize import Record, bind
+
+from tspc.along import SEQUENCE_CONV
+from tspc.factor import Factor, Factors
+from tspc.ops import local_rows
+from tspc.program import Node, Ref, Type
+from tspc.rule import ALONG
+
+aten, tspc = torch.ops.aten, torch.ops.tspc
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
+CONVS = (aten.conv1d.default, aten.conv1d.padding)
+ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
+MOVED = (*CONVS, aten.slice.Tensor, aten.cat.default, *PADS)
+Makers = Mapping[str, Node]
+
+
+def canonical(n: Node, made: Makers) -> Node:
+    """The node, or one that stands for it and what made its operand."""
+    if n.op in CONVS or n.op == aten.slice.Tensor:
+        return _convolution(n, made) or n
+    if n.op in PADS:
+        return _moved_by_pad(n, made) or n
+    if n.op == aten.cat.default:
+        return _moved_by_cat(n, made) or n
+    return n
+
+
+def _type(made: Makers, r: Ref) -> Type:
+    t = made[r.name].types[r.item or 0]
+    assert t is not None
+    return t
+
+
+def _number(x: Any) -> int | None:
+    """A pair or list of one int, or the int."""
+    if isinstance(x, (tuple, list)):
+        x = x[0] if len(x) == 1 else None
+    return x if isinstance(x, int) else None
+
+
+def _range(n: Node, dim: int) -> tuple[int, Any] | None:
+    """(rows left out in front, rows that are kept) of a slice along a dim."""
+    args, _ = bind(n)
+    start = args["start"] or 0
+    if args["step"] != 1 or args["dim"] % len(n.type.shape) != dim or not isinstance(start, int):
+        return None
+    return (start, n.type.shape[dim]) if start >= 0 else None
+
+
+def _convolution(n: Node, made: Makers) -> Node | None:
+    """A convolution along the last dim, with zeros laid in front and behind, of which as many rows
+    are kept as there were."""
+    conv, skipped = n, 0
+    if n.op == aten.slice.Tensor:
+        conv = made[n.args[0].name]
+        kept = _range(n, 2) if conv.op in CONVS and len(n.type.shape) == 3 else None
+        if kept is None:
+            return None
+        skipped = kept[0]
+    args, _ = bind(conv)
+    x, weight = args["input"], args["weight"]
+    size = _type(made, weight).shape[2]
+    stride, dilation = _number(args["stride"]), _number(args["dilation"])
+    if len(conv.type.shape) != 3 or stride != 1 or dilation is None or not isinstance(size, int):
+        return None
+    reach, padding = dilation * (size - 1), args["padding"]
+    padding = {"same": reach // 2, "valid": 0}.get(padding) if isinstance(padding, str) else padding
+    left = _number(padding)
+    if left is None:
+        return None
+    source = made[x.name]
+    laid = _laid(source) if source.op in PADS else None
+    if laid is not None:
+        x, left = source.args[0], left + laid[0]
+    left -= skipped
+    if n.type.shape[2] != _type(made, x).shape[2] or not 0 <= left <= reach:
+        return None
+    args = (x, weight, args["bias"], left, dilation, args["groups"])
+    return replace(n, op=SEQUENCE_CONV, args=args, kwargs={})
+
+
+def _pad(n: Node) -> tuple[int, int, int] | None:
+    """(dim, in front, behind) of a pad of zeros along one dim."""
+    args, _ = bind(n)
+    value = args.get("value") or 0
+    pads = [(k, args["pad"][2 * k : 2 * k + 2]) for k in range(len(args["pad"]) // 2)]
+    pads = [(k, p) for k, p in pads if tuple(p) != (0, 0)]
+    if args.get("mode", "constant") != "constant" or value != 0 or len(pads) != 1:
+        return None
+    ((k, (lo, hi)),) = pads
+    if not isinstance(lo, int) or not isinstance(hi, int):
+        return None
+    return len(n.type.shape) - 1 - k, lo, hi
+
+
+def _laid(n: Node) -> tuple[int, int] | None:
+    """Zeros in front and behind of the last of three dims."""
+    found = _pad(n)
+    if found is None or found[0] != 2 or len(n.type.shape) != 3 or min(found[1:]) < 0:
+        return None
+    return found[1:]
+
+
+def _moved(n: Node, x: Ref, dim: int, by: int) -> Node:
+    pads = (0, 0) * (len(n.type.shape) - 1 - dim) + (by, -by)
+    return replace(n, op=aten.pad.default, args=(x, pads), kwargs={})
+
+
+def _part(made: Makers, r: Ref, dim: int, by: int, like: Type) -> Ref | None:
+    """What a value is all of the rows of, but for the last `by`, or the first -by."""
+    n = made[r.name]
+    if n.op != aten.slice.Tensor or len(n.type.shape) <= dim:
+        return None
+    source = _type(made, n.args[0])
+    kept = _range(n, dim)
+    same = source.shape == like.shape and source.dtype == like.dtype
+    if not same or kept != (max(-by, 0), like.shape[dim] - abs(by)):
+        return None
+    return n.args[0]
+
+
+def _moved_by_pad(n: Node, made: Makers) -> Node | None:
+    """Rows left out at one end, zeros laid at the other."""
+    found = _pad(n)
+    if found is None or min(found[1:]) != 0 or not isinstance(n.args[0], Ref):
+        return None
+    dim, lo, hi = found
+    x = _part(made, n.args[0], dim, lo - hi, n.type)
+    return None if x is None else _moved(n, x, dim, lo - hi)
+
+
+def _moved_by_cat(n: Node, made: Makers) -> Node | None:
+    parts = n.args[0]
+    if len(parts) != 2:
+        return None
+    dim = (n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)) % len(n.type.shape)
+    for k, sign in ((0, 1), (1, -1)):
+        zeros, rest = made[parts[k].name], parts[1 - k]
+        if zeros.op not in ZEROS or len(zeros.type.shape) != len(n.type.shape):
+            continue
+        count = zeros.type.shape[dim]
+        x = _part(made, rest, dim, sign * count, n.type) if isinstance(count, int) else None
+        if x is not None:
+            return _moved(n, x, dim, sign * count)
+    return None
+
+
+# on a rank
+
+
+def runs(F: Factors, r: Record | None, leaves: Collection[Factor]) -> bool:
+    """The op runs along a sequence that is a dim of its own, in the first operand and the result
+    only."""
+    return r is not None and any(_runs(F, r, leaf) for leaf in leaves)
+
+
+def _runs(F: Factors, r: Record, leaf: Factor) -> bool:
+    roles = {role for role, *_ in r.roles.get(leaf, ())}
+    if len(roles) != 1 or not roles <= set(ALONG):
+        return False
+    if any(leaf in carried for carried in r.carried_in[1:]):
+        return False
+    dims = [[F.expand(tuple(d)) for d in x] for x in (r.ins[0], r.outs[0])]
+    at = [[k for k, d in enumerate(x) if leaf in F.leaves(d)] for x in dims]
+    return at[0] == at[1] and len(at[0]) == 1 and dims[0][at[0][0]] == (leaf,)
+
+
+def run(n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]) -> torch.Tensor:
+    """sequence: (dim, lead, trail, rows, length, order, axis)."""
+    dim, _, _, *layout = sequence
+    rows, _, order, axis = layout
+    args, _ = bind(n)
+    x = get(args.get("input", args.get("self", args.get("x"))))
+    chunks = local_rows(1, order)
+
+    def extend(x: torch.Tensor, left: int, right: int, way: str) -> torch.Tensor:
+        return tspc.extend(x, left, right, way, dim, *layout)
+
+    def parts(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*x.shape[:dim], chunks, rows, *x.shape[dim + 1 :])
+
+    if n.op == SEQUENCE_CONV:
+        weight, bias = get(args["weight"]), args["bias"]
+        bias = None if bias is None else get(bias)
+        left, dilation = args["left"], args["dilation"]
+        reach = dilation * (weight.shape[2] - 1)
+        if reach:
+            x = extend(x, left, reach - left, "zeros")
+        batch, channels = x.shape[0], x.shape[1]
+        if chunks > 1:
+            x = x.reshape(batch, channels, chunks, rows + reach).transpose(1, 2)
+            x = x.reshape(batch * chunks, channels, rows + reach)
+        y = torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, args["groups"])
+        if chunks > 1:
+            y = y.reshape(batch, chunks, weight.shape[0], rows).transpose(1, 2)
+            y = y.reshape(batch, weight.shape[0], chunks * rows)
+        return y
+    if n.op in PADS:
+        pads = list(args["pad"])
+        at = 2 * (x.dim() - 1 - dim)
+        by, pads[at], pads[at + 1] = pads[at], 0, 0
+        x = extend(x, by, -by, "zeros")
+        return n.op(x, pads, *n.args[2:], **n.kwargs) if any(pads) else x
+    if n.op == aten.flip.default:
+        rest = [d for d in args["dims"] if d % x.dim() != dim]
+        turned = parts(extend(x, 0, 0, "mirror")).flip(dim + 1).reshape(x.shape)
+        return turned.flip(rest) if rest else turned
+    if n.op == aten.roll.default:
+        for by, d in zip(args["shifts"], args["dims"]):
+            x = extend(x, by, -by, "wrap") if d % x.dim() == dim else x.roll(by, d)
+        return x
+    assert n.op == aten.cumsum.default
+    x = tspc.clear_pads(x.to(n.type.dtype), *sequence)
+    shape, x = x.shape, parts(x)
+    before = tspc.carry(x.sum(dim + 1), dim, False, order, axis)
+    return (x.cumsum(dim + 1) + before.unsqueeze(dim + 1)).reshape(shape)

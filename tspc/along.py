@@ -1,0 +1,93 @@
+"""Ops that run along the sequence and read a few rows of other pieces, or one row of all of them.
+
+`sequence_conv` is what a convolution that keeps the length is brought to; `extend` and `carry` are
+what a rank asks the others for. `runtime.execute` registers what they do on ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tspc.ops import LIB, local_rows
+from tspc.rule import ALONG
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+_ROWS = "int dim, SymInt rows, SymInt length, str order, str axis"
+
+LIB.define(
+    "sequence_conv(Tensor x, Tensor weight, Tensor? bias, int left, int dilation, int groups) "
+    "-> Tensor"
+)
+# each chunk of `dim` with more rows before and after it. way: "zeros" beyond the ends of the
+# sequence; "wrap": the other end; "mirror": the rows that stand there when the sequence is turned
+# round, each chunk back to front
+LIB.define(f"extend(Tensor x, int left, int right, str way, {_ROWS}) -> Tensor")
+LIB.define(f"extend_backward(Tensor g, int left, int right, str way, {_ROWS}) -> Tensor")
+# one row of `dim` per chunk -> the sum of the rows of the chunks before (after: behind) it
+LIB.define("carry(Tensor x, int dim, bool after, str order, str axis) -> Tensor")
+
+
+def sequence_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: int, dilation: int, groups: int
+) -> Tensor:
+    """[B, C, S] -> [B, O, S]: row i reads rows i - left, i - left + dilation, ...; zeros beyond the
+    ends."""
+    reach = dilation * (weight.shape[2] - 1)
+    x = torch.nn.functional.pad(x, (left, reach - left))
+    return torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups)
+
+
+LIB.impl("sequence_conv", sequence_conv, "CompositeImplicitAutograd")
+SEQUENCE_CONV = torch.ops.tspc.sequence_conv.default
+
+# `passes.along` runs them on a rank
+ALONG["halo"] |= {
+    SEQUENCE_CONV,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.flip.default,
+    aten.roll.default,
+}
+ALONG["scan"] |= {aten.cumsum.default}
+
+
+def _sized(x: Tensor, dim: int, size: Any) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("tspc::extend", lib=LIB)
+def _extend_fake(x, left, right, way, dim, rows, length, order, axis):
+    return _sized(x, dim, local_rows(rows + left + right, order))
+
+
+@torch.library.register_fake("tspc::extend_backward", lib=LIB)
+def _extend_backward_fake(g, left, right, way, dim, rows, length, order, axis):
+    return _sized(g, dim, local_rows(rows, order))
+
+
+@torch.library.register_fake("tspc::carry", lib=LIB)
+def _carry_fake(x, dim, after, order, axis):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.rest = inputs[1:]
+
+
+def _extend_grad(ctx: Any, g: Tensor) -> Any:
+    return (torch.ops.tspc.extend_backward(g, *ctx.rest), *(None for _ in ctx.rest))
+
+
+def _carry_grad(ctx: Any, g: Tensor) -> Any:
+    dim, after, *rest = ctx.rest
+    return (torch.ops.tspc.carry(g, dim, not after, *rest), *(None for _ in ctx.rest))
+
+
+torch.library.register_autograd("tspc::extend", _extend_grad, setup_context=_keep, lib=LIB)
+torch.library.register_autograd("tspc::carry", _carry_grad, setup_context=_keep, lib=LIB)
