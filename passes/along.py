@@ -89,8 +89,15 @@ def _convolution(n: Node, made: Makers) -> Node | None:
     left -= skipped
     if n.type.shape[2] != _type(made, x).shape[2] or not 0 <= left <= reach:
         return None
-    args = (x, weight, args["bias"], left, dilation, args["groups"])
+    groups = 0 if _each_alone(made, x, weight) else args["groups"]
+    args = (x, weight, args["bias"], left, dilation, groups)
     return replace(n, op=SEQUENCE_CONV, args=args, kwargs={})
+
+
+def _each_alone(made: Makers, x: Ref, weight: Ref) -> bool:
+    """One channel out for one channel in, of which there are more."""
+    channels = _type(made, x).shape[1]
+    return channels != 1 and _type(made, weight).shape[:2] == (channels, 1)
 
 
 def _pad(n: Node) -> tuple[int, int, int] | None:
@@ -204,7 +211,8 @@ def run(n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]) -> torch.
         if chunks > 1:
             x = x.reshape(batch, channels, chunks, rows + reach).transpose(1, 2)
             x = x.reshape(batch * chunks, channels, rows + reach)
-        y = torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, args["groups"])
+        groups = args["groups"] or channels
+        y = torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups)
         if chunks > 1:
             y = y.reshape(batch, chunks, weight.shape[0], rows).transpose(1, 2)
             y = y.reshape(batch, weight.shape[0], chunks * rows)

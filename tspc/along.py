@@ -35,10 +35,10 @@ def sequence_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: int, dilation: int, groups: int
 ) -> Tensor:
     """[B, C, S] -> [B, O, S]: row i reads rows i - left, i - left + dilation, ...; zeros beyond the
-    ends."""
+    ends. groups 0: one for each channel."""
     reach = dilation * (weight.shape[2] - 1)
     x = torch.nn.functional.pad(x, (left, reach - left))
-    return torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups)
+    return torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups or x.shape[1])
 
 
 LIB.impl("sequence_conv", sequence_conv, "CompositeImplicitAutograd")

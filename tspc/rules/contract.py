@@ -45,14 +45,13 @@ def convolution(op: Op) -> list:
 
 @computed(SEQUENCE_CONV)
 def sequence_conv(op: Op) -> list:
-    """The length stays. Channels are summed where nothing is added after the sum, or, of a group
-    each, run in step."""
+    """The length stays. Channels are summed where nothing is added after the sum, or each runs
+    alone."""
     groups, biased = op.args["groups"], op.ins[2] is not None
-    channels = op.node.types[0].shape[1], op.F.size(op.ins[0][1])
     text, roles = "b c s, o c w, o -> b o s", {"whole": "w"}
     if groups == 1:
         roles = {"whole": "w c"} if biased else {"whole": "w", "reduce": "c"}
-    elif channels == (groups, groups):
+    elif groups == 0:
         text = "b c s, c 1 w, c -> b c s"
     else:
         text, roles = "b c s, o i w, o -> b o s", {"whole": "w c i o"}

@@ -34,7 +34,7 @@ def along(op, role, keep):
     dims = op.args.get("dim", op.args.get("dims"))
     dims = (
         range(n)
-        if dims in (None, ())
+        if dims in (None, (), [])
         else [at(op, d) for d in (dims if isinstance(dims, tuple) else (dims,))]
     )
     ls = letters(n)
