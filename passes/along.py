@@ -28,15 +28,16 @@ MOVED = (*CONVS, aten.slice.Tensor, aten.cat.default, *PADS)
 Makers = Mapping[str, Node]
 
 
-def canonical(n: Node, made: Makers) -> Node:
-    """The node, or one that stands for it and what made its operand."""
+def canonical(n: Node, made: Makers) -> list[Node]:
+    """The node, or those that stand for it and what made its operand; the last has its name."""
     if n.op in CONVS or n.op == aten.slice.Tensor:
-        return _convolution(n, made) or n
+        conv = _convolution(n, made) or n
+        return _product(conv, made) if conv.op == SEQUENCE_CONV else [conv]
     if n.op in PADS:
-        return _moved_by_pad(n, made) or n
+        return [_moved_by_pad(n, made) or n]
     if n.op == aten.cat.default:
-        return _moved_by_cat(n, made) or n
-    return n
+        return [_moved_by_cat(n, made) or n]
+    return [n]
 
 
 def _type(made: Makers, r: Ref) -> Type:
@@ -92,6 +93,25 @@ def _convolution(n: Node, made: Makers) -> Node | None:
     groups = 0 if _each_alone(made, x, weight) else args["groups"]
     args = (x, weight, args["bias"], left, dilation, groups)
     return replace(n, op=SEQUENCE_CONV, args=args, kwargs={})
+
+
+def _product(n: Node, made: Makers) -> list[Node]:
+    """A convolution that reads one row is a product of each row with the weight."""
+    x, weight, bias, *_, groups = n.args
+    w = _type(made, weight)
+    if w.shape[2] != 1 or groups != 1:
+        return [n]
+
+    def node(name: str, op: Any, args: tuple[Any, ...], like: Type, *shape: Any) -> Node:
+        t = replace(like, shape=shape)
+        return Node(f"{n.name}.{name}", op, args, {}, (t,), n.source)
+
+    (b, o, s), c = n.type.shape, w.shape[1]
+    rows = node("rows", aten.transpose.int, (x, 1, 2), _type(made, x), b, s, c)
+    flat = node("weight", aten.view.default, (weight, (o, c)), w, o, c)
+    given = (Ref(rows.name), Ref(flat.name), *([] if bias is None else [bias]))
+    linear = node("linear", aten.linear.default, given, n.type, b, s, o)
+    return [rows, flat, linear, replace(n, op=aten.transpose.int, args=(Ref(linear.name), 1, 2))]
 
 
 def _each_alone(made: Makers, x: Ref, weight: Ref) -> bool:

@@ -95,7 +95,9 @@ def normalize(program: Program) -> Program:
             n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
             n = _constant_index(b, n)
-        n = canonical(n, b.made)
+        *before, n = canonical(n, b.made)
+        for m in before:
+            b.add(m)
         same = _identity(b, n)
         if same is not None:
             b.renamed[Ref(n.name)] = same
