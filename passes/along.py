@@ -190,8 +190,7 @@ def _moved_by_cat(n: Node, made: Makers) -> Node | None:
 
 
 def runs(F: Factors, r: Record | None, leaves: Collection[Factor]) -> bool:
-    """The op runs along a sequence that is a dim of its own, in the first operand and the result
-    only."""
+    """The op runs along a dim of its first operand that has the sequence, which is in no other."""
     return r is not None and any(_runs(F, r, leaf) for leaf in leaves)
 
 
@@ -203,56 +202,84 @@ def _runs(F: Factors, r: Record, leaf: Factor) -> bool:
         return False
     dims = [[F.expand(tuple(d)) for d in x] for x in (r.ins[0], r.outs[0])]
     at = [[k for k, d in enumerate(x) if leaf in F.leaves(d)] for x in dims]
-    return at[0] == at[1] and len(at[0]) == 1 and dims[0][at[0][0]] == (leaf,)
+    return at[0] == at[1] and len(at[0]) == 1 and dims[0][at[0][0]].count(leaf) == 1
 
 
 def run(n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]) -> torch.Tensor:
-    """sequence: (dim, lead, trail, rows, length, order, axis)."""
-    dim, _, _, *layout = sequence
-    rows, _, order, axis = layout
-    args, _ = bind(n)
-    x = get(args.get("input", args.get("self", args.get("x"))))
-    chunks = local_rows(1, order)
+    """sequence: (dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
+    return _Run(n, sequence, get).run()
 
-    def extend(x: torch.Tensor, left: int, right: int, way: str) -> torch.Tensor:
-        return tspc.extend(x, left, right, way, dim, *layout)
 
-    def parts(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(*x.shape[:dim], chunks, rows, *x.shape[dim + 1 :])
+class _Run:
+    """One op on the tiles of a rank's part (see `tspc.along`)."""
 
-    if n.op == SEQUENCE_CONV:
-        weight, bias = get(args["weight"]), args["bias"]
-        bias = None if bias is None else get(bias)
-        left, dilation = args["left"], args["dilation"]
+    def __init__(self, n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]):
+        self.node, self.sequence, self.get = n, sequence, get
+        self.args, _ = bind(n)
+        self.dim, self.lead, trail, rows, _, self.order, self.axis = sequence
+        self.tiles, self.width = self.lead * local_rows(1, self.order), rows * trail
+
+    def run(self) -> torch.Tensor:
+        op = self.node.op
+        x = self.get(self.node.args[0])
+        if op == SEQUENCE_CONV:
+            return self.convolution(x)
+        if op == aten.cumsum.default:
+            return self.running_sum(x)
+        if op == aten.flip.default:
+            return self.flipped(x)
+        if op == aten.roll.default:
+            return self.rolled(x)
+        assert op in PADS
+        return self.shifted(x)
+
+    def extend(self, x: torch.Tensor, left: int, right: int, way: str) -> torch.Tensor:
+        return tspc.extend(x, left, right, way, *self.sequence)
+
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        """A dim of tiles, and one of their elements."""
+        d = self.dim
+        return x.reshape(*x.shape[:d], self.tiles, self.width, *x.shape[d + 1 :])
+
+    def convolution(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.get(self.args["weight"]), self.args["bias"]
+        bias = None if bias is None else self.get(bias)
+        left, dilation = self.args["left"], self.args["dilation"]
         reach = dilation * (weight.shape[2] - 1)
+        groups = self.args["groups"] or x.shape[1]
         if reach:
-            x = extend(x, left, reach - left, "zeros")
-        batch, channels = x.shape[0], x.shape[1]
-        if chunks > 1:
-            x = x.reshape(batch, channels, chunks, rows + reach).transpose(1, 2)
-            x = x.reshape(batch * chunks, channels, rows + reach)
-        groups = args["groups"] or channels
+            x = self.extend(x, left, reach - left, "zeros")
+        (batch, channels, size), outs = x.shape, weight.shape[0]
+        one = isinstance(self.tiles, int) and self.tiles == 1
+        if not one:
+            x = x.reshape(batch, channels, self.tiles, self.width + reach).transpose(1, 2)
+            x = x.reshape(batch * self.tiles, channels, self.width + reach)
         y = torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups)
-        if chunks > 1:
-            y = y.reshape(batch, chunks, weight.shape[0], rows).transpose(1, 2)
-            y = y.reshape(batch, weight.shape[0], chunks * rows)
+        if not one:
+            y = y.reshape(batch, self.tiles, outs, self.width).transpose(1, 2)
+            y = y.reshape(batch, outs, self.tiles * self.width)
         return y
-    if n.op in PADS:
-        pads = list(args["pad"])
-        at = 2 * (x.dim() - 1 - dim)
-        by, pads[at], pads[at + 1] = pads[at], 0, 0
-        x = extend(x, by, -by, "zeros")
-        return n.op(x, pads, *n.args[2:], **n.kwargs) if any(pads) else x
-    if n.op == aten.flip.default:
-        rest = [d for d in args["dims"] if d % x.dim() != dim]
-        turned = parts(extend(x, 0, 0, "mirror")).flip(dim + 1).reshape(x.shape)
+
+    def running_sum(self, x: torch.Tensor) -> torch.Tensor:
+        x = tspc.clear_pads(x.to(self.node.type.dtype), *self.sequence)
+        shape, d, x = x.shape, self.dim, self.parts(x)
+        before = tspc.carry(x.sum(d + 1), d, self.lead, False, self.order, self.axis)
+        return (x.cumsum(d + 1) + before.unsqueeze(d + 1)).reshape(shape)
+
+    def flipped(self, x: torch.Tensor) -> torch.Tensor:
+        rest = [d for d in self.args["dims"] if d % x.dim() != self.dim]
+        turned = self.parts(self.extend(x, 0, 0, "mirror")).flip(self.dim + 1).reshape(x.shape)
         return turned.flip(rest) if rest else turned
-    if n.op == aten.roll.default:
-        for by, d in zip(args["shifts"], args["dims"]):
-            x = extend(x, by, -by, "wrap") if d % x.dim() == dim else x.roll(by, d)
+
+    def rolled(self, x: torch.Tensor) -> torch.Tensor:
+        for by, d in zip(self.args["shifts"], self.args["dims"]):
+            here = d % x.dim() == self.dim
+            x = self.extend(x, by, -by, "wrap") if here else x.roll(by, d)
         return x
-    assert n.op == aten.cumsum.default
-    x = tspc.clear_pads(x.to(n.type.dtype), *sequence)
-    shape, x = x.shape, parts(x)
-    before = tspc.carry(x.sum(dim + 1), dim, False, order, axis)
-    return (x.cumsum(dim + 1) + before.unsqueeze(dim + 1)).reshape(shape)
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """The pads of other dims are laid as they are."""
+        pads, at = list(self.args["pad"]), 2 * (x.dim() - 1 - self.dim)
+        by, pads[at], pads[at + 1] = pads[at], 0, 0
+        x = self.extend(x, by, -by, "zeros")
+        return torch.nn.functional.pad(x, pads) if any(pads) else x

@@ -173,19 +173,20 @@ def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
 
 
 @_steps("extend")
-def _extend(axis, x, left, right, way, dim, rows, length, order, name):
-    return along.extend(axis, Layout(axis.size, order), x, left, right, way, dim, rows, length)
+def _extend(axis, x, left, right, way, dim, lead, trail, rows, length, order, name):
+    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
+    return along.extend(axis, x, dim, along.plan(tiles, left, right, way))
 
 
 @_steps("extend_backward")
-def _extend_backward(axis, g, left, right, way, dim, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return along.extend_backward(axis, layout, g, left, right, way, dim, rows, length)
+def _extend_backward(axis, g, left, right, way, dim, lead, trail, rows, length, order, name):
+    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
+    return along.extend_backward(axis, g, dim, along.plan(tiles, left, right, way))
 
 
 @_steps("carry")
-def _carry(axis, x, dim, after, order, name):
-    return along.carry(axis, Layout(axis.size, order), x, dim, after)
+def _carry(axis, x, dim, lead, after, order, name):
+    return along.carry(axis, Layout(axis.size, order), x, dim, lead, after)
 
 
 @_steps("all_reduce")

@@ -10,25 +10,24 @@ from typing import Any
 
 import torch
 
-from tspc.ops import LIB, local_rows
+from tspc.ops import DIM, LIB, local_rows
 from tspc.rule import ALONG
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
-_ROWS = "int dim, SymInt rows, SymInt length, str order, str axis"
-
 LIB.define(
     "sequence_conv(Tensor x, Tensor weight, Tensor? bias, int left, int dilation, int groups) "
     "-> Tensor"
 )
-# each chunk of `dim` with more rows before and after it. way: "zeros" beyond the ends of the
-# sequence; "wrap": the other end; "mirror": the rows that stand there when the sequence is turned
-# round, each chunk back to front
-LIB.define(f"extend(Tensor x, int left, int right, str way, {_ROWS}) -> Tensor")
-LIB.define(f"extend_backward(Tensor g, int left, int right, str way, {_ROWS}) -> Tensor")
-# one row of `dim` per chunk -> the sum of the rows of the chunks before (after: behind) it
-LIB.define("carry(Tensor x, int dim, bool after, str order, str axis) -> Tensor")
+# a tile is a chunk of the sequence for one place of `lead`: so many elements that stand together in
+# the whole dim and on their rank. Each with more elements before and behind it; way: "zeros" beyond
+# the ends of the dim; "wrap": the other end; "mirror": what stands there when the dim is turned
+# round, each tile back to front
+LIB.define(f"extend(Tensor x, int left, int right, str way, {DIM}) -> Tensor")
+LIB.define(f"extend_backward(Tensor g, int left, int right, str way, {DIM}) -> Tensor")
+# one element of `dim` per tile -> the sum of those of the tiles before (after: behind) it
+LIB.define("carry(Tensor x, int dim, SymInt lead, bool after, str order, str axis) -> Tensor")
 
 
 def sequence_conv(
@@ -62,17 +61,17 @@ def _sized(x: Tensor, dim: int, size: Any) -> Tensor:
 
 
 @torch.library.register_fake("tspc::extend", lib=LIB)
-def _extend_fake(x, left, right, way, dim, rows, length, order, axis):
-    return _sized(x, dim, local_rows(rows + left + right, order))
+def _extend_fake(x, left, right, way, dim, lead, trail, rows, length, order, axis):
+    return _sized(x, dim, lead * local_rows(rows * trail + left + right, order))
 
 
 @torch.library.register_fake("tspc::extend_backward", lib=LIB)
-def _extend_backward_fake(g, left, right, way, dim, rows, length, order, axis):
-    return _sized(g, dim, local_rows(rows, order))
+def _extend_backward_fake(g, left, right, way, dim, lead, trail, rows, length, order, axis):
+    return _sized(g, dim, lead * local_rows(rows, order) * trail)
 
 
 @torch.library.register_fake("tspc::carry", lib=LIB)
-def _carry_fake(x, dim, after, order, axis):
+def _carry_fake(x, dim, lead, after, order, axis):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -85,8 +84,8 @@ def _extend_grad(ctx: Any, g: Tensor) -> Any:
 
 
 def _carry_grad(ctx: Any, g: Tensor) -> Any:
-    dim, after, *rest = ctx.rest
-    return (torch.ops.tspc.carry(g, dim, not after, *rest), *(None for _ in ctx.rest))
+    dim, lead, after, *rest = ctx.rest
+    return (torch.ops.tspc.carry(g, dim, lead, not after, *rest), *(None for _ in ctx.rest))
 
 
 torch.library.register_autograd("tspc::extend", _extend_grad, setup_context=_keep, lib=LIB)
