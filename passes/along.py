@@ -249,7 +249,7 @@ class _Run:
         groups = self.args["groups"] or x.shape[1]
         if reach:
             x = self.extend(x, left, reach - left, "zeros")
-        (batch, channels, size), outs = x.shape, weight.shape[0]
+        (batch, channels), outs = x.shape[:2], weight.shape[0]
         one = isinstance(self.tiles, int) and self.tiles == 1
         if not one:
             x = x.reshape(batch, channels, self.tiles, self.width + reach).transpose(1, 2)

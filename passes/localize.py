@@ -316,7 +316,9 @@ class _Run:
         record = self.typed.records.get(n.name)
         if n.op in ATTENTIONS and record is not None and self.exchanges(record):
             return self.attention(n, record)
-        if self.typed.places[n.name, 0] == "S" and runs(self.typed.factors, record, self.typed.leaves):
+        if self.typed.places[n.name, 0] == "S" and runs(
+            self.typed.factors, record, self.typed.leaves
+        ):
             return run(n, self.sequence(self.dims(Ref(n.name))), self.get)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole

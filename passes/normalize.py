@@ -11,7 +11,6 @@ from typing import Any
 
 import sympy
 import torch
-
 from tspc.passes.along import canonical
 
 from tspc import ops  # noqa: F401  defines tspc::pick

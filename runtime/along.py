@@ -162,9 +162,7 @@ def extend_backward(axis: Axis, g: torch.Tensor, dim: int, p: Plan) -> Steps:
     return out.to(g.dtype).movedim(0, dim).contiguous()
 
 
-def carry(
-    axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool
-) -> Steps:
+def carry(axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool) -> Steps:
     """Of one element per tile: the sum of those of the tiles before it, or behind it."""
     handle = yield AllGather(x.movedim(dim, 0).contiguous())
     every = handle.wait().to(summing(x.dtype))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tspc.runtime import attention as attn
 from tspc.runtime import along, exchange, replicas, schedules
+from tspc.runtime import attention as attn
 from tspc.runtime.drivers import distributed
 from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces

@@ -15,7 +15,8 @@ must say how:
 A letter only on the right that a piece cannot make has the role whole.
 A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its
 offset
-  halo  a piece reads rows of others                       scan  a piece reads the sum of all before it
+  halo  a piece reads rows of others
+  scan  a piece reads the sum of all before it
 (both of ops that have a form for pieces)
 """
 
