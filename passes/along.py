@@ -246,19 +246,10 @@ class _Run:
         bias = None if bias is None else self.get(bias)
         left, dilation = self.args["left"], self.args["dilation"]
         reach = dilation * (weight.shape[2] - 1)
-        groups = self.args["groups"] or x.shape[1]
         if reach:
             x = self.extend(x, left, reach - left, "zeros")
-        (batch, channels), outs = x.shape[:2], weight.shape[0]
-        one = isinstance(self.tiles, int) and self.tiles == 1
-        if not one:
-            x = x.reshape(batch, channels, self.tiles, self.width + reach).transpose(1, 2)
-            x = x.reshape(batch * self.tiles, channels, self.width + reach)
-        y = torch.nn.functional.conv1d(x, weight, bias, 1, 0, dilation, groups)
-        if not one:
-            y = y.reshape(batch, self.tiles, outs, self.width).transpose(1, 2)
-            y = y.reshape(batch, outs, self.tiles * self.width)
-        return y
+        groups = self.args["groups"] or x.shape[1]
+        return tspc.tile_conv(x, weight, bias, dilation, groups, self.tiles, self.axis)
 
     def running_sum(self, x: torch.Tensor) -> torch.Tensor:
         x = tspc.clear_pads(x.to(self.node.type.dtype), *self.sequence)

@@ -175,3 +175,45 @@ def carry(axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, afte
         before = before.flip(0)
     mine = before.view(shape)[:, layout.chunk_ids(axis.rank)].flatten(0, 1)
     return mine.to(x.dtype).movedim(0, dim).contiguous()
+
+
+def _by_tile(x: torch.Tensor, tiles: int) -> torch.Tensor:
+    """[B, C, tiles * n] -> [B * tiles, C, n]."""
+    return x if tiles == 1 else x.unflatten(2, (tiles, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _side_by_side(y: torch.Tensor, tiles: int) -> torch.Tensor:
+    """The inverse of `_by_tile`."""
+    return y if tiles == 1 else y.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2, 3)
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dilation: int,
+    groups: int,
+    tiles: int,
+) -> torch.Tensor:
+    """Of each tile, without pads."""
+    given = (_by_tile(x, tiles), weight, bias, 1, 0, dilation, groups)
+    return _side_by_side(torch.nn.functional.conv1d(*given), tiles).contiguous()
+
+
+def convolution_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dilation: int,
+    groups: int,
+    tiles: int,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:
+    """The gradients that are wanted of x, the weight and the bias."""
+    bias = [weight.shape[0]] if wanted[2] else None
+    rest = ([1], [0], [dilation], False, [0], groups, wanted)
+    given = (_by_tile(g, tiles).contiguous(), _by_tile(x, tiles), weight)
+    made = list(torch.ops.aten.convolution_backward(*given, bias, *rest))
+    if wanted[0]:
+        made[0] = _side_by_side(made[0], tiles)
+    return [t.contiguous() for t, w in zip(made, wanted) if w]

@@ -189,6 +189,16 @@ def _carry(axis, x, dim, lead, after, order, name):
     return along.carry(axis, Layout(axis.size, order), x, dim, lead, after)
 
 
+@_steps("tile_conv")
+def _tile_conv(axis, x, weight, bias, dilation, groups, tiles, name):
+    return _nothing(along.convolution(x, weight, bias, dilation, groups, tiles))
+
+
+@_steps("tile_conv_backward")
+def _tile_conv_backward(axis, g, x, weight, dilation, groups, tiles, wanted, name):
+    return _nothing(along.convolution_backward(g, x, weight, dilation, groups, tiles, wanted))
+
+
 @_steps("all_reduce")
 def _all_reduce(axis, x, name):
     return exchange.all_reduce(axis, x)

@@ -28,6 +28,16 @@ LIB.define(f"extend(Tensor x, int left, int right, str way, {DIM}) -> Tensor")
 LIB.define(f"extend_backward(Tensor g, int left, int right, str way, {DIM}) -> Tensor")
 # one element of `dim` per tile -> the sum of those of the tiles before (after: behind) it
 LIB.define("carry(Tensor x, int dim, SymInt lead, bool after, str order, str axis) -> Tensor")
+# on tiles that overlap by what a window reaches over; a kernel of its own, because Inductor takes a
+# length for fixed where it differentiates a convolution
+LIB.define(
+    "tile_conv(Tensor x, Tensor weight, Tensor? bias, int dilation, int groups, SymInt tiles, "
+    "str axis) -> Tensor"
+)
+LIB.define(
+    "tile_conv_backward(Tensor g, Tensor x, Tensor weight, int dilation, int groups, SymInt tiles, "
+    "bool[] wanted, str axis) -> Tensor[]"
+)
 
 
 def sequence_conv(
@@ -73,6 +83,39 @@ def _extend_backward_fake(g, left, right, way, dim, lead, trail, rows, length, o
 @torch.library.register_fake("tspc::carry", lib=LIB)
 def _carry_fake(x, dim, lead, after, order, axis):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _reach(weight: Tensor, dilation: int) -> int:
+    return dilation * (weight.shape[2] - 1)
+
+
+@torch.library.register_fake("tspc::tile_conv", lib=LIB)
+def _tile_conv_fake(x, weight, bias, dilation, groups, tiles, axis):
+    rows = x.shape[2] - tiles * _reach(weight, dilation)
+    return x.new_empty((x.shape[0], weight.shape[0], rows))
+
+
+@torch.library.register_fake("tspc::tile_conv_backward", lib=LIB)
+def _tile_conv_backward_fake(g, x, weight, dilation, groups, tiles, wanted, axis):
+    made = (x.shape, weight.shape, weight.shape[:1])
+    return [g.new_empty(s) for s, w in zip(made, wanted) if w]
+
+
+def _tile_conv_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, *ctx.rest, ctx.axis = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _tile_conv_grad(ctx: Any, g: Tensor) -> Any:
+    wanted = list(ctx.needs_input_grad[:3])
+    args = (g, *ctx.saved_tensors, *ctx.rest, wanted, ctx.axis)
+    made = iter(torch.ops.tspc.tile_conv_backward(*args))
+    return (*(next(made) if w else None for w in wanted), *[None] * 4)
+
+
+torch.library.register_autograd(
+    "tspc::tile_conv", _tile_conv_grad, setup_context=_tile_conv_keep, lib=LIB
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
