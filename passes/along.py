@@ -33,9 +33,9 @@ def canonical(n: Node, made: Makers) -> list[Node]:
     if n.op in CONVS or n.op == aten.slice.Tensor:
         conv = _convolution(n, made) or n
         return _product(conv, made) if conv.op == SEQUENCE_CONV else [conv]
-    if n.op in PADS:
+    if n.op in PADS and n.type.is_float:  # masks are read as they are written
         return [_moved_by_pad(n, made) or n]
-    if n.op == aten.cat.default:
+    if n.op == aten.cat.default and n.type.is_float:
         return [_moved_by_cat(n, made) or n]
     return [n]
 
