@@ -163,8 +163,10 @@ def _lookups(a: Analysis, regions: Regions, leaves: Collection[Factor]) -> dict[
     params = {n.name: n.name for n in a.program.nodes if n.op == PARAM}
     params |= casts_of_parameters(a.program.nodes)
     for _, r in regions.lookups:
+        if r.node.op != aten.embedding.default:
+            continue
         table, ids = r.refs[0], r.refs[1]
-        if r.node.op != aten.embedding.default or table is None or table.name not in params:
+        if table is None or table.name not in params:
             continue
         token = r.outs[0][-2] if len(r.outs[0]) > 1 else ()
         whole = tuple(a.F.expand(token))

@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 import torch
+from tspc.passes.along import run, runs
 from tspc.passes.factorize import Record
 from tspc.passes.masks import bind
 from tspc.passes.outputs import Result
@@ -315,6 +316,10 @@ class _Run:
         record = self.typed.records.get(n.name)
         if n.op in ATTENTIONS and record is not None and self.exchanges(record):
             return self.attention(n, record)
+        if self.typed.places[n.name, 0] == "S" and runs(
+            self.typed.factors, record, self.typed.leaves
+        ):
+            return run(n, self.sequence(self.dims(Ref(n.name))), self.get)
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
         if base is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from tspc.passes.along import canonical
 
 from tspc import ops  # noqa: F401  defines tspc::pick
 from tspc.program import (
@@ -38,7 +39,7 @@ class _Builder:
     nodes: list[Node] = field(default_factory=list)
     renamed: dict[Ref, Ref] = field(default_factory=dict)
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
-
+    made: dict[str, Node] = field(default_factory=dict)
     recompute: int = 0  # of the node at hand
     casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
     cast: dict[Any, Ref] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class _Builder:
         node = replace(node, recompute=self.recompute)
         self.nodes.append(node)
         self.types[node.name] = node.types
+        self.made[node.name] = node
         return Ref(node.name)
 
 
@@ -94,6 +96,9 @@ def normalize(program: Program) -> Program:
             n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
             n = _constant_index(b, n)
+        *before, n = canonical(n, b.made)
+        for m in before:
+            b.add(m)
         same = _identity(b, n)
         if same is not None:
             b.renamed[Ref(n.name)] = same

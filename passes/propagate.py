@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tspc.passes.along import runs
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
@@ -282,7 +283,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
             _fall_back(s, n, outs, "its queries are of another sequence")
     elif len(met) > 1:
         _fall_back(s, n, outs, "it meets two sequences")
-    elif not kinds:
+    elif not kinds or runs(s.analysis.F, record, met):
         renamed = {
             r: _rows(s, r, operands[r], n.source)
             if r in cut

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tspc.runtime import along, exchange, replicas, schedules
 from tspc.runtime import attention as attn
-from tspc.runtime import exchange, replicas, schedules
 from tspc.runtime.drivers import distributed
 from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
 
+from tspc import along as ops  # noqa: F401  defines them
 from tspc.body import BODIES, Body
 from tspc.layout import Layout
 from tspc.ops import LIB
@@ -169,6 +170,33 @@ def _whole_backward(axis, g, dim, lead, trail, rows, length, order, name):
 def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
     layout = Layout(axis.size, order)
     return _nothing(exchange.clear(layout, axis.rank, x, dim, lead, rows, length))
+
+
+@_steps("extend")
+def _extend(axis, x, left, right, way, dim, lead, trail, rows, length, order, name):
+    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
+    return along.extend(axis, x, dim, along.plan(tiles, left, right, way))
+
+
+@_steps("extend_backward")
+def _extend_backward(axis, g, left, right, way, dim, lead, trail, rows, length, order, name):
+    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
+    return along.extend_backward(axis, g, dim, along.plan(tiles, left, right, way))
+
+
+@_steps("carry")
+def _carry(axis, x, dim, lead, after, order, name):
+    return along.carry(axis, Layout(axis.size, order), x, dim, lead, after)
+
+
+@_steps("tile_conv")
+def _tile_conv(axis, x, weight, bias, dilation, groups, tiles, name):
+    return _nothing(along.convolution(x, weight, bias, dilation, groups, tiles))
+
+
+@_steps("tile_conv_backward")
+def _tile_conv_backward(axis, g, x, weight, dilation, groups, tiles, wanted, name):
+    return _nothing(along.convolution_backward(g, x, weight, dilation, groups, tiles, wanted))
 
 
 @_steps("all_reduce")

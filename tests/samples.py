@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tspc.along import SEQUENCE_CONV
 from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
@@ -115,6 +116,10 @@ def windows() -> list[Sample]:
         of(aten.conv1d.default, x(3, 11), x(5, 3, 4)),
         of(aten.conv1d.default, x(2, 6, 11), x(6, 1, 4), x(6), groups=6),
         of(aten.conv3d.default, x(2, 3, 4, 5, 6), x(5, 3, 2, 2, 2)),
+        of(SEQUENCE_CONV, x(2, 3, 11), x(5, 3, 4), x(5), 3, 1, 1),
+        of(SEQUENCE_CONV, x(2, 3, 11), x(5, 3, 4), None, 0, 2, 1),
+        of(SEQUENCE_CONV, x(2, 6, 11), x(6, 1, 4), x(6), 1, 1, 0),
+        of(SEQUENCE_CONV, x(2, 6, 11), x(4, 3, 4), x(4), 1, 1, 2),
     ]
 
 
@@ -142,6 +147,10 @@ def more_forbidden() -> list[tuple[str, Sample]]:
         ("whole", of(aten.tril.default, x(3, 5, 4))),
         ("whole", of(aten.linalg_vector_norm.default, a, 2, [1])),
         ("whole", of(aten.conv1d.default, x(2, 3, 11), x(5, 3, 4), x(5))),
+        ("whole", of(SEQUENCE_CONV, x(2, 3, 11), x(5, 3, 4), x(5), 3, 1, 1)),
+        ("halo", of(SEQUENCE_CONV, x(2, 6, 11), x(6, 1, 4), x(6), 3, 1, 0)),
+        ("halo", of(aten.pad.default, a, [0, 0, 1, -1])),
+        ("halo", of(aten.constant_pad_nd.default, a, [1, -1])),
         ("select", of(aten.index_select.default, a, 1, ids(5, 4))),
         (
             "exchange",

@@ -84,6 +84,7 @@ def view_samples() -> list[Sample]:
         of(aten.pad.default, a, [0, -2]),
         of(aten.pad.default, a, [2, -1, -3, 0]),
         of(aten.pad.default, a, [2, 2], "reflect"),
+        of(aten.pad.default, a, [2, -2]),
         of(aten.pad.default, a, [2, 2], "circular"),
         of(aten.constant_pad_nd.default, a, [1, 0, 0, 3], 1.0),
         of(aten.constant_pad_nd.default, a, [-1, -1], 1.0),
@@ -95,6 +96,7 @@ def view_samples() -> list[Sample]:
         of(aten.diff.default, a, 1, 1),
         of(aten.diff.default, a, 2, -1),
         of(aten.roll.default, a, [1], [1]),
+        of(aten.roll.default, a, [1], []),
     ]
 
 
@@ -307,9 +309,9 @@ def forbidden() -> list[tuple[str, Sample]]:
     a = x(3, 5, 7)
     return [
         ("whole", of(aten.softmax.int, a, -1)),
-        ("whole", of(aten.cumsum.default, a, 1)),
-        ("whole", of(aten.flip.default, a, [1])),
-        ("whole", of(aten.roll.default, a, [1], [1])),
+        ("scan", of(aten.cumsum.default, a, 1)),
+        ("halo", of(aten.flip.default, a, [1])),
+        ("halo", of(aten.roll.default, a, [1], [1])),
         ("whole", of(aten.amax.default, a, [1])),
         ("whole", of(aten.var.dim, a, [1])),
         ("whole", of(aten.rms_norm.default, a, [7], x(7))),

@@ -359,7 +359,7 @@ CASES: dict[Callable[[], nn.Module], tuple[set[str], set[str]]] = {
     TiedTable: ({"mlp", "words"}, set()),
     ATableOfTheLength: ({"mlp", "head"}, set()),
     ALongerTable: ({"mlp", "head"}, set()),
-    ConvStem: ({"attention", "mlp", "head"}, {"conv1d"}),
+    ConvStem: ({"attention", "mlp", "head"}, set()),
     Encoder: ({"attention", "mlp", "head"}, set()),
     Pooled: ({"attention", "mlp"}, set()),
     FirstToken: ({"attention", "mlp"}, set()),

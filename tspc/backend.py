@@ -184,16 +184,14 @@ def _rows(compiled: Compiled, sizes: Mapping[Any, Any]) -> list[Any]:
     return [e.chunk_rows(ranks, sizes) for e in extents]
 
 
-def _restate_guards(compiled: Compiled, fakes: Fakes) -> None:
-    """What tracing and lowering assumed of the local sizes becomes guards on Dynamo's symbols."""
+def _dynamos(compiled: Compiled, fakes: Fakes) -> dict[Any, Any]:
+    """Symbol of the local sizes -> what it is of Dynamo's; before lowering, which may fix one."""
     outer = compiled.captured.outer_symbols
     bind: dict[Any, Any] = {
         v.node.expr: outer[s] for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)
     }
     rows = zip(fakes.rows, _rows(compiled, outer))
-    bind |= {x.node.expr: c for x, c in rows if isinstance(x, torch.SymInt)}
-    for guard in fakes.env.guards:
-        _require(guard.expr, bind)
+    return bind | {x.node.expr: c for x, c in rows if isinstance(x, torch.SymInt)}
 
 
 def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
@@ -224,8 +222,10 @@ def _function(
     fakes = _fakes(compiled, example_inputs)
     if options.compiler == "inductor":
         _compile_bodies(compiled, _device(example_inputs))
+    bind = _dynamos(compiled, fakes)
     run_local = compile_local(rewritten.local, fakes, options.compiler)
-    _restate_guards(compiled, fakes)
+    for guard in fakes.env.guards:  # what tracing and lowering assumed of the local sizes
+        _require(guard.expr, bind)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     device = _device(example_inputs)
     examples = captured.given(nodes, example_inputs, None)

@@ -16,7 +16,7 @@ from tspc.body import BODIES, Body, evaluate, symbol_values
 
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
-_DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order, str axis"
+DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order, str axis"
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
@@ -26,11 +26,11 @@ LIB.define("whole_weight(Tensor local, int dim, int size, bool cut, str axis) ->
 LIB.define(
     "whole_weight_backward(Tensor g, int dim, int size, bool cut, str axis, SymInt rows) -> Tensor"
 )
-LIB.define(f"whole(Tensor x, {_DIM}) -> Tensor")
-LIB.define(f"whole_backward(Tensor g, {_DIM}) -> Tensor")
-LIB.define(f"local(Tensor x, {_DIM}) -> Tensor")
-LIB.define(f"local_backward(Tensor g, {_DIM}) -> Tensor")
-LIB.define(f"clear_pads(Tensor x, {_DIM}) -> Tensor")
+LIB.define(f"whole(Tensor x, {DIM}) -> Tensor")
+LIB.define(f"whole_backward(Tensor g, {DIM}) -> Tensor")
+LIB.define(f"local(Tensor x, {DIM}) -> Tensor")
+LIB.define(f"local_backward(Tensor g, {DIM}) -> Tensor")
+LIB.define(f"clear_pads(Tensor x, {DIM}) -> Tensor")
 LIB.define("all_reduce(Tensor x, str axis) -> Tensor")
 # reduce: the type in which gradients add up over the ranks; None: fp32, or theirs where it is wider
 LIB.define("vary(Tensor[] xs, ScalarType? reduce, str axis) -> Tensor[]")

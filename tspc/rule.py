@@ -15,6 +15,9 @@ must say how:
 A letter only on the right that a piece cannot make has the role whole.
 A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its
 offset
+  halo  a piece reads rows of others
+  scan  a piece reads the sum of all before it
+(both of ops that have a form for pieces)
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from dataclasses import dataclass, field
 from tspc.errors import RuleError
 from tspc.factor import divide
 
-ROLES = ("reduce", "whole", "select", "exchange", "lse", "at")
+ROLES = ("reduce", "whole", "select", "exchange", "lse", "at", "halo", "scan")
+KEPT = ("at", "halo", "scan")  # of a letter that stays
+ALONG: dict[str, set[object]] = {"halo": set(), "scan": set()}  # the ops that may have the role
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Rule:
         kept, given = self.letters(self.outs), self.letters(self.ins)
         for l, role in self.roles:
             gone = role in ("reduce", "lse", "select", "exchange")
-            if (l in kept) if gone else (role == "at" and l not in kept):
+            if (l in kept) if gone else (role in KEPT and l not in kept):
                 stays = "stays" if gone else "vanishes"
                 raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} {stays}: it cannot be {role}")
             if l not in given and role != "whole":
@@ -145,6 +150,8 @@ class Op:
     )  # per operand: replicated by nature, follows the others and refines nothing
 
     def event(self, role, dim, operand=None, why=""):
+        if role in ALONG and self.node.op not in ALONG[role]:
+            raise RuleError(f"{self.node.op} has no form for pieces: its role cannot be {role}")
         if dim:
             self.events.append(Event(self.node.name, operand, tuple(dim), role, why))
 

@@ -7,6 +7,7 @@ import re
 import torch
 
 from tspc import counter  # noqa: F401  defines the ops
+from tspc.along import SEQUENCE_CONV
 from tspc.rule import Op, Rule, apply, computed, fallback, rule
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
@@ -40,6 +41,21 @@ def convolution(op: Op) -> list:
     if op.ins[2] is not None:
         roles = {"whole": f"{places} c"}
     return apply(Rule.parse(f"{b}c {before}, o c {window}, o -> {b}o {after}", **roles), op)
+
+
+@computed(SEQUENCE_CONV)
+def sequence_conv(op: Op) -> list:
+    """The length stays. Channels are summed where nothing is added after the sum, or each runs
+    alone."""
+    groups, biased = op.args["groups"], op.ins[2] is not None
+    text, roles = "b c s, o c w, o -> b o s", {"whole": "w"}
+    if groups == 1:
+        roles = {"whole": "w c"} if biased else {"whole": "w", "reduce": "c"}
+    elif groups == 0:
+        text = "b c s, c 1 w, c -> b c s"
+    else:
+        text, roles = "b c s, o i w, o -> b o s", {"whole": "w c i o"}
+    return apply(Rule.parse(text, halo="s", **roles), op)
 
 
 @computed(

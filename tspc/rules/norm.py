@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tspc.factor import const
 from tspc.rule import Op, Rule, apply, computed, rule
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ def along(op, role, keep):
     dims = op.args.get("dim", op.args.get("dims"))
     dims = (
         range(n)
-        if dims in (None, ())
+        if dims in (None, (), [])
         else [at(op, d) for d in (dims if isinstance(dims, tuple) else (dims,))]
     )
     ls = letters(n)
@@ -59,9 +60,6 @@ def reduction(op: Op) -> list:
     aten.softmax.int,
     aten._softmax.default,
     aten.log_softmax.int,
-    aten.cumsum.default,
-    aten.flip.default,
-    aten.roll.default,
     aten.cumprod.default,
     aten.logcumsumexp.default,
     aten.cummax.default,
@@ -71,6 +69,19 @@ def reduction(op: Op) -> list:
 )
 def whole_dim(op: Op) -> list:
     return along(op, "whole", True)
+
+
+@computed(aten.cumsum.default)
+def scanned(op: Op) -> list:
+    return along(op, "scan", True)
+
+
+@computed(aten.flip.default, aten.roll.default)
+def moved(op: Op) -> list:
+    """By fixed numbers of rows, in a dim of its own."""
+    moves = op.args.get("shifts", ())
+    fixed = all(const(m) for m in (moves if isinstance(moves, tuple) else (moves,)))
+    return along(op, "halo" if fixed and op.args["dims"] else "whole", True)
 
 
 @computed(

@@ -222,13 +222,18 @@ def trimmed(op: Op, dim) -> bool:
 
 @computed(aten.pad.default, aten.constant_pad_nd.default)
 def pad(op: Op) -> list:
-    """A constant is laid at the ends of a dim; other pads, and those that cut, need it whole."""
+    """A constant is laid at the ends of a dim; zeros at one end and as many rows left out at the
+    other move it; other pads, and those that cut, need it whole."""
     out, p = list(op.ins[0]), op.args["pad"]
+    fixed = all(map(const, p))
     for j in range(len(p) // 2):
         k, (lo, hi) = len(out) - 1 - j, p[2 * j : 2 * j + 2]
         if (lo, hi) == (0, 0):
             continue
         laid = op.args.get("mode", "constant") == "constant" and not trimmed(op, out[k])
+        if laid and fixed and lo == -hi and not op.args.get("value"):
+            op.event("halo", out[k], 0)
+            continue
         if not laid or not all(const(m) and m >= 0 for m in (lo, hi)):
             op.event("whole", out[k], 0, "pad")
             out[k] = op.new(op.node.types[0].shape[k], "pad")
