@@ -132,8 +132,8 @@ def _outgrown(
 def _is_uneven(n: Node) -> bool:
     """Later queries see more keys: none that are far ahead of them, but some far behind."""
     bound = bind(n)
-    text = bound.get("predicate", "")
-    unknown = [ANY] * len(bound.get("sizes", ()))
+    text = bound["predicate"]
+    unknown = [ANY] * len(bound["sizes"])
 
     def sees(q: int, k: int) -> bool:
         return not text or truth(text, (q, q), (k, k), unknown) is not False

@@ -338,7 +338,7 @@ class _Run:
         bound = bind(n)
         q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
         mask, more, states = (
-            None if bound.get(x) is None else self.get(bound[x])
+            None if bound[x] is None else self.get(bound[x])
             for x in ("attn_mask", "rows", "states")
         )
         scale = bound["scale"]
@@ -347,13 +347,8 @@ class _Run:
         every = self.rows, self.lengths, self.program.orders
         rest = (*([x[i] for i in met] for x in every), self.program.axis)
         dropout = float(bound["dropout_p"]) if states is not None else 0.0
-        sizes = [self.sizes.value(s) for s in bound.get("sizes", ())]
-        told = (
-            bound.get("predicate", ""),
-            sizes,
-            float(bound.get("fill", 0.0)),
-            bound.get("score", ""),
-        )
+        sizes = [self.sizes.value(s) for s in bound["sizes"]]
+        told = (bound["predicate"], sizes, float(bound["fill"]), bound["score"])
         causal = bool(bound["is_causal"])
         out, _ = torch.ops.tspc.attention(
             q, k, v, mask, states, more, causal, scale, dropout, *told, *rest

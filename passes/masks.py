@@ -31,6 +31,8 @@ MAX_SIZE = 200  # nodes of an expression: beyond it the value is data
 LOWEST = -1e9  # a fill so low that a softmax beside a score without it gives zero
 ABSORBS = -1e30  # a fill so low that adding it to a score gives it, in any type
 SUMS = (aten.add.Tensor,)
+# what some of the ops of attention do not take, as if they were given nothing
+_LACKED = dict(rows=None, predicate="", sizes=(), fill=0.0, score="", states=None, sinks=None)
 BOTH = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor)
 
 
@@ -146,7 +148,7 @@ class _Recogniser:
         """The attention with what is recognised of its mask."""
         bound = bind(n)
         mask = bound["attn_mask"]
-        if mask is None or bound.get("predicate"):
+        if mask is None or bound["predicate"]:
             return n
         parts = self.parts(mask)
         rest = self.joined(parts.rest, n) if parts.known else mask
@@ -154,7 +156,7 @@ class _Recogniser:
             return n
         both = Known(sympy.And(*(k.predicate for k in parts.known)))
         sunk = n.op == SINK_ATTENTION  # beside a sink nothing of a fill is left
-        fill = 0.0 if sunk else self.fill(parts, both, bound.get("fill", 0.0))
+        fill = 0.0 if sunk else self.fill(parts, both, bound["fill"])
         if fill is None:
             return n
         return self.carried(n, bound, both.predicate, rest, fill) or n
@@ -196,7 +198,7 @@ class _Recogniser:
                 return None
             text, rows, sizes = told
         given = {"scale": bound["scale"], "enable_gqa": bound["enable_gqa"]}
-        if score := bound.get("score"):
+        if score := bound["score"]:
             given["score"] = score
         args = (*n.args[:3], mask, bound["dropout_p"], is_causal, *n.args[6:])
         if n.op == SINK_ATTENTION:
@@ -250,9 +252,9 @@ class _Recogniser:
 
 
 def bind(n: Node) -> dict[str, Any]:
-    """The arguments of an attention by name."""
+    """The arguments of an attention by name; those that its op lacks as well."""
     assert n.op in ATTENTIONS
-    return {
+    return _LACKED | {
         a.name: n.args[i]
         if i < len(n.args)
         else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)

@@ -264,7 +264,7 @@ def _attention(
     if scale is None:
         scale = float(values[q].shape[-1]) ** -0.5
     states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
-    sinks = bound.get("sinks")
+    sinks = bound["sinks"]
     return Attention(
         q,
         k,
@@ -278,10 +278,10 @@ def _attention(
         float(bound["dropout_p"]),
         queries,
         keys,
-        names[bound["rows"]] if bound.get("rows") is not None else None,
-        bound.get("predicate", ""),
-        tuple(bound.get("sizes", ())),
-        float(bound.get("fill", 0.0)),
-        bound.get("score", ""),
+        names[bound["rows"]] if bound["rows"] is not None else None,
+        bound["predicate"],
+        tuple(bound["sizes"]),
+        float(bound["fill"]),
+        bound["score"],
         names[sinks] if sinks is not None else None,
     )

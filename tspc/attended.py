@@ -53,15 +53,15 @@ def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> list[st
 def _told(n: Node, nodes: Mapping[str, Node]) -> tuple[Any, ...]:
     """(causal, predicate, the same as a reader sees it, sizes)."""
     bound = bind(n)
-    text, causal = bound.get("predicate", ""), bool(bound["is_causal"])
+    text, causal = bound["predicate"], bool(bound["is_causal"])
     shown = text
-    sizes = tuple(bound.get("sizes", ()))
+    sizes = tuple(bound["sizes"])
     for i, s in enumerate(sizes):
         shown = shown.replace(f"s{i}", str(s))
-    for i, name in enumerate(_sources(bound.get("rows"), nodes)):
+    for i, name in enumerate(_sources(bound["rows"], nodes)):
         shown = shown.replace(f"d{i}[", f"{name}[")
     shown = " & ".join(t for t in (CAUSAL if causal else "", shown) if t)
-    if score := bound.get("score"):
+    if score := bound["score"]:
         shown = "; ".join(t for t in (shown, f"score {readable(score)}") if t)
     return causal, text, shown, sizes
 
