@@ -356,6 +356,9 @@ class NanoGPT(nn.Module):
             )
             for _ in range(LAYERS)
         )
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         b, s = input_ids.shape
