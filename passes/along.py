@@ -24,7 +24,6 @@ aten, tspc = torch.ops.aten, torch.ops.tspc
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv1d.padding)
 ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
-MOVED = (*CONVS, aten.slice.Tensor, aten.cat.default, *PADS)
 Makers = Mapping[str, Node]
 
 
@@ -37,6 +36,8 @@ def canonical(n: Node, made: Makers) -> list[Node]:
         return [_moved_by_pad(n, made) or n]
     if n.op == aten.cat.default and n.type.is_float:
         return [_moved_by_cat(n, made) or n]
+    if n.op == aten.diff.default and n.type.is_float:
+        return _difference(n, made)
     return [n]
 
 
@@ -168,6 +169,21 @@ def _moved_by_pad(n: Node, made: Makers) -> Node | None:
     dim, lo, hi = found
     x = _part(made, n.args[0], dim, lo - hi, n.type)
     return None if x is None else _moved(n, x, dim, lo - hi)
+
+
+def _difference(n: Node, made: Makers) -> list[Node]:
+    """All but the first less all but the last."""
+    args, _ = bind(n)
+    if args["n"] != 1 or args["prepend"] is not None or args["append"] is not None:
+        return [n]
+    x, dim = args["self"], args["dim"] % len(n.type.shape)
+    t = replace(n.type, requires_grad=_type(made, x).requires_grad)
+    later, earlier = (
+        Node(f"{n.name}.{name}", aten.slice.Tensor, (x, dim, *ends), {}, (t,), n.source)
+        for name, ends in (("later", (1, 2**63 - 1)), ("earlier", (0, -1)))
+    )
+    both = (Ref(later.name), Ref(earlier.name))
+    return [later, earlier, replace(n, op=aten.sub.Tensor, args=both, kwargs={})]
 
 
 def _moved_by_cat(n: Node, made: Makers) -> Node | None:

@@ -49,7 +49,8 @@ def widen(a: Analysis, leaf: Factor | None) -> Program:
 
 
 def _windows(a: Analysis, leaf: Factor) -> list[Window]:
-    """Ranges that leave out a fixed number of rows; values of unlike ranges that meet are none."""
+    """Ranges that leave out a fixed number of rows. Where unlike ones meet, those that start
+    later are moved to the rows of the first."""
     found: dict[Factor, set[tuple[Any, Any]]] = {}
     for r in a.records:
         if r.node.op != aten.slice.Tensor or not _is_trim(r, leaf):
@@ -63,10 +64,11 @@ def _windows(a: Analysis, leaf: Factor) -> list[Window]:
         found.setdefault(w, set()).add((lo, norm(n - w.size - lo)))
     out = []
     for w, ranges in found.items():
-        (lo, tail), *others = ranges
-        few = const(lo) and const(tail) and lo >= 0 and tail >= 0
-        few = few and not (const(w.size) and w.size < lo + tail)
-        if few and not others and not w.cat and w is not leaf:
+        few = all(const(m) and m >= 0 for ends in ranges for m in ends)
+        if not few or w.cat or w is leaf:
+            continue
+        lo, tail = min(ranges)
+        if not (const(w.size) and w.size < lo + tail):
             out.append(Window(w, lo, tail))
     return out
 
@@ -132,7 +134,7 @@ class _Widen:
     def widened(self, r: Record, w: Window) -> bool:
         n, f = r.node, w.factor
         if n.op == aten.slice.Tensor and _is_trim(r, self.leaf):
-            source = self.narrow(n.args[0])
+            source = self.moved(self.narrow(n.args[0]), r, w)
             self.wide[Ref(n.name)], self.of[Ref(n.name)] = source, (w, r.outs[0])
             return True
         roles = {role for role, *_ in r.roles.get(f, ())}
@@ -178,6 +180,15 @@ class _Widen:
                     self.wide[old] = Ref(new.name, old.item)
                     self.of[old] = (w, dims)
         return True
+
+    def moved(self, x: Ref, r: Record, w: Window) -> Ref:
+        """The rows of a slice where the window has them."""
+        k, lo = _range(r)
+        lo = norm(self.leaf.size + lo) if lo < 0 else lo
+        if lo == w.lo:
+            return x
+        by, t = norm(w.lo - lo), self.type(x)
+        return self.make(f"{x.name}.moved", aten.roll.default, (x, (by,), (k,)), t, r.node)
 
     def plain(self, dims: Sequence[Any] | None, f: Factor) -> bool:
         """The factor is in one dim at most, and no part of a segment."""

@@ -56,7 +56,18 @@ def contracted(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def unlike_ranges(logits: Tensor, tokens: Tensor) -> Tensor:
-    return (logits[:, 1:] - logits[:, :-1]).pow(2).mean()
+    x = logits.sigmoid()
+    return (x[:, 1:] - x[:, :-1] * x[:, 1:].roll(1, -1)).pow(2).mean()
+
+
+def differences(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.diff(dim=1).tanh().sum(1).pow(2).mean() + logits.diff(dim=-1).pow(2).mean()
+
+
+def three_ranges(logits: Tensor, tokens: Tensor) -> Tensor:
+    """A weighted mean of a token and its neighbours."""
+    x = logits.tanh()
+    return (x[:, :-2] + 2 * x[:, 1:-1] - x[:, 2:]).exp().mean()
 
 
 def whole_along_a_range(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -84,7 +95,9 @@ CASES: dict[Loss, tuple[set[str], bool]] = {
     contracted: (set(), False),
     last: (set(), False),
     last_kept: (set(), False),
-    unlike_ranges: ({"slice"}, True),
+    unlike_ranges: (set(), False),
+    differences: (set(), False),
+    three_ranges: (set(), False),
     whole_along_a_range: ({"slice"}, True),
     returned: ({"slice"}, True),
 }
