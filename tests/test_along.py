@@ -21,6 +21,8 @@ import tspc
 from tspc.check import Simulated, simulated_backend
 from tspc.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH = 23, 12
 
 
@@ -107,10 +109,6 @@ def after_zeros(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :2]), x[:, :-2]], 1)
 
 
-def before_zeros(x: Tensor) -> Tensor:
-    return torch.cat([x[:, 1:], x.new_zeros(x.shape[0], 1, WIDTH)], 1)
-
-
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "same": lambda: Conv(plain, 5, padding=2),
     "same_dilated": lambda: Conv(plain, 3, padding="same", dilation=3, bias=False),
@@ -119,7 +117,6 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "padded": lambda: Conv(padded, dilation=2),
     "padded_long": lambda: Conv(padded, 9, groups=WIDTH, bias=False),
     "one_row": lambda: Conv(plain, 1),
-    "cumsum": lambda: Does(lambda x: x.cumsum(1)),
     "cumsum_over_the_batch": lambda: flat(lambda x: x.cumsum(0), 0, 1),
     "cumsum_of_all": lambda: flat(lambda x: x.cumsum(0).tanh(), 0, 2),
     "roll": lambda: Does(lambda x: x.roll((-5, 2), (1, 2))),
@@ -127,7 +124,6 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "flip": lambda: Does(lambda x: x.flip(1, 2)),
     "flip_of_all": lambda: flat(lambda x: x.flip(0), 0, 2),
     "after_zeros": lambda: Does(after_zeros),
-    "before_zeros": lambda: Does(before_zeros),
     "moved_elements": lambda: flat(lambda x: F.pad(x, (-7, 7)), 1, 2),
 }
 SIZES = ((2, 12), (3, 13), (4, 3))  # (ranks, length): divides, has pads, is shorter
@@ -199,8 +195,10 @@ class Shifted(nn.Module):
         return self.out(self.r(r).sigmoid() * mean)
 
 
-@pytest.mark.parametrize("ranks,length", [(2, 7), (4, 13)])
-@pytest.mark.parametrize("block,attention", [(Conformer, False), (Hyena, True), (Shifted, False)])
+@pytest.mark.parametrize(
+    "block,attention,ranks,length",
+    [(Conformer, False, 2, 7), (Hyena, True, 4, 13), (Shifted, False, 3, 13)],
+)
 def test_blocks(block: type[nn.Module], attention: bool, ranks: int, length: int) -> None:
     torch.manual_seed(0)
     folds = {n.kwargs["fold"].name for n in run(Model(block(), attention), ranks, length).folds}
@@ -223,7 +221,7 @@ def test_one_graph_serves_lengths_below_the_reach() -> None:
     torch.manual_seed(0)
     model, made = Model(Hyena(), True).double(), list[Simulated]()
     fn = torch.compile(model, backend=simulated_backend(3, None, made), dynamic=True)
-    for length in (40, 13, 3):
+    for length in (40, 3):
         tokens = torch.randint(0, VOCABULARY, (2, length))
         torch.testing.assert_close(fn(tokens), model(tokens), rtol=1e-9, atol=0)
     assert len(made) == 1
