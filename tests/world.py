@@ -97,11 +97,18 @@ class World:
     def run(self, function: Any, **kwargs: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, kwargs))
-        answers = [pipe.recv() if pipe.poll(600) else (False, "timeout") for pipe in self.pipes]
+        answers = [self._answer(r) for r in range(self.ranks)]
         for r, (good, value) in enumerate(answers):
             if not good:
                 raise RuntimeError(f"rank {r}: {value}")
         return [value for _, value in answers]
+
+    def _answer(self, r: int) -> tuple[bool, Any]:
+        try:
+            return self.pipes[r].recv() if self.pipes[r].poll(600) else (False, "timeout")
+        except EOFError:
+            self.processes[r].join(10)
+            return False, f"its process ended with exit code {self.processes[r].exitcode}"
 
     def close(self) -> None:
         for pipe in self.pipes:
