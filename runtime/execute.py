@@ -206,7 +206,7 @@ def _all_reduce(axis, x, name):
 
 @_steps("vary")
 def _vary(axis, xs, reduce, name):
-    return _nothing([x.clone() for x in xs])
+    return _nothing([x.clone(memory_format=torch.contiguous_format) for x in xs])
 
 
 @_steps("vary_backward")

@@ -37,6 +37,8 @@ def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]])
             kwargs = [_load(n.kwargs, e) for e in env]
             if getattr(n.target, "namespace", "") == "tspc":
                 values = _together(n.target, axis, args, kwargs)
+                for x in (x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])):
+                    assert x.is_contiguous(), f"{n.target} gives {x.stride()}, its fake does not"
             else:
                 target: Any = RESHAPED.get(n.target, n.target)
                 values = [target(*a, **k) for a, k in zip(args, kwargs)]
