@@ -111,6 +111,7 @@ def test_the_order_is_the_programs(world: Any, schedule: str) -> None:
         assert (forward, backward) == expected
 
 
+@pytest.mark.wide
 def test_inductor_alone_reorders(world: Any) -> None:
     """Else the test above would show nothing."""
     options = {"schedule": "ring"}

@@ -255,7 +255,10 @@ def odd(options: dict[str, Any]) -> tuple[dict[str, float], int]:
     return found, len(m.few.weight.to_local())
 
 
-@pytest.mark.parametrize("options, rows", [({}, [1, 1, 2, 2]), (ZERO, [0, 1, 1, 1])])
+@pytest.mark.parametrize(
+    "options, rows",
+    [pytest.param({}, [1, 1, 2, 2], marks=pytest.mark.wide), (ZERO, [0, 1, 1, 1])],
+)
 def test_parameters_used_twice_frozen_or_not_at_all(
     world: Any, options: dict[str, Any], rows: list[int]
 ) -> None:
