@@ -268,10 +268,13 @@ class _Run:
         return tspc.tile_conv(x, weight, bias, dilation, groups, self.tiles, self.axis)
 
     def running_sum(self, x: torch.Tensor) -> torch.Tensor:
-        x = tspc.clear_pads(x.to(self.node.type.dtype), *self.sequence)
+        """In fp32 or wider, rounded once."""
+        dtype = self.node.type.dtype
+        wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+        x = tspc.clear_pads(x.to(dtype).to(wide), *self.sequence)
         shape, d, x = x.shape, self.dim, self.parts(x)
         before = tspc.carry(x.sum(d + 1), d, self.lead, False, self.order, self.axis)
-        return (x.cumsum(d + 1) + before.unsqueeze(d + 1)).reshape(shape)
+        return (x.cumsum(d + 1) + before.unsqueeze(d + 1)).reshape(shape).to(dtype)
 
     def flipped(self, x: torch.Tensor) -> torch.Tensor:
         rest = [d for d in self.args["dims"] if d % x.dim() != self.dim]

@@ -20,7 +20,7 @@ from tspc.passes.masks import ABSORBS, Known, expressions, known
 from tspc.index import negate
 from tspc.masked import MASKED_ATTENTION
 from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
-from tspc.score import SCORE, applied
+from tspc.score import Step, composed
 from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
@@ -211,9 +211,11 @@ class _Finder:
         """Back from the softmax to the product of queries and keys."""
         lead = self._type(r).shape[:-2]
         scale, terms, node = 1.0, [], self._inner(r)
-        steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []  # the last one first
+        steps: list[Step] = []  # the last one first
         while node is not None and node.op not in PRODUCTS:
             x, step = node.args[0], node.op
+            if not all(t is not None and t.is_float for t in node.types):
+                return None  # numbers are lost here, and gradients
             if step in CASTS or (step in VIEWS and self._keeps_rows(node)):
                 pass
             elif step in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
@@ -243,15 +245,9 @@ class _Finder:
             if isinstance(x, Ref) and self._type(x).shape[-2:] != node.type.shape[-2:]:
                 return None  # broadcast here
             node = self._inner(x)
-        if node is None or scale <= 0:
-            return None
-        pair = self._queries_and_keys(node)
-        text: str | None = SCORE
-        for packet, args, kwargs in reversed(steps):
-            text = applied(packet, (text, *args[1:]), kwargs) if text is not None else None
-        if pair is None or text is None:
-            return None
-        return _Scores(*pair, scale, text if steps else "", terms)
+        pair = self._queries_and_keys(node) if node is not None and scale > 0 else None
+        text = composed(steps)
+        return None if pair is None or text is None else _Scores(*pair, scale, text, terms)
 
     def _term(self, m: Ref, at: Node, lead: Sequence[Any]) -> Ref:
         """What is added to scores of other leading dims than in the end, over those."""

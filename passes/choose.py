@@ -16,7 +16,7 @@ from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
 from tspc.passes.masks import bind
-from tspc.passes.regions import ENDS, Region, Regions, find_regions, is_view
+from tspc.passes.regions import ENDS, Region, Regions, find_regions
 from tspc.passes.sequence import attends, masks_by_key, sequences
 
 from tspc.body import Extent
@@ -279,16 +279,6 @@ def _apart(a: Analysis, dims: Sequence[Any], f: Factor) -> bool:
     """The factor is in one dim, as a whole, with nothing beside it whose size may change."""
     hit = [a.F.expand(tuple(d)) for d in dims if f in a.F.leaves(tuple(d))]
     return len(hit) == 1 and hit[0].count(f) == 1 and all(const(x.size) for x in hit[0])
-
-
-def _of_weight(r: Record, params: Mapping[str, Node], a: Analysis) -> bool:
-    """The op is a view or cast of a weight."""
-    ref = r.refs[0]
-    while ref is not None and ref.name in a.makers:
-        if not is_view(a.makers[ref.name].node.op):
-            return False
-        ref = a.makers[ref.name].refs[0]
-    return ref is not None and ref.name in params
 
 
 def _names(regions: list[Region]) -> list[str]:

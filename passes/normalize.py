@@ -38,7 +38,6 @@ WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 class _Builder:
     nodes: list[Node] = field(default_factory=list)
     renamed: dict[Ref, Ref] = field(default_factory=dict)
-    types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
     made: dict[str, Node] = field(default_factory=dict)
     recompute: int = 0  # of the node at hand
     casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
@@ -49,20 +48,19 @@ class _Builder:
         if r.name not in self.casts:
             return r
         node, k = self.casts[r.name], len(self.nodes)
-        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.types else r.name))
+        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.made else r.name))
 
     def ref(self, r: Ref) -> Ref:
         return self.renamed.get(r, r)
 
     def type(self, r: Ref) -> Type:
-        t = self.types[r.name][r.item or 0]
+        t = self.made[r.name].types[r.item or 0]
         assert t is not None
         return t
 
     def add(self, node: Node) -> Ref:
         node = replace(node, recompute=self.recompute)
         self.nodes.append(node)
-        self.types[node.name] = node.types
         self.made[node.name] = node
         return Ref(node.name)
 
@@ -114,7 +112,7 @@ def _cast(b: _Builder, n: Node) -> bool:
     key = (n.args[0], n.types, n.recompute)
     if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
         b.renamed[Ref(n.name)] = n.args[0]
-    elif any(m.name == n.args[0].name and m.op == PARAM for m in b.nodes):
+    elif n.args[0].name in b.made and b.made[n.args[0].name].op == PARAM:
         b.casts[n.name] = n
     elif key in b.cast:
         b.renamed[Ref(n.name)] = b.cast[key]

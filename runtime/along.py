@@ -64,8 +64,13 @@ class Plan:
     """By target, the moves of each in the order of its sources; local sizes before and after."""
 
     moves: tuple[Move, ...]
-    local: int
-    extended: int
+    before: int
+    after: int
+
+    def back(self) -> Plan:
+        """Every element to where it came from."""
+        moves = (Move(m.target, m.source, m.at, m.count, m.start) for m in self.moves)
+        return Plan(tuple(moves), self.after, self.before)
 
 
 def _ranges(
@@ -110,56 +115,28 @@ def plan(tiles: Tiles, left: int, right: int, way: str) -> Plan:
     return Plan(tuple(out), tiles.local, tiles.local + more)
 
 
-def _met(axis: Axis, moves: Sequence[Move]) -> tuple[list[Move], list[Move], list[Move]]:
-    """What stays here, goes out, comes in."""
-    here = [m for m in moves if m.source == axis.rank == m.target]
-    going = [m for m in moves if m.source == axis.rank != m.target]
-    return here, going, [m for m in moves if m.target == axis.rank != m.source]
-
-
 def _counts(moves: Sequence[Move], ranks: int, end: str) -> tuple[int, ...]:
     return tuple(sum(m.count for m in moves if getattr(m, end) == r) for r in range(ranks))
 
 
-def _travels(moves: Sequence[Move]) -> bool:
-    """Anything, from any rank."""
-    return any(m.source != m.target for m in moves)
-
-
-def extend(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps:
-    """The tiles of `dim`, each with what stands around it."""
+def moved(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps:
+    """What the plan says of `dim`; elements that meet add up, zeros where none comes."""
     x = x.movedim(dim, 0)
-    here, going, coming = _met(axis, p.moves)
-    out = x.new_zeros((p.extended, *x.shape[1:]))
+    here = [m for m in p.moves if m.source == axis.rank == m.target]
+    going = [m for m in p.moves if m.source == axis.rank != m.target]
+    coming = [m for m in p.moves if m.target == axis.rank != m.source]
+    out = x.new_zeros((p.after, *x.shape[1:]), dtype=summing(x.dtype))
     handle = None
-    if _travels(p.moves):
+    if any(m.source != m.target for m in p.moves):  # on any rank: all of them exchange
         sent = torch.cat([x[:0], *(x[m.start : m.start + m.count] for m in going)])
         counts = _counts(going, axis.size, "target"), _counts(coming, axis.size, "source")
         handle = yield Exchange(sent, "activations", *counts)
     for m in here:
-        out[m.at : m.at + m.count] = x[m.start : m.start + m.count]
+        out[m.at : m.at + m.count] += x[m.start : m.start + m.count]
     if handle is not None:
         for m, part in zip(coming, handle.wait().split([m.count for m in coming])):
-            out[m.at : m.at + m.count] = part
-    return out.movedim(0, dim).contiguous()
-
-
-def extend_backward(axis: Axis, g: torch.Tensor, dim: int, p: Plan) -> Steps:
-    """The cotangents of every element, added up where it lies; zero in pads."""
-    g = g.movedim(dim, 0)
-    here, going, coming = _met(axis, p.moves)
-    out = g.new_zeros((p.local, *g.shape[1:]), dtype=summing(g.dtype))
-    handle = None
-    if _travels(p.moves):
-        sent = torch.cat([g[:0], *(g[m.at : m.at + m.count] for m in coming)])
-        counts = _counts(coming, axis.size, "source"), _counts(going, axis.size, "target")
-        handle = yield Exchange(sent, "activations", *counts)
-    for m in here:
-        out[m.start : m.start + m.count] += g[m.at : m.at + m.count]
-    if handle is not None:
-        for m, part in zip(going, handle.wait().split([m.count for m in going])):
-            out[m.start : m.start + m.count] += part
-    return out.to(g.dtype).movedim(0, dim).contiguous()
+            out[m.at : m.at + m.count] += part
+    return out.to(x.dtype).movedim(0, dim).contiguous()
 
 
 def carry(axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool) -> Steps:

@@ -175,13 +175,13 @@ def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
 @_steps("extend")
 def _extend(axis, x, left, right, way, dim, lead, trail, rows, length, order, name):
     tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.extend(axis, x, dim, along.plan(tiles, left, right, way))
+    return along.moved(axis, x, dim, along.plan(tiles, left, right, way))
 
 
 @_steps("extend_backward")
 def _extend_backward(axis, g, left, right, way, dim, lead, trail, rows, length, order, name):
     tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.extend_backward(axis, g, dim, along.plan(tiles, left, right, way))
+    return along.moved(axis, g, dim, along.plan(tiles, left, right, way).back())
 
 
 @_steps("carry")

@@ -15,6 +15,7 @@ from tspc.passes.pipeline import Rewritten
 from tspc.passes.propagate import WHOLE
 from tspc.runtime import along
 from tspc.runtime.drivers import lockstep
+from tspc.runtime.execute import GENERATORS
 from tspc.runtime.requests import Axis
 
 import tspc
@@ -278,9 +279,9 @@ def test_exchanged_rows(layout: Layout, lead: int, trail: int, length: int) -> N
     for left, right, way in ((3, 0, "zeros"), (1, 30, "zeros"), (-2, 2, "zeros"), (4, -4, "wrap")):
         p = along.plan(tiles, left, right, way)
         mine = [cut(tiles, r, x) for r in range(ranks)]
-        got = lockstep([along.extend(a, m, 0, p) for a, m in zip(axes, mine)])
+        got = lockstep([along.moved(a, m, 0, p) for a, m in zip(axes, mine)])
         v = [torch.randn(g.shape, generator=draw, dtype=g.dtype) for g in got]
-        back = lockstep([along.extend_backward(a, t, 0, p) for a, t in zip(axes, v)])
+        back = lockstep([along.moved(a, t, 0, p.back()) for a, t in zip(axes, v)])
         for r, g in enumerate(got):
             for n, first, count in (t for t in tiles.of(r) if t[2]):
                 places = torch.arange(first - left, first + count + right)
@@ -307,3 +308,12 @@ def test_sums_before_and_behind() -> None:
             ]
             for r, got in enumerate(lockstep(steps)):
                 torch.testing.assert_close(got, want[:, r].flatten())
+
+
+def test_a_varied_value_is_contiguous() -> None:
+    """As its fake says, also where the value is not."""
+    x = torch.arange(12.0).view(3, 4).t()
+    for (y,) in lockstep(
+        [GENERATORS["vary"](Axis("tsp", 2, r), [x], None, "tsp") for r in range(2)]
+    ):
+        assert y.is_contiguous() and torch.equal(x, y)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
+Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # an op of ATen, its first operand the score
 SCORE = "s"
-# with the constant first: the op, and its first operand
+# with the constant first: the op that has it last, and what it takes of the score
 _MIRRORED = {
-    "add": "add {}",
-    "mul": "mul {}",
-    "sub": "rsub {}",
-    "div": "mul aten.reciprocal({})",
+    "add": ("add", "{}"),
+    "mul": ("mul", "{}"),
+    "sub": ("rsub", "{}"),
+    "div": ("mul", "aten.reciprocal({})"),
 }
 _NAMES = {"aten": torch.ops.aten, "inf": math.inf, "nan": math.nan}
 
@@ -32,9 +33,8 @@ def applied(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int
     """The text of an op of ATen whose operand `at` is the text of a score; None where the op is not
     pointwise, or another operand is no constant."""
     if at and packet in _MIRRORED:
-        (other,) = (a for i, a in enumerate(args) if i != at)
-        packet, text = _MIRRORED[packet].format(args[at]).split(" ", 1)
-        args, at = (text, other), 0
+        packet, text = _MIRRORED[packet]
+        args, at = (text.format(args[at]), args[1 - at]), 0
     op = getattr(torch.ops.aten, packet, None)
     if (
         op is None
@@ -52,6 +52,15 @@ def applied(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int
     shown = [a if i == at else repr(a) for i, a in enumerate(args)]
     shown += [f"{name}={value!r}" for name, value in kwargs.items()]
     return f"aten.{packet}({', '.join(shown)})"
+
+
+def composed(steps: Sequence[Step]) -> str | None:
+    """The text of ops on one score after the other, the last one first; "" for none, None where one
+    of them has no text."""
+    text: str | None = SCORE
+    for packet, args, kwargs in reversed(steps):
+        text = applied(packet, (text, *args[1:]), kwargs) if text is not None else None
+    return text if steps else ""
 
 
 @lru_cache(maxsize=64)
