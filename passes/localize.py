@@ -392,7 +392,8 @@ class _Run:
         x = self.get(a)
         if self.typed.places[a.name, a.item or 0] != "S":
             made = self.typed.program.node(a.name)
-            return x.clone() if made.is_call and made.op.is_view else x  # no output is a view
+            held = made.op in PLACEHOLDERS or made.is_call and made.op.is_view
+            return x.clone() if held else x  # no output is an input or a view
         kind = self.program.kinds[index]
         if kind != "whole":
             return x.detach() if kind == "deferred" else x.clone()  # no view of an input

@@ -15,13 +15,14 @@ from typing import Any
 
 import sympy
 import torch
+from tspc.passes.normalize import all_dims
 from tspc.passes.rows import Rows
 
 from tspc.counter import ATTENTIONS
 from tspc.index import TRUE, At, Cases, clauses, index, is_predicate, substitute
 from tspc.masked import MASKED_ATTENTION
 from tspc.predicate import B, H, K, Q, Unprintable, printed
-from tspc.program import CONSTANT, PLACEHOLDERS, SDPA, Node, Program, Ref, Type
+from tspc.program import CONSTANT, PLACEHOLDERS, SDPA, SHAPE_ONLY, Node, Program, Ref, Type
 from tspc.rules.index import RULES, Reader
 from tspc.sinks import SINK_ATTENTION
 
@@ -59,7 +60,11 @@ def expressions(nodes: Iterable[Node], env: dict[Ref, Any], types: dict[Ref, Typ
         if n.op in (*PLACEHOLDERS, CONSTANT):
             if not n.type.is_float:
                 env[Ref(n.name)] = _data(n)
-        elif n.is_call and len(n.types) == 1 and all(r in env for r in n.refs()):
+        elif (
+            n.is_call
+            and len(n.types) == 1
+            and (n.op in SHAPE_ONLY or all(r in env for r in n.refs()))
+        ):
             e = _expression(n, env, types)
             if e is not None:
                 env[Ref(n.name)] = e
@@ -175,7 +180,11 @@ class _Recogniser:
 
     def joined(self, rest: Sequence[Ref], n: Node) -> Ref | None:
         """The one value that is left; None for none, or for several."""
-        return rest[0] if len(rest) == 1 else None
+        if len(rest) != 1:
+            return None
+        made = all_dims(rest[0], self.types[rest[0]], n)
+        self.nodes += made
+        return Ref(made[-1].name) if made else rest[0]
 
     def carried(
         self, n: Node, bound: dict[str, Any], p: Any, rest: Ref | None, fill: float

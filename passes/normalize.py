@@ -89,7 +89,8 @@ def normalize(program: Program) -> Program:
         if n.op == SDPA and len(n.type.shape) == 3:
             n = _with_a_head(b, n)
         if n.op == SDPA and len(n.args) > 3 and n.args[3] is not None:
-            n = _with_a_batch(b, n)
+            for m in all_dims(n.args[3], b.type(n.args[3]), n):
+                n = replace(n, args=(*n.args[:3], b.add(m), *n.args[4:]))
         if n.op in SHAPE_ONLY:
             n = _on_a_placeholder(b, n)
         if n.op == aten.index.Tensor:
@@ -237,13 +238,14 @@ def _with_a_head(b: _Builder, n: Node) -> Node:
     return replace(n, op=aten.squeeze.dim, args=(made, 1), kwargs={})
 
 
-def _with_a_batch(b: _Builder, n: Node) -> Node:
-    """Attention under a mask over heads, queries and keys: the same for every batch entry."""
-    mask = n.args[3]
-    if len(b.type(mask).shape) != 3 or len(n.type.shape) != 4:
-        return n
-    mask = b.add(_unsqueezed(f"{n.name}.mask", mask, b.type(mask), n, 0))
-    return replace(n, args=(*n.args[:3], mask, *n.args[4:]))
+def all_dims(mask: Ref, t: Type, n: Node) -> list[Node]:
+    """What gives a mask of attention dims of queries and keys, and if it has one of heads, of all
+    that is before."""
+    made: list[Node] = []
+    while len(t.shape) < 2 or 2 < len(t.shape) < len(n.type.shape):
+        made.append(_unsqueezed(f"{n.name}.mask{len(made)}", mask, t, n, 0))
+        mask, t = Ref(made[-1].name), made[-1].type
+    return made
 
 
 def _unsqueezed(name: str, x: Ref, t: Type, n: Node, dim: int) -> Node:
@@ -255,6 +257,8 @@ def _on_a_placeholder(b: _Builder, n: Node) -> Node:
     """A filled tensor takes only dtype and device of its operand: of a placeholder, then."""
     placeholders = [m for m in b.nodes if m.op in PLACEHOLDERS]
     kept = [m for m in placeholders if m.op != PARAM] or placeholders
+    if not kept:
+        return n
     args = (Ref(kept[0].name), *n.args[1:])
     return replace(n, args=args, kwargs={**n.kwargs, "dtype": n.type.dtype})
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from tspc.runtime.storage import shard_parameters
 
 from tspc.errors import ShardedParameterError
-from tspc.torch_seams import RestartTrace, compiled_roots, real_tensors
+from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
 _EXCHANGED: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 _HOOKS: list[Any] = []
+_OPEN: dict[int, weakref.ref[nn.Parameter]] = {}  # no graph has said how these are to be cut
 
 
 class ShardedParameter(nn.Parameter):
@@ -49,23 +50,32 @@ def convert(
     dims: Mapping[int, int | None],
     cut: bool = False,
 ) -> None:
-    """Shard in place, exchange the parameters in live optimizers, free the whole copies."""
+    """Shard in place, exchange the parameters in live optimizers, free the whole copies.
+
+    dims: as in `shard_parameters`; others are cut anew by the first graph that takes them.
+    """
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
     exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
         _EXCHANGED[id(old)] = (weakref.ref(old), new)
+        if id(old) not in dims:
+            _OPEN[id(new)] = weakref.ref(new)
         grad = grads.get(id(old))
         if grad is not None:
             spec = new._spec
             new.grad = distribute_tensor(grad, spec.mesh, spec.placements)
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(lambda optimizer, a, k: rebind(optimizer)))
-    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]:
+    for optimizer in _optimizers():
         rebind(optimizer)
     for old in exchanged:
         old.grad = None
         old.data = old.data.new_empty(0)
         old.__class__ = ShardedParameter
+
+
+def _optimizers() -> list[Optimizer]:
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
 
 
 def rebind(optimizer: Optimizer) -> None:
@@ -108,3 +118,27 @@ def convert_and_restart(
             if any(not isinstance(p, DTensor) for p in m.parameters()):
                 convert(m, mesh, axis, dims, cut)
     raise RestartTrace(restart_reason="tspc sharded the parameters")
+
+
+def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
+    """Called inside of the backend for a graph that takes these stored parameters: those that no
+    graph took before are cut as this one wants them, and Dynamo traces again.
+
+    One with a gradient or a state in an optimizer stays as it is. Collective.
+    """
+    found = [_OPEN.pop(id(p), None) for p, _ in wanted]
+    again = [
+        (p, placement)
+        for (p, placement), mine in zip(wanted, found)
+        if mine is not None and mine() is p and p.grad is None and p.placements[0] != placement
+    ]
+    if not again:
+        return
+    states = [o.state for o in _optimizers()]
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
+        for p, placement in again:
+            if any(p in s for s in states):
+                continue
+            chunk = [placement if cut else Replicate()] * (len(p.placements) - 1)
+            move_shard(p, p.detach().redistribute(placements=[placement, *chunk]))
+    raise RestartTrace(restart_reason="tspc cut parameters that no graph had taken")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 from tspc.runtime.convert import convert
 from tspc.runtime.deferred import DeferredTensor
 from tspc.runtime.mesh import resolve
@@ -174,6 +176,47 @@ def test_weights_stored_along_another_dim(world: Any) -> None:
     for error, placements in world(2).run(stored_otherwise):
         assert error < 1e-12
         assert any("dim=1" in p for p in placements) and any("dim=0" in p for p in placements)
+
+
+class Broken(torch.nn.Module):
+    """A first graph that takes nothing of the model that is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make("gpt2_like", layers=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = (tokens + 1) % 100
+        scale = self.model.norm.weight.sum()
+        torch._dynamo.graph_break()
+        return self.model(tokens, tokens) * scale
+
+
+def broken() -> tuple[float, bool, list[Any]]:
+    """Worst error of gradients; whether each is stored as a plan of the whole says; how often a
+    graph was traced, after one call and after two."""
+    one, m = Broken(), Broken()
+    tokens = tokens_of(9)
+    one(tokens).backward()
+    plan = tspc.plan(m.model, (tokens, tokens), ranks=dist.get_world_size())
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
+    fn = torch.compile(m, backend="tsp", options={"compiler": "eager"})
+    fn(tokens).backward()
+    stored = {n: p.placements[0] for n, p in m.model.named_parameters()}
+    wanted = {n: Replicate() if d is None else Shard(d) for n, d in plan.dims().items()}
+    as_planned = all(stored[n] == p for n, p in wanted.items())
+    optimizer.step()
+    counts = [counters["stats"]["unique_graphs"]]
+    fn(tokens)
+    grads = {n: p.grad for n, p in one.named_parameters()}
+    mine = {n: whole(p.grad) for n, p in m.named_parameters()}
+    counts.append(counters["stats"]["unique_graphs"])
+    return max(relative_errors(mine, grads).values()), as_planned, counts
+
+
+def test_a_later_graph_says_how_its_weights_are_stored(world: Any) -> None:
+    for error, as_planned, (first, second) in world(2).run(broken):
+        assert error < 1e-12 and as_planned and first == second
 
 
 def test_world_reports_errors(world: Any) -> None:

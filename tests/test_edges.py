@@ -151,6 +151,30 @@ def test_graph_breaks() -> None:
     assert not reports(found.graphs[1].rewritten)
 
 
+def test_an_input_is_given_on() -> None:
+    """What a graph returns may be what it was given, or a view of it."""
+
+    def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        turned, same, weight = y.transpose(1, 2), x.to(x.dtype), m.up.weight.t()
+        torch._dynamo.graph_break()
+        return (turned @ same).square().mean() + weight.square().mean()
+
+    x = torch.randn(2, 13, H, dtype=torch.float64)
+    assert len(tspc.verify(Edge(end), (x,), {}, 3, {}, 1e-9).graphs) == 3
+
+
+def test_a_graph_without_inputs() -> None:
+    def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        scale = torch.arange(H, dtype=x.dtype).new_ones(()) + torch.arange(H)
+        torch._dynamo.graph_break()
+        return (y * scale).square().mean()
+
+    x = torch.randn(2, 13, H, dtype=torch.float64)
+    assert len(tspc.verify(Edge(end), (x,), {}, 3, {}, 1e-9).graphs) == 3
+
+
 def test_a_large_output_that_is_gathered_is_reported() -> None:
     def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.tanh(m.up(y))

@@ -12,7 +12,8 @@ from torch.nn.attention import flex_attention as flex
 import tspc
 from tests.test_predicates import Model, attentions, inputs, squares
 from tests.widen import Widen
-from tspc.check import Simulated, simulated_backend
+from tests.zoo import build
+from tspc.check import Simulated, relative_errors, simulated_backend
 
 Tensor = torch.Tensor
 
@@ -121,3 +122,35 @@ def test_its_log_sum_exp_is_refused() -> None:
         pytest.raises(Exception, match="log-sum-exp is used"),
     ):
         tspc.verify(Both(None), inputs(), {}, 2)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "packed"])
+def test_library_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their block masks are made under vmap, in graphs of their own where torch breaks them off."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    torch.manual_seed(0)
+    mine, call = build(name, 19, 2)
+    plain, _ = build(name, 19, 2)
+    plain.load_state_dict(mine.state_dict())
+    mine.set_attn_implementation("flex_attention")
+    plain.set_attn_implementation("eager")
+    made: list[Simulated] = []
+    torch._dynamo.reset()
+    with Widen():
+        losses = [
+            fn(**call).loss
+            for fn in (torch.compile(mine, backend=simulated_backend(3, made=made)), plain)
+        ]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+    grads = [{n: p.grad for n, p in m.named_parameters()} for m in (mine, plain)]
+    assert max(relative_errors(*grads).values()) < 1e-9
+    found = [a for g in made for a in attentions(g)]
+    windows = ["(k + 6 >= q)", ""]
+    documents = ["((d0[k] == d0[q]) & (d1[q] >= d1[k]))"] * 2
+    assert [a.predicate for a in found] == (windows if name == "gemma3" else documents)
+    assert all(a.mask is None for a in found) and not any(
+        squares(g) for g in made if g.rewritten.folds
+    )
+    assert sum(len(g.rewritten.choice.regions) for g in made) == 5

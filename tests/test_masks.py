@@ -73,6 +73,15 @@ def strictly_before(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return (at[None, :] < at[:, None])[None, None]
 
 
+def scalar_and_causal(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    return torch.ones((), dtype=torch.bool) & causal_compare(q, pad)
+
+
+def data_and_causal(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    """One number, of no dim."""
+    return (pad.sum() > 0) & causal_compare(q, pad)
+
+
 class Attention(nn.Module):
     """Two layers of attention under one mask."""
 
@@ -120,6 +129,8 @@ def decision(graph: Simulated) -> set[tuple[bool, bool]]:
         (window, True, False),
         (nearest, True, False),
         (packed, True, False),
+        (scalar_and_causal, True, False),
+        (data_and_causal, True, False),
     ],
 )
 @pytest.mark.parametrize("ranks,schedule", [(3, "broadcast"), (2, "stationary"), (4, "gather")])

@@ -90,6 +90,19 @@ def strictly_before(x: Tensor, pad: Tensor) -> Tensor:
     return (k < q)[None, None]
 
 
+def mapped(x: Tensor, pad: Tensor) -> Tensor:
+    """Of one batch entry, query and key, under vmap; ended by its first pad."""
+    ends = (pad == 0).cumsum(-1)
+
+    def one(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (ends[b, q] == ends[b, k])
+
+    for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
+        one = torch.vmap(one, in_dims=dims)
+    at = torch.arange(x.shape[2])
+    return one(torch.arange(len(pad)), at, at)[:, None]
+
+
 KINDS: dict[Callable[..., Tensor], str] = {
     window: "(k + 3 >= q)",
     band: "((k + 2 >= q) & (q + 2 >= k))",
@@ -101,6 +114,7 @@ KINDS: dict[Callable[..., Tensor], str] = {
     following: "((d0[k] != 0) & (d0[q] != 0))",
     padded_window: "((d0[k] != 0) & (k + 3 >= q))",
     strictly_before: "(q >= k + 1)",
+    mapped: "(d0[k] == d0[q])",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -30,7 +30,7 @@ from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.report import reports, warning
 from tspc.runtime import inputs as input_check
 from tspc.runtime import seed
-from tspc.runtime.convert import convert_and_restart
+from tspc.runtime.convert import convert_and_restart, settle
 from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
 from tspc.runtime.exchange import whole
@@ -122,6 +122,7 @@ def _compile(
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
         convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
+    settle(_wanted(captured, rewritten, example_inputs), chosen.cut)
     if found and place.axis.rank == 0:
         log.warning(warning(found))
     compiled = Compiled(captured, rewritten, place)
@@ -160,6 +161,17 @@ def _storage_dims(
     for name, s in rewritten.choice.storages.items():
         out[id(example_inputs[captured.positions[name]])] = s.map.dim if s.map else None
     return out
+
+
+def _wanted(
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any]
+) -> list[tuple[DTensor, Placement]]:
+    """The stored parameters, and how the graph takes each."""
+    nodes = [n for n in rewritten.typed.program.nodes if n.op == PARAM]
+    storages = rewritten.choice.storages
+    maps = [storages[n.name].map if n.name in storages else None for n in nodes]
+    found = zip(captured.given(nodes, example_inputs, None), maps)
+    return [(x, placed(m)) for x, m in found if isinstance(x, DTensor)]
 
 
 def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:

@@ -13,7 +13,6 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -29,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
-from tspc import checkpoint, flex, precision
+from tspc import batched, checkpoint, flex, precision
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.hardware import hardware
@@ -48,7 +47,7 @@ from tspc.program import (
     Type,
     refs_in,
 )
-from tspc.runtime import storage
+from tspc.source import graph_break, source_line
 
 _SKIPPED = ("sym_size", "_assert")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -107,6 +106,7 @@ def capture(
     _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    batched.inlined(gm, fakes, context.fake_mode)
     around = precision.ambient()
     functional = precision.OneType(param_dtype)
 
@@ -140,16 +140,7 @@ def capture(
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
-    return Captured(program, positions, symbols, outer, _graph_break(gm), tuple(writes))
-
-
-def _graph_break(gm: torch.fx.GraphModule) -> str:
-    """file:line of the graph break that ends a Dynamo graph, "" if none does."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return ""
-    at = reason.user_stack[-1] if reason.user_stack else None
-    return "a graph break" if at is None else f"{Path(at.filename).name}:{at.lineno}"
+    return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes))
 
 
 def _specialize_floats(gm: torch.fx.GraphModule) -> None:
@@ -359,22 +350,6 @@ def divided(size: sympy.Expr) -> sympy.Expr:
         return exact if whole else FloorDiv(a, b)
 
     return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size
-
-
-def source_line(node: torch.fx.Node) -> str:
-    """ "file:line" of the innermost frame of the model's own code."""
-    trace = node.meta.get("stack_trace") or ""
-    own = [
-        (file, line)
-        for file, line, function in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace)
-        if "/torch/" not in file and file != storage.__file__ and function != "__torch_function__"
-    ]
-    if not own:
-        return ""
-    file, line = own[-1]
-    package = file.split("site-packages/")
-    file = package[1] if len(package) > 1 else file.rsplit("/", 1)[-1]
-    return f"{file}:{line}"
 
 
 def capture_model(

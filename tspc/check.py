@@ -131,7 +131,8 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def _forward(ctx: Any, graph: Simulated, tensors: Sequence[torch.Tensor]) -> Any:
         base = [*(graph.sizes[s] for s in graph.rewritten.symbols), *graph.rows()]
-        given = [[*base, *shards] for shards in zip(*_shards(graph, tensors))]
+        shards = _shards(graph, tensors)
+        given = [[*base, *(s[rank] for s in shards)] for rank in range(graph.ranks)]
         results = simulate.run(graph.parts.forward, AXIS, given)
         count = graph.parts.outputs
         ctx.saved = [r[count:] for r in results]
