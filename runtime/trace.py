@@ -12,7 +12,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import default_partition, must_recompute
@@ -105,25 +104,42 @@ def _own(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x
 
 
+class _NoTangents(Exception):
+    """No output wants a gradient."""
+
+
 def partition(fn: Any, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
-    with tracing(TracingContext(fakes.mode)), fakes.mode:
-        with enable_python_dispatcher():  # else aten.pad specializes its sizes
-            outs = fn(*fakes.inputs)
-        tangents = tuple(
+    wants = any(x.requires_grad for x in fakes.tensors) and torch.is_grad_enabled()
+    try:
+        return _partition(fn, fakes, wants)
+    except _NoTangents:
+        return _partition(fn, fakes, False)
+
+
+def _partition(fn: Any, fakes: Fakes, joined: bool) -> Partitioned:
+    tangents: list[int] = []
+    count = 0
+
+    def flat(*args: Any) -> tuple[Any, ...]:
+        nonlocal count
+        outs = fn(*args)
+        count = len(outs)
+        tangents[:] = [
             i for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and o.requires_grad
-        )
+        ]
+        if joined and not tangents:
+            raise _NoTangents
+        return tuple(map(_own, outs))
 
-        def flat(*args: Any) -> tuple[Any, ...]:
-            return tuple(map(_own, fn(*args)))
-
-        joint = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=bool(tangents))
-        if not tangents:
-            return Partitioned(joint, None, len(outs), ())
+    with tracing(TracingContext(fakes.mode)), fakes.mode:
+        traced = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=joined)
+        if not joined:
+            return Partitioned(traced, None, count, ())
         checks = torch.ops.aten._assert_tensor_metadata.default  # a cast's; no part of a result
-        for n in joint.graph.find_nodes(op="call_function", target=checks):
-            joint.graph.erase_node(n)
-        if any("ac_graph_id" in n.meta for n in joint.graph.nodes):
-            tag(joint)
-        forward, backward = default_partition(joint, fakes.inputs, num_fwd_outputs=len(outs))
-    return Partitioned(forward, backward, len(outs), tangents)
+        for n in traced.graph.find_nodes(op="call_function", target=checks):
+            traced.graph.erase_node(n)
+        if any("ac_graph_id" in n.meta for n in traced.graph.nodes):
+            tag(traced)
+        forward, backward = default_partition(traced, fakes.inputs, num_fwd_outputs=count)
+    return Partitioned(forward, backward, count, tuple(tangents))

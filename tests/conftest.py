@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests import preload  # noqa: F401
 from tests.world import World
+
+# a compile makes many objects that stay: looking through them took a fifth of the time
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

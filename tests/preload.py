@@ -1,6 +1,8 @@
 # ruff: noqa: F401
 """What every rank of a test imports, once for all of them."""
 
+import gc
+
 import torch._dynamo
 import torch._inductor.compile_fx
 import transformers.models.gpt2.modeling_gpt2
@@ -9,3 +11,5 @@ import transformers.models.qwen3.modeling_qwen3
 
 import tests.models
 import tspc
+
+gc.freeze()  # collections need not look through what stays
