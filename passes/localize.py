@@ -292,8 +292,8 @@ class _Run:
     def value(self, n: Node) -> Any:
         tspc, axis = torch.ops.tspc, self.program.axis
         if n.op == CONSTANT:
-            device = next(v.device for v in self.env.values() if isinstance(v, torch.Tensor))
-            return constant(n, device)
+            devices = (v.device for v in self.env.values() if isinstance(v, torch.Tensor))
+            return constant(n, next(devices, torch.device("cpu")))
         if n.op == FOLD:
             return self.fold(n)
         if n.op == APART:

@@ -168,6 +168,7 @@ def test_a_graph_without_inputs() -> None:
     def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
         scale = torch.arange(H, dtype=x.dtype).new_ones(()) + torch.arange(H)
+        scale = scale + torch.tensor([1.0, 2.0]).sum()
         torch._dynamo.graph_break()
         return (y * scale).square().mean()
 

@@ -56,7 +56,7 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
             user.replace_all_uses_with(made)
             gm.graph.erase_node(user)
         gm.graph.erase_node(n)
-        masks |= {b for b in blocks if isinstance(b, torch.fx.Node)}
+        masks |= {b for b in blocks if isinstance(b, torch.fx.Node) and b.op != "placeholder"}
     _prune(gm.graph, masks)
     gm.graph.lint()
     gm.recompile()
@@ -65,17 +65,19 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _prune(graph: torch.fx.Graph, masks: set[torch.fx.Node]) -> None:
     """Erase what nothing but these values needed, and then the loops of vmap with nothing in."""
-    behind, todo = set(masks), list(masks)
+    gone, todo = set(masks), list(masks)
     while todo:
         n = todo.pop()
         writes = [u for u in n.users if u.target is operator.setitem and u.args[0] is n]
-        more = [x for x in (*n.all_input_nodes, *writes) if x not in behind]
-        behind.update(more)
+        more = [x for x in (*n.all_input_nodes, *writes) if x not in gone and x.op != "placeholder"]
+        gone.update(more)
         todo += more
+    needed = [n for n in gone if _is_needed(n, gone)]
+    while needed:
+        gone.difference_update(needed)
+        needed = [n for n in gone if _is_needed(n, gone)]
     for n in reversed(list(graph.nodes)):
-        if n.op in ("placeholder", "output") or n.users or n.target in NESTING:
-            continue
-        if n in behind or not n.is_impure():
+        if n in gone:
             graph.erase_node(n)
     opened: list[tuple[torch.fx.Node, int]] = []
     inside = 0
@@ -90,6 +92,13 @@ def _prune(graph: torch.fx.Graph, masks: set[torch.fx.Node]) -> None:
                 graph.erase_node(start)
         elif kind is None:
             inside += 1
+
+
+def _is_needed(n: torch.fx.Node, gone: set[torch.fx.Node]) -> bool:
+    """By one that stays: it uses the value, or is what this writes into."""
+    return any(u not in gone for u in n.users) or (
+        n.target is operator.setitem and n.args[0] not in gone
+    )
 
 
 def attend(
