@@ -15,6 +15,7 @@ PASSES, RUNTIME = list((ROOT / "passes").glob("*.py")), list((ROOT / "runtime").
 TOGETHER = {
     "__init__.py",
     "capture.py",
+    "source.py",
     "backend.py",
     "api.py",
     "check.py",
