@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export OMP_NUM_THREADS = 1
+# torch's cache of shapes costs more than it saves where sizes are symbols: 8% of a compile
+export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 

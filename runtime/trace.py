@@ -51,6 +51,7 @@ def local_fakes(
     types: of each placeholder as this program is given it (parameters: their local shape)."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # of symbolic sizes it is made at a greater cost than it saves
 
     def size(name: str, hint: int) -> Any:
         source = ConstantSource(name)

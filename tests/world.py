@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def _work(rank: int, ranks: int, folder: str, cache: str | None, pipe: Any) -> N
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.format(rank=rank)
     torch.set_num_threads(1)
+    gc.set_threshold(50_000, 20, 20)
     store = os.path.join(folder, "store")
     dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{store}")
     begin = _in_turn(rank, folder)

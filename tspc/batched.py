@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.errors import UnsupportedError
@@ -84,8 +85,12 @@ def _replace(
     with gm.graph.inserting_before(loop[0]):
         made = _copied(gm, traced, inputs)
     for n, new in zip(outputs, made):
-        n.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
-        new.meta["example_value"] = n.meta.get("example_value")
+        for user in [u for u in n.users if u not in inside]:
+            user.args, user.kwargs = map_arg(
+                (user.args, user.kwargs), lambda a, n=n, new=new: new if a is n else a
+            )
+        if isinstance(new, Node):  # a size may have become a number
+            new.meta["example_value"] = n.meta.get("example_value")
     for n in reversed(loop):
         gm.graph.erase_node(n)
 
@@ -107,7 +112,7 @@ def _copied(
     env: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
     for n in traced.graph.nodes:
         if n.op == "output":
-            return torch.fx.node.map_arg(n.args[0], env.__getitem__)
+            return map_arg(n.args[0], env.__getitem__)
         if n.op == "get_attr":
             name = f"_batched_{len(list(gm.buffers()))}_{n.target}"
             gm.register_buffer(name, getattr(traced, str(n.target)))
