@@ -312,7 +312,7 @@ class _Run:
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
             _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
-            return tspc.embed(table, ids, n.type.dtype, *layout)
+            return tspc.embed(table, ids, *n.kwargs.values(), n.type.dtype, *layout)
         record = self.typed.records.get(n.name)
         if n.op in ATTENTIONS and record is not None and self.exchanges(record):
             return self.attention(n, record)

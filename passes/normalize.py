@@ -80,6 +80,8 @@ def normalize(program: Program) -> Program:
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = _cross_entropy(b, n)
             continue
+        if n.op == aten.embedding.default:
+            n = _dense(n)
         if n.op == aten.copy.default:
             n = _copied(b, n)
         if n.op == aten.slice_scatter.default:
@@ -225,6 +227,12 @@ def _scaled(b: _Builder, n: Node) -> Node:
             made = b.add(times)
         terms.append(made)
     return replace(n, op=aten.add.Tensor, args=tuple(terms), kwargs={})
+
+
+def _dense(n: Node) -> Node:
+    """A lookup by position arguments; a gradient that is wanted sparse is given dense."""
+    more = [n.kwargs.get(k, v) for k, v in (("padding_idx", -1), ("scale_grad_by_freq", False))]
+    return replace(n, args=(*n.args[:4], *more[len(n.args) - 2 :]), kwargs={})
 
 
 def _with_a_head(b: _Builder, n: Node) -> Node:

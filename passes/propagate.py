@@ -272,6 +272,8 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _fall_back(s, n, outs, "the sequence is part of a dim")
     elif n.name in s.lookups:
         _lookup(s, n, outs)
+    elif n.op == aten.embedding.default and n.args[3:] == (True,):
+        _fall_back(s, n, outs, "its gradient counts all tokens")
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
     elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and _attends(s, record):
@@ -314,7 +316,9 @@ def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
     table = Ref(s.casts.get(n.args[0].name, n.args[0].name))
     ids = s.replicated(n.args[1], n.source)
-    node = Node(n.name, EMBED, (table, ids), {}, n.types, n.source, n.recompute)
+    padding, scaled = (*n.args[2:], *(-1, False)[len(n.args) - 2 :])
+    flags = {"padding": padding, "scaled": scaled}
+    node = Node(n.name, EMBED, (table, ids), flags, n.types, n.source, n.recompute)
     s.emit(node, outs, "S")
 
 

@@ -187,12 +187,18 @@ def embed_backward(
     g: torch.Tensor,
     ids: torch.Tensor,
     units: int,
+    padding: int,
+    scaled: bool,
     dtype: torch.dtype,
     rows: int,
     length: int,
 ) -> Steps:
     """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32
-    or wider."""
+    or wider.
+
+    padding: the row without a gradient, -1 for none. scaled: each row's is divided by how often it
+    is taken.
+    """
     wide = torch.promote_types(g.dtype, torch.float32)
     total = g.new_zeros((units, g.shape[-1]), dtype=wide)
     for turn in range(axis.size):
@@ -202,4 +208,9 @@ def embed_backward(
         places, index = _owned(local, axis.rank, units)
         total.index_add_(0, index, g.reshape(-1, g.shape[-1]).index_select(0, places).to(wide))
         g = g if handle is None else handle.wait()
+    if scaled:
+        _, index = _owned(ids, axis.rank, units)
+        total /= torch.bincount(index, minlength=units).clamp(min=1)[:, None]
+    if 0 <= padding - axis.rank * units < units:
+        total[padding - axis.rank * units] = 0
     return total.to(dtype)

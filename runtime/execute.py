@@ -225,14 +225,14 @@ def _gather_weight_backward(axis, g, dim, units, partial, dtype, reduce, name):
 
 
 @_steps("embed")
-def _embed(axis, shard, ids, dtype, rows, length, order, name):
+def _embed(axis, shard, ids, padding, scaled, dtype, rows, length, order, name):
     return exchange.embed(axis, Layout(axis.size, order), shard, ids, dtype, rows, length)
 
 
 @_steps("embed_backward")
-def _embed_backward(axis, g, ids, units, dtype, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return exchange.embed_backward(axis, layout, g, ids, units, dtype, rows, length)
+def _embed_backward(axis, g, ids, units, padding, scaled, dtype, rows, length, order, name):
+    layout, rest = Layout(axis.size, order), (padding, scaled, dtype, rows, length)
+    return exchange.embed_backward(axis, layout, g, ids, units, *rest)
 
 
 def _attends(axis, causal, scale, dropout, predicate, sizes, fill, score, rows, lengths, orders):

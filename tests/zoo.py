@@ -462,6 +462,7 @@ def _padded(left: bool) -> Callable[[int, int], Made]:
         at = torch.arange(length)[None]
         keep = (at >= length - lengths) if left else (at < lengths)
         kwargs["attention_mask"] = keep.long()
+        kwargs["input_ids"] = kwargs["input_ids"].masked_fill(~keep, 0)  # its table's padding row
         kwargs["labels"] = kwargs["labels"].masked_fill(~keep, -100)
         return model, kwargs
 

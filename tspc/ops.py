@@ -45,12 +45,12 @@ LIB.define(
     "ScalarType? reduce, str axis) -> Tensor"
 )
 LIB.define(
-    "embed(Tensor shard, Tensor ids, ScalarType dtype, SymInt rows, SymInt length, str order, "
-    "str axis) -> Tensor"
+    "embed(Tensor shard, Tensor ids, int padding, bool scaled, ScalarType dtype, SymInt rows, "
+    "SymInt length, str order, str axis) -> Tensor"
 )
 LIB.define(
-    "embed_backward(Tensor g, Tensor ids, int units, ScalarType dtype, SymInt rows, SymInt length, "
-    "str order, str axis) -> Tensor"
+    "embed_backward(Tensor g, Tensor ids, int units, int padding, bool scaled, ScalarType dtype, "
+    "SymInt rows, SymInt length, str order, str axis) -> Tensor"
 )
 # rows, lengths, orders: of the queries' sequence, and of the keys'. biased: the mask is added and
 # wants a gradient too
@@ -158,13 +158,13 @@ def _gather_weight_backward_fake(g, dim, units, partial, dtype, reduce, axis):
 
 
 @_fake("embed")
-def _embed_fake(shard, ids, dtype, rows, length, order, axis):
+def _embed_fake(shard, ids, padding, scaled, dtype, rows, length, order, axis):
     shape = [*ids.shape[:-1], local_rows(rows, order), shard.shape[1]]
     return shard.new_empty(shape, dtype=dtype)
 
 
 @_fake("embed_backward")
-def _embed_backward_fake(g, ids, units, dtype, rows, length, order, axis):
+def _embed_backward_fake(g, ids, units, padding, scaled, dtype, rows, length, order, axis):
     return g.new_empty((units, g.shape[-1]), dtype=dtype)
 
 
@@ -236,15 +236,14 @@ _register("gather_weight", _gather_weight_setup, _gather_weight_backward)
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    shard, ids, _, *ctx.rest = inputs
-    ctx.units, ctx.dtype = shard.shape[0], shard.dtype
+    shard, ids, *flags, _, rows, length, order, axis = inputs
+    ctx.rest = (shard.shape[0], *flags, shard.dtype, rows, length, order, axis)
     ctx.save_for_backward(ids)
 
 
 def _embed_grad(ctx: Any, g: torch.Tensor) -> Any:
     (ids,) = ctx.saved_tensors
-    grad = torch.ops.tspc.embed_backward(g, ids, ctx.units, ctx.dtype, *ctx.rest)
-    return (grad, *[None] * 6)
+    return (torch.ops.tspc.embed_backward(g, ids, *ctx.rest), *[None] * 8)
 
 
 _register("embed", _embed_setup, _embed_grad)
