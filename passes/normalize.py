@@ -29,6 +29,11 @@ from tspc.program import (
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
+CONVOLUTIONS = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 BIG = 2**40
 NARROW = (torch.bfloat16, torch.float16)
 WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
@@ -82,6 +87,8 @@ def normalize(program: Program) -> Program:
             continue
         if n.op == aten.embedding.default:
             n = _dense(n)
+        if n.op in CONVOLUTIONS:
+            n = _padded(b, n)
         if n.op == aten.copy.default:
             n = _copied(b, n)
         if n.op == aten.slice_scatter.default:
@@ -233,6 +240,19 @@ def _dense(n: Node) -> Node:
     """A lookup by position arguments; a gradient that is wanted sparse is given dense."""
     more = [n.kwargs.get(k, v) for k, v in (("padding_idx", -1), ("scale_grad_by_freq", False))]
     return replace(n, args=(*n.args[:4], *more[len(n.args) - 2 :]), kwargs={})
+
+
+def _padded(b: _Builder, n: Node) -> Node:
+    """A convolution whose padding is a word, "valid" or "same", with the numbers that it means."""
+    defaults = (None, (1,), "valid", (1,), 1)
+    args = [*n.args, *defaults[len(n.args) - 2 :]]
+    sizes = b.type(args[1]).shape[2:]
+    steps = args[5] * len(sizes) if len(args[5]) == 1 else args[5]
+    around = [d * (k - 1) if args[4] == "same" else 0 for d, k in zip(steps, sizes)]
+    if n.kwargs or any(x % 2 for x in around):
+        return n
+    args[4] = tuple(x // 2 for x in around)
+    return replace(n, op=CONVOLUTIONS[n.op], args=tuple(args))
 
 
 def _with_a_head(b: _Builder, n: Node) -> Node:

@@ -44,6 +44,11 @@ def causal_finite(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return zero.masked_fill(~keep, torch.finfo(torch.float32).min)
 
 
+def causal_of_numbers(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    """Numbers, taken as a bool."""
+    return ~torch.where(causal_tril(q, pad), 0.0, torch.finfo(torch.float32).min).bool()
+
+
 def padding(q: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return pad.bool()[:, None, None, :]
 
@@ -124,6 +129,7 @@ def decision(graph: Simulated) -> set[tuple[bool, bool]]:
         (causal_compare, True, False),
         (causal_infinite, True, False),
         (causal_finite, True, False),
+        (causal_of_numbers, True, False),
         (padding, False, True),
         (causal_and_padding, True, True),
         (window, True, False),

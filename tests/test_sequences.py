@@ -44,7 +44,7 @@ class Images(nn.Module):
 
     def __init__(self, side: int, extra: int, after: bool, pool: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.patches = nn.Conv2d(3, HIDDEN, 2, 2)
+        self.patches = nn.Conv2d(3, HIDDEN, 2, 2, padding="valid" if after else 0)
         self.first = nn.Parameter(torch.randn(1, extra, HIDDEN)) if extra else None
         self.last = nn.Parameter(torch.randn(1, 1, HIDDEN)) if after else None
         count = side**2 + extra + after

@@ -69,7 +69,9 @@ def as_dtype(e: Any, dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
         if is_predicate(e):
             return e
-        return None if isinstance(e, Cases) else negate(zero(e))
+        if isinstance(e, Cases):
+            return sympy.Or(*(p for v, p in e.values if v != 0))
+        return negate(zero(e))
     if dtype.is_floating_point:
         if isinstance(e, Cases):
             values = [(float(torch.tensor(v).to(dtype)), p) for v, p in e.values]
