@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
-from tspc import batched, checkpoint, flex, precision
+from tspc import batched, checkpoint, flex, precision, refused
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.hardware import hardware
@@ -102,6 +102,7 @@ def capture(
     context = TracingContext.get()
     assert context.fake_mode is not None
     kinds = _kinds(gm, example_inputs)
+    refused.check(gm)
     gm = checkpoint.inlined(flex.inlined(gm))
     _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
