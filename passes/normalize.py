@@ -30,7 +30,6 @@ from tspc.program import (
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
 CONVOLUTIONS = {
-    aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
@@ -87,6 +86,8 @@ def normalize(program: Program) -> Program:
             continue
         if n.op == aten.embedding.default:
             n = _dense(n)
+        if n.op == aten.index_put.default:
+            n = _chosen(b, n)
         if n.op in CONVOLUTIONS:
             n = _padded(b, n)
         if n.op == aten.copy.default:
@@ -240,6 +241,19 @@ def _dense(n: Node) -> Node:
     """A lookup by position arguments; a gradient that is wanted sparse is given dense."""
     more = [n.kwargs.get(k, v) for k, v in (("padding_idx", -1), ("scale_grad_by_freq", False))]
     return replace(n, args=(*n.args[:4], *more[len(n.args) - 2 :]), kwargs={})
+
+
+def _chosen(b: _Builder, n: Node) -> Node:
+    """x[mask] = one value is a choice between the two."""
+    x, where, value = n.args[:3]
+    t = b.type(where[0]) if len(where) == 1 and where[0] is not None else None
+    if t is None or t.dtype != torch.bool or b.type(value).shape or any(n.args[3:]) or n.kwargs:
+        return n
+    mask = where[0]
+    while len(t.shape) < len(n.type.shape):
+        made = _unsqueezed(f"{n.name}.{len(t.shape)}", mask, t, n, len(t.shape))
+        mask, t = b.add(made), made.type
+    return replace(n, op=aten.where.self, args=(mask, value, x))
 
 
 def _padded(b: _Builder, n: Node) -> Node:

@@ -164,6 +164,18 @@ def test_an_input_is_given_on() -> None:
     assert len(tspc.verify(Edge(end), (x,), {}, 3, {}, 1e-9).graphs) == 3
 
 
+@pytest.mark.parametrize("row", [False, True])
+def test_what_a_mask_chooses_is_set(row: bool) -> None:
+    def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = m.up(y)
+        z[z.sum(-1) > 0 if row else z > 0.5] = 0.25
+        return m.down(torch.tanh(z)).square().mean()
+
+    x = torch.randn(2, 13, H, dtype=torch.float64)
+    (graph,) = tspc.verify(Edge(end), (x,), {}, 3, {}, 1e-9).graphs
+    assert not graph.rewritten.typed.fallbacks
+
+
 def test_a_graph_without_inputs() -> None:
     def end(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()

@@ -94,18 +94,6 @@ def test_one_rank_is_plain_inductor() -> None:
     assert ends[0] == ends[1] and ends[0][1] == 2
 
 
-class Straight(torch.autograd.Function):
-    """A gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g
-
-
 def doubled(x: torch.Tensor) -> torch.Tensor:
     if x.requires_grad:
         x.register_hook(lambda g: g * 2)
@@ -113,7 +101,6 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 
 
 UNSEEN = {
-    "an autograd.Function, whose own backward": Straight.apply,
     "a hook on a gradient": doubled,
     "torch.cond": lambda x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
     "torch.func's grad": lambda x: torch.func.grad(lambda y: (y**3).sum())(x),
@@ -133,11 +120,6 @@ class Through(nn.Module):
 def test_a_backward_that_is_not_seen(what: str) -> None:
     with pytest.raises(Exception, match=rf"test_errors.py:\d+: {what}"):
         tspc.plan(Through(UNSEEN[what]), (TOKENS,), ranks=2)
-
-
-def test_a_forward_alone_needs_no_backward() -> None:
-    with torch.no_grad():
-        tspc.verify(Through(Straight.apply).double(), (TOKENS,), {}, 2, {}, 1e-9)
 
 
 class Counting(LlamaLike):

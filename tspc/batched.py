@@ -77,13 +77,13 @@ def _replace(
     alone.output(tuple(env[n] for n in outputs))
     section = torch.fx.GraphModule(gm, alone)
     inputs = [x for x in inputs if x.op != "get_attr"]
-    args = [values[x] if x in values else _like(x.meta["example_value"], mode) for x in inputs]
+    args = [values[x] if x in values else like(x.meta["example_value"], mode) for x in inputs]
     with mode, torch.no_grad(), preserve_node_meta():
         traced = make_fx(
             torch.fx.Interpreter(section).run, tracing_mode="real", _allow_non_fake_inputs=True
         )(*args)
     with gm.graph.inserting_before(loop[0]):
-        made = _copied(gm, traced, inputs)
+        made = copied(gm, traced, inputs)
     for n, new in zip(outputs, made):
         for user in [u for u in n.users if u not in inside]:
             user.args, user.kwargs = map_arg(
@@ -95,7 +95,7 @@ def _replace(
         gm.graph.erase_node(n)
 
 
-def _like(value: Any, mode: Any) -> Any:
+def like(value: Any, mode: Any) -> Any:
     """A value of Dynamo's own fake mode in `mode`, that of the backend."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -105,11 +105,9 @@ def _like(value: Any, mode: Any) -> Any:
         )
 
 
-def _copied(
-    gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[Node]
-) -> tuple[Any, ...]:
+def copied(gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """The traced ops, at the insertion point of `gm`; what they return."""
-    env: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
+    env: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
     for n in traced.graph.nodes:
         if n.op == "output":
             return map_arg(n.args[0], env.__getitem__)

@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
-from tspc import batched, checkpoint, flex, precision, refused
+from tspc import batched, checkpoint, custom, flex, precision, refused
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.hardware import hardware
@@ -107,6 +107,7 @@ def capture(
     _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    custom.inlined(gm, fakes, context.fake_mode)
     batched.inlined(gm, fakes, context.fake_mode)
     around = precision.ambient()
     functional = precision.OneType(param_dtype)

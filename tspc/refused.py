@@ -8,9 +8,7 @@ import torch
 from tspc.errors import UnsupportedError
 from tspc.source import source_line
 
-BACKWARD = "an autograd.Function, whose own backward would not be seen; write it with ops of torch"
 WHY = {
-    "autograd_function_apply": BACKWARD,
     "register_hook": "a hook on a gradient; take it out of the compiled model, or multiply in the "
     "forward",
     "cond": "torch.cond; choose by torch.where, or outside of the compiled model",
@@ -22,23 +20,12 @@ WHY = {
 
 
 def check(gm: torch.fx.GraphModule) -> None:
-    """Raises `UnsupportedError`. Where no gradient is wanted an autograd.Function is its forward
-    alone."""
+    """Raises `UnsupportedError`."""
     for module in gm.modules():
         nodes = list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
         for i, n in enumerate(nodes):
             name = getattr(n.target, "__name__", str(n.target)).rpartition(".")[2]
             if n.op != "call_function" or name not in WHY:
                 continue
-            if WHY[name] is BACKWARD and not _wants_gradient(n):
-                continue
             where = next(filter(None, map(source_line, nodes[i:])), n.name)
             raise UnsupportedError(f"{where}: {WHY[name]}")
-
-
-def _wants_gradient(n: torch.fx.Node) -> bool:
-    values = [x.meta.get("example_value") for x in (n, *n.all_input_nodes)]
-    values += [y for x in values if isinstance(x, (tuple, list)) for y in x]
-    return torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in values
-    )
