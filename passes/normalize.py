@@ -258,8 +258,7 @@ def _chosen(b: _Builder, n: Node) -> Node:
 
 def _padded(b: _Builder, n: Node) -> Node:
     """A convolution whose padding is a word, "valid" or "same", with the numbers that it means."""
-    defaults = (None, (1,), "valid", (1,), 1)
-    args = [*n.args, *defaults[len(n.args) - 2 :]]
+    args = [*n.args, *(None, (1,), "valid", (1,), 1)[len(n.args) - 2 :]]
     sizes = b.type(args[1]).shape[2:]
     steps = args[5] * len(sizes) if len(args[5]) == 1 else args[5]
     around = [d * (k - 1) if args[4] == "same" else 0 for d, k in zip(steps, sizes)]
