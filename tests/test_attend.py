@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import tspc
 from tests.models import VOCABULARY, make, tokens_of
 from tests.test_masks import decision, inputs
+from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated, simulated_backend
 
@@ -144,8 +145,10 @@ CASES: dict[Attend, tuple[bool, bool]] = {
 }
 
 
-@pytest.mark.parametrize("attend", CASES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("ranks,schedule,length", [(3, "auto", 13), (2, "stationary", 12)])
+@pytest.mark.parametrize(
+    "attend,ranks,schedule,length",
+    each_once(list(CASES), [(3, "auto", 13), (2, "stationary", 12)]),
+)
 def test_becomes_one_op(attend: Attend, ranks: int, schedule: str, length: int) -> None:
     torch.manual_seed(0)
     model = Eager(attend).double()
@@ -218,7 +221,7 @@ def test_rows_without_a_key_are_undefined_as_in_the_model() -> None:
     assert torch.allclose(expected.nan_to_num(), got.nan_to_num(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hf_llama", "hf_qwen3"])
+@pytest.mark.parametrize("name", ["hf_llama", pytest.param("hf_qwen3", marks=pytest.mark.wide)])
 def test_a_library_model(name: str) -> None:
     model: Any = make(name)
     model.set_attn_implementation("eager")

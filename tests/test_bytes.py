@@ -125,7 +125,10 @@ def issue(schedule: str, kv_heads: int) -> tuple[dict[str, float], dict[str, flo
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("schedule", ["ring", "broadcast", "gather", "stationary"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["ring", "broadcast", pytest.param("gather", marks=pytest.mark.wide), "stationary"],
+)
 def test_process_groups_are_given_as_much(world: Any, schedule: str) -> None:
     """What the tests above count is what the process groups are asked to send."""
     _, *parts = step(schedule, 8)

@@ -125,6 +125,7 @@ def test_resumes_on_other_ranks(world: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.wide
 def test_resumes_on_other_parts(world: Any, tmp_path: Path) -> None:
     wanted = world(4).run(saved, folder=str(tmp_path), cut=True)[0]
     found = {2: world(2).run(resumed, folder=str(tmp_path), cut=True)[0]}

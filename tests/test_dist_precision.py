@@ -47,7 +47,9 @@ def both(options: dict[str, Any]) -> list[Any]:
     return [steps(False, options), steps(True, options)]
 
 
-@pytest.mark.parametrize("options", [{}, {"param_dtype": torch.bfloat16}], ids=["plain", "param"])
+@pytest.mark.parametrize(
+    "options", [{"param_dtype": torch.bfloat16}, pytest.param({}, marks=pytest.mark.wide)]
+)
 def test_autocast_with_a_scaler_and_checkpoints(world: Any, options: dict[str, Any]) -> None:
     answers = world(2).run(both, options=options)
     for one, mine in answers:

@@ -96,7 +96,6 @@ CASES = [
     ((2, 1), LAST, True, 1, False, "llama_like", EAGER | ZERO),
     ((2, 1), FIRST, True, 3, True, "gpt2_like", EAGER | ZERO),
     ((2, 2), FIRST, False, 1, False, "llama_like", {}),
-    ((2, 2), LAST, True, 3, True, "gpt2_like", EAGER),
     ((2, 2), FIRST, True, 3, True, "llama_like", EAGER | ZERO),
     ((2, 2), LAST, False, 3, False, "gpt2_like", EAGER | ZERO),
 ]
@@ -137,7 +136,9 @@ def floats(model: str, options: dict[str, Any]) -> tuple[float, float]:
     return worst, float(((second - first) / first).abs().max())
 
 
-@pytest.mark.parametrize("model, options", [("hf_llama", ZERO), ("hf_qwen3", {})])
+@pytest.mark.parametrize(
+    "model, options", [("hf_llama", ZERO), pytest.param("hf_qwen3", {}, marks=pytest.mark.wide)]
+)
 def test_float32(world: Any, model: str, options: dict[str, Any]) -> None:
     for grads, losses in world(4).run(floats, model=model, options=options):
         assert grads <= 1e-5 and losses <= 1e-4

@@ -153,10 +153,8 @@ def test_what_is_written_in_place_stays(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(got.detach(), model(*inputs()), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gemma3", *(pytest.param(n, marks=pytest.mark.wide) for n in ("packed", "deepseek_v3"))],
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["gemma3", "packed", "deepseek_v3"])
 def test_library_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their block masks are made under vmap, in graphs of their own where torch breaks them off."""
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)

@@ -37,7 +37,7 @@ def test_a_float_that_changes() -> None:
         torch.testing.assert_close(fn(tokens, scale), model(tokens, scale), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["llama_like", "gpt2_like"])
+@pytest.mark.parametrize("name", [pytest.param("llama_like", marks=pytest.mark.wide), "gpt2_like"])
 def test_a_batch_as_long_as_the_sequence(name: str) -> None:
     """Dynamo makes the two one symbol; the regions are the same nevertheless."""
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ from tspc.passes.masks import SDPA
 
 import tspc
 from tests.models import VOCABULARY, make
+from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated
 
@@ -122,24 +123,24 @@ def decision(graph: Simulated) -> set[tuple[bool, bool]]:
     return {(a.causal, a.mask is not None) for b in bodies for a in b.attentions}
 
 
-@pytest.mark.parametrize(
-    "mask,causal,kept",
-    [
-        (causal_tril, True, False),
-        (causal_compare, True, False),
-        (causal_infinite, True, False),
-        (causal_finite, True, False),
-        (causal_of_numbers, True, False),
-        (padding, False, True),
-        (causal_and_padding, True, True),
-        (window, True, False),
-        (nearest, True, False),
-        (packed, True, False),
-        (scalar_and_causal, True, False),
-        (data_and_causal, True, False),
-    ],
-)
-@pytest.mark.parametrize("ranks,schedule", [(3, "broadcast"), (2, "stationary"), (4, "gather")])
+MASKS = [
+    (causal_tril, True, False),
+    (causal_compare, True, False),
+    (causal_infinite, True, False),
+    (causal_finite, True, False),
+    (causal_of_numbers, True, False),
+    (padding, False, True),
+    (causal_and_padding, True, True),
+    (window, True, False),
+    (nearest, True, False),
+    (packed, True, False),
+    (scalar_and_causal, True, False),
+    (data_and_causal, True, False),
+]
+CASES = [(3, "broadcast"), (2, "stationary"), (4, "gather")]
+
+
+@pytest.mark.parametrize("mask,causal,kept,ranks,schedule", each_once(MASKS, CASES))
 def test_masks(mask: Mask, causal: bool, kept: bool, ranks: int, schedule: str) -> None:
     torch.manual_seed(0)
     model = Attention(mask).double()

@@ -14,6 +14,7 @@ from tspc.runtime import blocks, keys
 
 import tspc
 from tests.models import VOCABULARY
+from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated, simulated_backend
 from tspc.layout import Layout
@@ -177,11 +178,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "EDGE", 3)
 
 
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize(
-    "ranks,options",
-    [(2, {"schedule": "broadcast"}), (3, {"schedule": "stationary", "layout": "zigzag"})],
-)
+CASES = [(2, {"schedule": "broadcast"}), (3, {"schedule": "stationary", "layout": "zigzag"})]
+
+
+@pytest.mark.parametrize("mask,ranks,options", each_once(list(KINDS), CASES))
 def test_kinds(
     mask: Callable[..., Tensor], ranks: int, options: dict[str, str], small_blocks: None
 ) -> None:

@@ -278,6 +278,7 @@ def trained() -> tuple[float, list[float], list[float]]:
 
 
 @pytest.mark.dist
+@pytest.mark.wide
 def test_inductor_draws_what_one_device_draws(world: Any) -> None:
     (error, drawn, losses), other = world(2).run(trained)
     assert max(error, other[0]) <= 1e-5

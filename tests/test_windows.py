@@ -13,6 +13,7 @@ from tspc.passes.propagate import WHOLE
 
 import tspc
 from examples.llama_like import LlamaLike
+from tests.wide import each_once
 
 pytestmark = pytest.mark.slow
 
@@ -115,8 +116,7 @@ def run(loss: Loss, ranks: int, length: int, layout: str) -> Rewritten:
     return graph.rewritten
 
 
-@pytest.mark.parametrize("loss", CASES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("ranks,length,layout", SIZES[:2])
+@pytest.mark.parametrize("loss,ranks,length,layout", each_once(list(CASES), SIZES[:2]))
 def test_a_range_stays_cut(loss: Loss, ranks: int, length: int, layout: str) -> None:
     replicated, gathered = CASES[loss]
     rewritten = run(loss, ranks, length, layout)

@@ -61,7 +61,7 @@ LIB.impl("graft", _graft, "CompositeImplicitAutograd")
 
 def inlined(gm: torch.fx.GraphModule, given: Sequence[Any], mode: Any) -> None:
     """given: as in `batched.inlined`. Raises `UnsupportedError` for a backward that is not linear
-    in the cotangents, or that depends on nothing of them."""
+    in the cotangents."""
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), given))
     for n in gm.graph.find_nodes(op="call_function", target=APPLY):
         _replace(gm, n, values, mode)
@@ -79,8 +79,10 @@ def _refuse(n: Node, why: str) -> UnsupportedError:
 
 def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: Any) -> None:
     forward, backward = (getattr(gm, str(a.target)) for a in n.args[:2])
-    if n.kwargs.get("dirty_idx") or "saved_for_backward_idx" not in n.kwargs:
-        raise _refuse(n, "writes into what it was given")
+    if "saved_for_backward_idx" not in n.kwargs:
+        raise _refuse(n, "is read with torch 2.13 only")
+    if n.kwargs.get("dirty_idx"):
+        raise _refuse(n, "is of a forward that writes into its arguments")
     operands = n.args[2:]
     known = [
         values.get(a, a.meta.get("example_value")) if isinstance(a, Node) else a for a in operands
@@ -140,8 +142,12 @@ def _with_transposed(
         if linear is None:
             return outs, derived
         with torch.enable_grad():
-            gs = [g.detach().requires_grad_(g.is_floating_point()) for g in cotangents]
-            seen = [i for i, g in enumerate(gs) if g.requires_grad and i not in unseen]
+            gs = [
+                g.detach().requires_grad_(g.is_floating_point()) if isinstance(g, Tensor) else g
+                for g in cotangents
+            ]
+            seen = [i for i, g in enumerate(gs) if i not in unseen and isinstance(g, Tensor)]
+            seen = [i for i in seen if gs[i].requires_grad]
             pairs = [
                 (b, v.to(b.dtype))
                 for b, v in zip(linear(gs, saved), again)
