@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 import tspc
 from tspc.check import simulated_backend
@@ -48,6 +49,18 @@ class Clamp(Function):
         g[x > 1] = 0
         g.mul_(2)
         return g
+
+
+class Turn(Function):
+    """Complex numbers from pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 2j
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.view_as_real(g * -3j).flatten(-2)
 
 
 class Reverse(Function):
@@ -125,6 +138,25 @@ def clamped(m: Any, x: Tensor) -> Tensor:
     return m.down(Clamp.apply(m.up(x) * 2)).square().mean()
 
 
+def turned(m: Any, x: Tensor) -> Tensor:
+    y = Turn.apply(torch.tanh(m.up(x)))
+    return m.down(torch.view_as_real(y * y + y).flatten(-2)).square().mean()
+
+
+def checkpointed(m: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: inside(m, y), x, use_reentrant=False)
+
+
+@torch.compiler.nested_compile_region
+def twice(x: Tensor) -> Tensor:
+    return Round.apply(x * 2) * x
+
+
+def nested(m: Any, x: Tensor) -> Tensor:
+    """Called more than once, it is a graph in the graph."""
+    return (twice(x) + twice(torch.tanh(m.up(x))).mean(-1, keepdim=True)).square().mean()
+
+
 def weights(m: Any, x: Tensor) -> Tensor:
     """A quantized weight."""
     return F.linear(torch.tanh(m.up(x)), Round.apply(m.down.weight * 3)).square().mean()
@@ -140,7 +172,18 @@ def product(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "end,regions", [(after, 1), (inside, 2), (clamped, 2), (weights, 2), (reverse, 2), (product, 0)]
+    "end,regions",
+    [
+        (after, 1),
+        (inside, 2),
+        (clamped, 2),
+        (turned, 2),
+        (checkpointed, 2),
+        (nested, 2),
+        (weights, 2),
+        (reverse, 2),
+        (product, 0),
+    ],
 )
 def test_equals_one_device(end: Any, regions: int) -> None:
     torch.manual_seed(0)
@@ -178,3 +221,25 @@ def test_a_backward_that_is_not_linear(why: str) -> None:
         tspc.plan(model, (IDS,), ranks=2)
     with torch.no_grad():  # its forward alone is nothing special
         tspc.verify(model.double(), (IDS,), {}, 2, {}, 1e-9)
+
+
+class Doubles(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def test_under_vmap() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: torch.vmap(Doubles.apply)(x).square().mean()).double()
+    tspc.verify(model, (IDS,), {}, 2, {}, 1e-9)

@@ -96,6 +96,7 @@ CASES = [
     ((2, 1), LAST, True, 1, False, "llama_like", EAGER | ZERO),
     ((2, 1), FIRST, True, 3, True, "gpt2_like", EAGER | ZERO),
     ((2, 2), FIRST, False, 1, False, "llama_like", {}),
+    pytest.param(((2, 2), LAST, True, 3, True, "gpt2_like", EAGER), marks=pytest.mark.wide),
     ((2, 2), FIRST, True, 3, True, "llama_like", EAGER | ZERO),
     ((2, 2), LAST, False, 3, False, "gpt2_like", EAGER | ZERO),
 ]

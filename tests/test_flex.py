@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.test_predicates import Model, attentions, inputs, squares
 from tests.widen import Widen
 from tests.zoo import build
 from tspc.check import Simulated, relative_errors, simulated_backend
+from tspc.flex import _prune
 
 Tensor = torch.Tensor
 
@@ -151,6 +153,25 @@ def test_what_is_written_in_place_stays(monkeypatch: pytest.MonkeyPatch) -> None
     got = torch.compile(model, backend=simulated_backend(3))(*inputs())
     with torch.no_grad():
         torch.testing.assert_close(got.detach(), model(*inputs()), rtol=1e-9, atol=1e-12)
+
+
+def test_a_write_that_others_see_stays() -> None:
+    """Erased is what serves the block mask alone: not a write into memory that is read besides,
+    through a view or not."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    seen = graph.call_function(torch.zeros_like, (x,))
+    row = graph.call_function(operator.getitem, (seen, 0))
+    graph.call_function(operator.setitem, (row, 1, 5.0))
+    shifted = graph.call_method("add_", (row, 1))
+    own = graph.call_method("clone", (seen,))
+    graph.call_function(operator.setitem, (own, 0, 7.0))
+    block = graph.call_function(torch.add, (own, shifted))
+    graph.output(seen)
+    _prune(graph, {block})
+    assert [n.name for n in graph.nodes if n.op.startswith("call")] == [
+        *("zeros_like", "getitem", "setitem", "add_")
+    ]
 
 
 @pytest.mark.wide

@@ -107,8 +107,8 @@ def capture(
     _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
-    custom.inlined(gm, fakes, context.fake_mode)
     batched.inlined(gm, fakes, context.fake_mode)
+    custom.inlined(gm, fakes, context.fake_mode)
     around = precision.ambient()
     functional = precision.OneType(param_dtype)
 

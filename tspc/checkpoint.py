@@ -1,8 +1,8 @@
-"""Activation checkpointing in a model: its parts become ops of the one graph, with a tag.
+"""Parts of a model that Dynamo keeps apart become ops of the one graph.
 
-In: a Dynamo graph with `tag_activation_checkpoint` nodes. Out: an equal graph with their bodies in
-their place; each op says in its meta to which part it belongs, and that the backward makes it
-again (DESIGN section 7).
+In: a Dynamo graph with `tag_activation_checkpoint` and `invoke_subgraph` nodes. Out: an equal graph
+with their bodies in their place; each op of a checkpoint says in its meta to which part it belongs,
+and that the backward makes it again (DESIGN section 7).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 log = logging.getLogger("tspc")
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+# what calls a body -> how many of its arguments are not the body's
+CALLS = {CHECKPOINT: 1, torch.ops.higher_order.invoke_subgraph: 2}
 
 
 def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`gm` itself where nothing of it is checkpointed."""
-    if not any(n.target is CHECKPOINT for n in gm.graph.nodes):
+    """`gm` itself where nothing of it is apart."""
+    if not any(n.target in CALLS for n in gm.graph.nodes):
         return gm
     graph = torch.fx.Graph()
     graph.output(_copied(gm, "", graph, {}, itertools.count(1), 0))
@@ -53,16 +55,19 @@ def _copied(
             return load(n.args[0])
         if n in env or (n.op == "get_attr" and _is_body(gm, n)):
             continue
-        if n.target is CHECKPOINT:
+        if n.target in CALLS:
             body = getattr(gm, n.args[0].target)
             if "_checkpoint_context_fn" in body.meta:
                 log.warning(
                     "a checkpoint's context_fn (what to save of it) is ignored: all of it is made "
                     "again in the backward"
                 )
-            given = dict(zip(body.graph.find_nodes(op="placeholder"), load(n.args[1:])))
+            given = dict(
+                zip(body.graph.find_nodes(op="placeholder"), load(n.args[CALLS[n.target] :]))
+            )
             inner = f"{path}{n.args[0].target}."
-            env[n] = _copied(body, inner, graph, given, groups, group or next(groups))
+            own = next(groups) if n.target is CHECKPOINT and not group else group
+            env[n] = _copied(body, inner, graph, given, groups, own)
         elif n.target is operator.getitem and isinstance(env[n.args[0]], (tuple, list)):
             env[n] = env[n.args[0]][n.args[1]]
         else:
@@ -75,7 +80,7 @@ def _copied(
 
 
 def _is_body(gm: torch.fx.GraphModule, n: torch.fx.Node) -> bool:
-    return all(u.target is CHECKPOINT for u in n.users) and isinstance(
+    return all(u.target in CALLS for u in n.users) and isinstance(
         getattr(gm, str(n.target), None), torch.fx.GraphModule
     )
 

@@ -27,7 +27,7 @@ Node = torch.fx.Node
 Tensor = torch.Tensor
 APPLY = torch.ops.higher_order.autograd_function_apply
 # what is zero where: every operand is, one is, the first is
-EVERY = {"cat", "stack", "index_put", "scatter_add", "index_add", "slice_scatter"}
+EVERY = {"cat", "stack", "complex", "index_put", "scatter_add", "index_add", "slice_scatter"}
 ANY = {"mul", "mm", "bmm", "matmul", "dot", "mv", "linear", "einsum"}
 FIRST = {
     *("neg", "div", "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t"),
@@ -36,7 +36,8 @@ FIRST = {
     *("flip", "roll", "lift_fresh_copy", "abs", "unfold", "as_strided", "convolution_backward"),
     *("embedding_dense_backward", "native_layer_norm_backward", "_softmax_backward_data"),
     *("_log_softmax_backward_data", "gelu_backward", "silu_backward", "threshold_backward"),
-    *("sigmoid_backward", "tanh_backward"),
+    *("sigmoid_backward", "tanh_backward", "view_as_real", "view_as_complex", "real", "imag"),
+    *("_conj", "_conj_physical", "conj_physical", "resolve_conj"),
 }
 ALWAYS = {"zeros", "zeros_like", "new_zeros"}
 
@@ -78,7 +79,7 @@ def _refuse(n: Node, why: str) -> UnsupportedError:
 
 
 def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: Any) -> None:
-    forward, backward = (getattr(gm, str(a.target)) for a in n.args[:2])
+    forward, backward = (gm.get_submodule(str(a.target)) for a in n.args[:2])
     if "saved_for_backward_idx" not in n.kwargs:
         raise _refuse(n, "is read with torch 2.13 only")
     if n.kwargs.get("dirty_idx"):
@@ -143,7 +144,7 @@ def _with_transposed(
             return outs, derived
         with torch.enable_grad():
             gs = [
-                g.detach().requires_grad_(g.is_floating_point()) if isinstance(g, Tensor) else g
+                g.detach().requires_grad_(_is_number(g)) if isinstance(g, Tensor) else g
                 for g in cotangents
             ]
             seen = [i for i, g in enumerate(gs) if i not in unseen and isinstance(g, Tensor)]
@@ -181,21 +182,26 @@ def _check_linear(n: Node, traced: torch.fx.GraphModule, cotangents: int) -> Non
         elif m.op == "call_function" and _is_zero(m, zero):
             zero.add(m)
     (out,) = traced.graph.find_nodes(op="output")
-    if any(_is_float(x) and x not in zero for x in out.args[0]):
+    if any(_holds_numbers(x) and x not in zero for x in out.args[0]):
         raise _refuse(n, "adds to what the cotangents make, or uses an op that is not known here")
 
 
-def _is_float(x: Any) -> bool:
+def _holds_numbers(x: Any) -> bool:
     value = x.meta.get("val") if isinstance(x, Node) else None
     held = isinstance(x, Node) and x.op == "get_attr"
-    return held or (isinstance(value, Tensor) and value.is_floating_point())
+    return held or (isinstance(value, Tensor) and _is_number(value))
+
+
+def _is_number(x: Tensor) -> bool:
+    """It can have a gradient."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def _is_zero(m: Node, zero: set[Node]) -> bool:
     if m.target is operator.getitem:
         return m.args[0] in zero
     name = m.target._schema.name.split("::")[1]
-    found = [x in zero for x in m.all_input_nodes if _is_float(x)]
+    found = [x in zero for x in m.all_input_nodes if _holds_numbers(x)]
     if name in ("add", "sub", "where"):
         numbers = [x for x in m.args if not isinstance(x, Node)]
         return all(found) and not any(numbers)

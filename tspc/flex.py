@@ -23,6 +23,11 @@ from tspc.torch_seams import FLEX, NESTING
 Tensor = torch.Tensor
 # tracing leaves our op as it is, which is what we want
 warnings.filterwarnings("ignore", message=r"(?s)At pre-dispatch tracing.*Found tspc\.")
+FRESH = {  # they make memory of their own
+    *("clone", "arange", "empty", "zeros", "ones", "full", "empty_like", "zeros_like"),
+    *("ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"),
+}
+IN_PLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor"}
 ADDS = {operator.add, operator.iadd, torch.add, "add", "__add__", "__radd__"}
 SUBTRACTS = {operator.sub, torch.sub, "sub", "__sub__"}
 PYTHON = {"truediv": "div", "imul": "mul", "itruediv": "div", "iadd": "add", "isub": "sub"}
@@ -51,7 +56,7 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         args = (q, k, v, score, mask, scale, buffers, mask_buffers)
         with gm.graph.inserting_before(n):
             made = gm.graph.call_function(attend, args)
-        made.meta = dict(n.meta)
+        made.meta = {**n.meta, "example_value": n.meta["example_value"][0]}
         for user in list(n.users):
             user.replace_all_uses_with(made)
             gm.graph.erase_node(user)
@@ -95,10 +100,26 @@ def _prune(graph: torch.fx.Graph, masks: set[torch.fx.Node]) -> None:
 
 
 def _is_needed(n: torch.fx.Node, gone: set[torch.fx.Node]) -> bool:
-    """By one that stays: it uses the value, or is what this writes into."""
-    return any(u not in gone for u in n.users) or (
-        n.target is operator.setitem and n.args[0] not in gone
-    )
+    """By one that stays: it uses the value, or is what this writes into, or shares its memory."""
+    return any(u not in gone for u in n.users) or (_writes(n) and not _is_own(n.args[0], gone))
+
+
+def _writes(n: torch.fx.Node) -> bool:
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return n.target is operator.setitem or in_place or name in IN_PLACE
+
+
+def _is_own(x: Any, gone: set[torch.fx.Node]) -> bool:
+    """Of memory that nothing which stays can see: back to where it was made, all goes."""
+    while isinstance(x, torch.fx.Node):
+        if x not in gone:
+            return False
+        name = x.target if isinstance(x.target, str) else getattr(x.target, "__name__", "")
+        if name in FRESH or not x.args:
+            return True
+        x = x.args[0]
+    return True
 
 
 def attend(
