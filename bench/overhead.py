@@ -29,11 +29,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tspc.runtime.storage import Prologue
-
 from bench.world import ROOT, add_sizes, launch, work
 from examples.llama_like import LlamaLike
 from tspc import backend
+from tspc.runtime.storage import Prologue
 
 SYSTEMS = ("plain", "fsdp2", "tspc")
 PARTS = ("forward", "backward", "optimizer", "front end")

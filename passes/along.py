@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tspc.passes.factorize import Record, bind
 
 from tspc.along import SEQUENCE_CONV
 from tspc.factor import Factor, Factors
 from tspc.ops import local_rows
+from tspc.passes.factorize import Record, bind
 from tspc.program import Node, Ref, Type
 from tspc.rule import ALONG
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from tspc.passes.fold import Fold
 from tspc.passes.localize import call
 from tspc.passes.sizes import Sizes
-
 from tspc.placement import indices
 from tspc.program import Node, Ref, refs_in
 

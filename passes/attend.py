@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tspc.passes.masks import ABSORBS, Known, expressions, known
 
 from tspc.index import negate
 from tspc.masked import MASKED_ATTENTION
+from tspc.passes.masks import ABSORBS, Known, expressions, known
 from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
 from tspc.score import Step, composed
 from tspc.sinks import SINK_ATTENTION

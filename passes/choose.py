@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from tspc.body import Extent
+from tspc.counter import ATTENTIONS
+from tspc.errors import OptionError
+from tspc.factor import Factor, const
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
 from tspc.passes.masks import bind
 from tspc.passes.regions import ENDS, Region, Regions, find_regions
 from tspc.passes.sequence import attends, masks_by_key, sequences
-
-from tspc.body import Extent
-from tspc.counter import ATTENTIONS
-from tspc.errors import OptionError
-from tspc.factor import Factor, const
 from tspc.placement import indices
 from tspc.predicate import ANY, truth
 from tspc.program import OUTPUT, PARAM, Node, casts_of_parameters

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tspc.passes.factorize import EXTRA_POINTWISE, Record
 
 from tspc.factor import Factor, Factors
+from tspc.passes.factorize import EXTRA_POINTWISE, Record
 from tspc.program import Node, Ref, Type
 from tspc.rule import COMPUTED, pointwise
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from tspc.passes.factorize import Record
 from tspc.passes.independent import is_independent, makers_of
 from tspc.passes.regions import Region
-
 from tspc.program import Ref
 
 

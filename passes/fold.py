@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+
+from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.independent import independent, is_independent, makers_in, makers_of
 from tspc.passes.regions import Region
-
-from tspc.factor import Factor
 from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 from tspc.rule import ONCE
 

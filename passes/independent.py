@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tspc.passes.factorize import Analysis, Record
-from tspc.passes.regions import Region
-
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.regions import Region
 from tspc.program import Ref
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import sympy
 import torch
-from tspc.passes.fold import Fold
 
 from tspc.body import Out, Token, Value
+from tspc.passes.fold import Fold
 from tspc.program import Ref
 
 

@@ -14,6 +14,11 @@ from typing import Any
 
 import sympy
 import torch
+
+from tspc.checkpoint import recomputed
+from tspc.counter import ATTENTIONS
+from tspc.factor import Factor
+from tspc.ops import local_rows
 from tspc.passes.along import run, runs
 from tspc.passes.factorize import Record
 from tspc.passes.masks import bind
@@ -29,11 +34,6 @@ from tspc.passes.propagate import (
 )
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
-
-from tspc.checkpoint import recomputed
-from tspc.counter import ATTENTIONS
-from tspc.factor import Factor
-from tspc.ops import local_rows
 from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
 
 aten = torch.ops.aten

@@ -15,12 +15,12 @@ from typing import Any
 
 import sympy
 import torch
-from tspc.passes.normalize import all_dims
-from tspc.passes.rows import Rows
 
 from tspc.counter import ATTENTIONS
 from tspc.index import TRUE, At, Cases, clauses, index, is_predicate, substitute
 from tspc.masked import MASKED_ATTENTION
+from tspc.passes.normalize import all_dims
+from tspc.passes.rows import Rows
 from tspc.predicate import B, H, K, Q, Unprintable, printed
 from tspc.program import CONSTANT, PLACEHOLDERS, SDPA, SHAPE_ONLY, Node, Program, Ref, Type
 from tspc.rules.index import RULES, Reader

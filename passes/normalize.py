@@ -11,9 +11,9 @@ from typing import Any
 
 import sympy
 import torch
-from tspc.passes.along import canonical
 
 from tspc import ops  # noqa: F401  defines tspc::pick
+from tspc.passes.along import canonical
 from tspc.program import (
     CASTS,
     CONSTANT,

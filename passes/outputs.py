@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tspc.passes.factorize import Analysis
 
 from tspc.body import evaluate
 from tspc.factor import Factor
+from tspc.passes.factorize import Analysis
 from tspc.program import Node, Program, Ref
 
 SLICE = torch.ops.aten.slice.Tensor

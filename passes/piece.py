@@ -12,13 +12,13 @@ from typing import Any
 
 import sympy
 import torch
+
+from tspc.body import rows_of
+from tspc.factor import Factor, Factors
 from tspc.passes.fold import Fold
 from tspc.passes.localize import call
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import sequence_of
-
-from tspc.body import rows_of
-from tspc.factor import Factor, Factors
 from tspc.program import Node, Ref
 
 aten = torch.ops.aten

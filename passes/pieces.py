@@ -12,16 +12,16 @@ from typing import Any
 
 import sympy
 import torch
-from tspc.passes.fold import Fold
-from tspc.passes.key import structural_key
-from tspc.passes.masks import bind
-from tspc.passes.piece import WEIGHTED, Maker, plain, runner
-from tspc.passes.typed import Typed
 
 from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor
 from tspc.hardware import Hardware
+from tspc.passes.fold import Fold
+from tspc.passes.key import structural_key
+from tspc.passes.masks import bind
+from tspc.passes.piece import WEIGHTED, Maker, plain, runner
+from tspc.passes.typed import Typed
 from tspc.placement import indices
 from tspc.program import Node, Ref
 

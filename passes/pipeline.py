@@ -10,6 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+
+from tspc import budget
+from tspc.body import Body, made_again
+from tspc.counter import ATTENTIONS
+from tspc.hardware import Hardware
+from tspc.options import Options
 from tspc.passes.apart import run_apart
 from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, Choice, choose
@@ -27,12 +33,6 @@ from tspc.passes.sequence import sequences
 from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
 from tspc.passes.windows import widen
-
-from tspc import budget
-from tspc.body import Body, made_again
-from tspc.counter import ATTENTIONS
-from tspc.hardware import Hardware
-from tspc.options import Options
 from tspc.program import APART, FOLD, SEED, Node, Program, Ref
 
 

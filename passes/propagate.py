@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
+from tspc.factor import Factor
 from tspc.passes.along import runs
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
 from tspc.passes.sequence import attends, masks_by_key
 from tspc.passes.typed import Dims, Fallback, Typed, sequence_of
-
-from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
-from tspc.factor import Factor
 from tspc.program import (
     APART,
     FOLD,

@@ -8,10 +8,9 @@ whole and is reported; what follows is cut along the new factor.
 
 from __future__ import annotations
 
-from tspc.passes.factorize import Analysis, factorize
-
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
+from tspc.passes.factorize import Analysis, factorize
 from tspc.program import OUTPUT, Program
 
 Sealed = dict[str, tuple[tuple[int, int], ...]]

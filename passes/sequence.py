@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 
-from tspc.passes.factorize import Analysis, Record
-from tspc.passes.regions import weight_values
-
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor, const
+from tspc.passes.factorize import Analysis, Record
+from tspc.passes.regions import weight_values
 from tspc.program import PARAM
 
 

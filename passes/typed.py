@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tspc.factor import Factor, Factors
 from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
-
-from tspc.factor import Factor, Factors
 from tspc.program import Program, Size
 
 Dims = tuple[tuple[Factor, ...], ...]

@@ -3,6 +3,7 @@ section 6)."""
 
 from __future__ import annotations
 
+from tspc.errors import CaptureError
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -13,8 +14,6 @@ from tspc.passes.propagate import (
     WHOLE,
 )
 from tspc.passes.typed import Typed
-
-from tspc.errors import CaptureError
 from tspc.program import APART, FOLD, OUTPUT, PLACEHOLDERS, Node, Program
 
 # conversion -> the placement that its operand must have

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from tspc.factor import Factor, const, norm
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.propagate import CONTRACTIONS, MEANS, SUMS
 from tspc.passes.sizes import Sizes
-
-from tspc.factor import Factor, const, norm
 from tspc.program import OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten

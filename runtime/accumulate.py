@@ -16,10 +16,10 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
-from tspc.runtime.execute import Place
-from tspc.runtime.inputs import replicas_agree, text
 
 from tspc.errors import PendingGradientError, PlanError
+from tspc.runtime.execute import Place
+from tspc.runtime.inputs import replicas_agree, text
 
 aten = torch.ops.aten
 _QUIET: list[nn.Module] = []

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from tspc.runtime.exchange import summing
-from tspc.runtime.requests import AllGather, Axis, Exchange, Steps
 
 from tspc.layout import Layout
+from tspc.runtime.exchange import summing
+from tspc.runtime.requests import AllGather, Axis, Exchange, Steps
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+
 from tspc.runtime.blocks import Blocks, Given, Span, Spec, View
 from tspc.runtime.keys import gather, scatter
 from tspc.runtime.requests import Steps
-
 from tspc.score import modified, pulled_back
 
 __all__ = ["Given", "Span", "Spec", "attend", "attend_backward", "gather", "scatter"]

@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from tspc.runtime.storage import shard_parameters
 
 from tspc.errors import ShardedParameterError
+from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
 _EXCHANGED: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from tspc.runtime.failures import lost
 
 Tensor = torch.Tensor

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tspc.errors import RankMismatchError
 from tspc.runtime import direct
 from tspc.runtime.direct import Received
 from tspc.runtime.failures import Lost, failure, lost
@@ -30,8 +32,6 @@ from tspc.runtime.requests import (
     Shift,
     Steps,
 )
-
-from tspc.errors import RankMismatchError
 
 # of the links that share a group with another: what goes over one is never taken for the other's
 TAGS = {"outputs": 1}

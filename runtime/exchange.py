@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from tspc.layout import Layout
 from tspc.runtime.requests import (
     AllGather,
     AllReduce,
@@ -18,8 +20,6 @@ from tspc.runtime.requests import (
     Shift,
     Steps,
 )
-
-from tspc.layout import Layout
 
 
 def _split(x: torch.Tensor, dim: int, lead: int, count: int) -> torch.Tensor:

@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tspc import along as ops  # noqa: F401  defines them
+from tspc.body import BODIES, Body
+from tspc.layout import Layout
+from tspc.ops import LIB
 from tspc.runtime import along, exchange, replicas, schedules
 from tspc.runtime import attention as attn
 from tspc.runtime.drivers import distributed
@@ -16,11 +21,6 @@ from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
-
-from tspc import along as ops  # noqa: F401  defines them
-from tspc.body import BODIES, Body
-from tspc.layout import Layout
-from tspc.ops import LIB
 
 GENERATORS: dict[str, Callable[..., Steps]] = {}
 

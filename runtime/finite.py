@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from tspc.errors import NonFiniteError
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Request, Steps
-
-from tspc.errors import NonFiniteError
 
 Named = Sequence[tuple[str, Any]]  # values that are no float tensors are passed over
 LISTED = 4

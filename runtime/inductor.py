@@ -37,9 +37,9 @@ from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._ordered_set import OrderedSet
-from tspc.runtime.trace import Fakes, tag
 
 from tspc.counter import mix, mixed
+from tspc.runtime.trace import Fakes, tag
 
 
 class _Operators:

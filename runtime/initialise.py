@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tspc.errors import PlanError
 from tspc.runtime import exchange
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
-
-from tspc.errors import PlanError
 from tspc.torch_seams import storage_key
 
 RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has the second

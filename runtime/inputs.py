@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tspc.errors import RankMismatchError
 from tspc.runtime import failures
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
-
-from tspc.errors import RankMismatchError
 
 CHECK = "the check that starts a call or a compile"
 FIRST, EVERY = 3, 100  # calls of a graph whose contents "auto" compares

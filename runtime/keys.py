@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from tspc.runtime.blocks import Span, Spec
-from tspc.runtime.requests import AllGather, Exchange, ReduceScatter, Steps
 
 from tspc.layout import Layout
 from tspc.predicate import truth
+from tspc.runtime.blocks import Span, Spec
+from tspc.runtime.requests import AllGather, Exchange, ReduceScatter, Steps
 
 Tensor = torch.Tensor
 Ranges = tuple[tuple[int, int, int], ...]  # (first local row, past the last, position of the first)

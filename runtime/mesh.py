@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tspc.runtime.execute import PLACES, Place
-from tspc.runtime.requests import Axis
 
 from tspc.errors import PlanError
 from tspc.options import Options
+from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.requests import Axis
 from tspc.torch_seams import timeout_of
 
 _WORLD: dict[str, DeviceMesh] = {}

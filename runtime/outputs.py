@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+from tspc.layout import Layout
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import Axis, Exchange, Steps
-
-from tspc.layout import Layout
 
 
 def _held(layout: Layout, rank: int, rows: int, length: int, trail: int) -> torch.Tensor:

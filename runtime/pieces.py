@@ -12,10 +12,10 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
-from tspc.runtime.trace import local_fakes
 
 from tspc.body import Body, Piece, evaluate, symbol_values
 from tspc.program import Type
+from tspc.runtime.trace import local_fakes
 
 Values = dict[str, torch.Tensor]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from tspc.runtime.requests import AllToAll, Axis, Steps
 
+from tspc.runtime.requests import AllToAll, Axis, Steps
 from tspc.shard import ShardMap
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from tspc.runtime.exchange import summing
 from tspc.runtime.requests import AllGather, AllReduce, Axis, ReduceScatter, Steps
 

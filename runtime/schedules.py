@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from tspc.body import Body, Piece
+from tspc.cost import RING, STATIONARY, fastest, folded
 from tspc.runtime.requests import Steps
 from tspc.runtime.stationary import stationary_backward, stationary_forward
 from tspc.runtime.step import (
@@ -25,9 +28,6 @@ from tspc.runtime.step import (
     step_backward,
 )
 from tspc.runtime.travel import Gradients, Weights
-
-from tspc.body import Body, Piece
-from tspc.cost import RING, STATIONARY, fastest, folded
 
 Tensor = torch.Tensor
 

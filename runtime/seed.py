@@ -4,6 +4,7 @@ repeat; every rank draws, all take the first rank's."""
 from __future__ import annotations
 
 import torch
+
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import Broadcast, Steps

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS
 from tspc.runtime.requests import Axis

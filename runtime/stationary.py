@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from tspc.body import Piece
 from tspc.runtime.exchange import join, part
 from tspc.runtime.requests import AllGather, AllToAll, ReduceScatter, Steps
 from tspc.runtime.step import (
@@ -16,8 +18,6 @@ from tspc.runtime.step import (
     in_operand_order,
     step_backward,
 )
-
-from tspc.body import Piece
 
 Tensor = torch.Tensor
 

@@ -8,12 +8,12 @@ from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
-from tspc.runtime import attention as attn
-from tspc.runtime.exchange import take
-from tspc.runtime.requests import Axis, Steps
 
 from tspc.body import Attention, Body, Piece, Token, evaluate, symbol_values
 from tspc.layout import Layout
+from tspc.runtime import attention as attn
+from tspc.runtime.exchange import take
+from tspc.runtime.requests import Axis, Steps
 from tspc.sinks import sinks_gradient, sunk
 
 Tensor = torch.Tensor

@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place, chunk_rows
 from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
 from tspc.runtime.repack import fits, repack, repack_backward
-
 from tspc.shard import ShardMap
 from tspc.torch_seams import assign_data_of_shards, move_shard
 

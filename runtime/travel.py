@@ -4,11 +4,11 @@ broadcast and gather."""
 from __future__ import annotations
 
 import torch
+
+from tspc.cost import BROADCAST, GATHER, RING
 from tspc.runtime.exchange import summing
 from tspc.runtime.requests import AllGather, Broadcast, Handle, Reduce, ReduceScatter, Shift, Steps
 from tspc.runtime.step import Call, Values
-
-from tspc.cost import BROADCAST, GATHER, RING
 
 Tensor = torch.Tensor
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from tspc.capture import Captured, capture_model, convert
+from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, Record, factorize
 from tspc.passes.fold import added_once
 from tspc.passes.localize import call, constant
 from tspc.passes.normalize import normalize
 from tspc.passes.sizes import Sizes
-
-from tspc.capture import Captured, capture_model, convert
-from tspc.factor import Factor
 from tspc.placement import indices
 from tspc.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
 

@@ -17,9 +17,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import tspc.passes.factorize as factorize
 
 import tests.test_samples as samples
+import tspc.passes.factorize as factorize
 import tspc.rule as language
 import tspc.rules as rules
 from tests.brute import check, check_meaning, traced

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tspc.passes.factorize import EXTRA_POINTWISE
-
 import tspc.rules as rules
+from tspc.passes.factorize import EXTRA_POINTWISE
 from tspc.rule import COMPUTED, ONCE, RULES, pointwise
 
 ROOT = Path(__file__).parent.parent

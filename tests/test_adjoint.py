@@ -18,11 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tspc.runtime import schedules
 
 from tspc.body import Body
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
+from tspc.runtime import schedules
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
-from tspc.runtime import drivers
 
 from examples.llama_like import LlamaLike
 from tspc.backend import GRAPHS
+from tspc.runtime import drivers
 
 pytestmark = pytest.mark.dist
 RANKS, BATCH, LENGTH, HIDDEN, HEADS, KV_HEADS, FFN, WORDS = 4, 2, 262, 64, 8, 4, 208, 136

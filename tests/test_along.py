@@ -11,16 +11,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+import tspc
+from tspc.check import Simulated, simulated_backend
+from tspc.layout import Layout
 from tspc.passes.pipeline import Rewritten
 from tspc.passes.propagate import WHOLE
 from tspc.runtime import along
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS
 from tspc.runtime.requests import Axis
-
-import tspc
-from tspc.check import Simulated, simulated_backend
-from tspc.layout import Layout
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
-from tspc.passes.choose import choose
-from tspc.passes.factorize import factorize
 
 from tests.mutants import applying
 from tspc.capture import convert
+from tspc.passes.choose import choose
+from tspc.passes.factorize import factorize
 from tspc.program import INPUT, PARAM, Program, Ref
 from tspc.rule import Op, Rule
 

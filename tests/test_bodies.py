@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.runtime.pieces import cotangent_names
 
 from examples.llama_like import LlamaLike
 from tests.zoo import build
 from tspc.check import Simulated, simulated_backend
+from tspc.runtime.pieces import cotangent_names
 
 
 class Renamed(torch.nn.Module):

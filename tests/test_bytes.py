@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.runtime.drivers import Sent, record
 
 from examples.llama_like import LlamaLike
 from tests.test_dist_order import Issued, issued
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
+from tspc.runtime.drivers import Sent, record
 
 RANKS, BATCH, LENGTH, HIDDEN = 4, 3, 19, 64
 F = (RANKS - 1) / RANKS

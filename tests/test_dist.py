@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
-from tspc.runtime.convert import convert
-from tspc.runtime.deferred import DeferredTensor
-from tspc.runtime.mesh import resolve
 
 import tspc
 from tests.models import call, loss_of, make, tokens_of, whole
 from tspc.check import relative_errors
 from tspc.options import parse
+from tspc.runtime.convert import convert
+from tspc.runtime.deferred import DeferredTensor
+from tspc.runtime.mesh import resolve
 
 pytestmark = pytest.mark.dist
 

@@ -14,11 +14,11 @@ import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from tspc.runtime.convert import convert
-from tspc.runtime.mesh import resolve
 
 from tests.models import call, loss_of, make, tokens_of, whole
 from tspc.options import parse
+from tspc.runtime.convert import convert
+from tspc.runtime.mesh import resolve
 
 # TSP ranks and replicas that hold parts, by the ranks of a world
 SHARES = {4: (2, 2), 2: (1, 2)}

@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 from torch._inductor import compile_fx
-from tspc.runtime import schedules
 
 from tests.models import call, loss_of, make, tokens_of
 from tspc.backend import tsp
+from tspc.runtime import schedules
 
 pytestmark = pytest.mark.dist
 # bytes alone decide: a crossover between 31 and 300 for every region

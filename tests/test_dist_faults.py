@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tspc.runtime import failures
-from tspc.runtime.travel import Gradients, Weights
 
 from tests.models import VOCABULARY, make, tokens_of
 from tests.world import PROCESSES
+from tspc.runtime import failures
+from tspc.runtime.travel import Gradients, Weights
 
 pytestmark = pytest.mark.dist
 TIMEOUT = 5.0  # seconds of the process group

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tspc.runtime.drivers import record
 
 import tspc
 from tests.models import VOCABULARY, make, tokens_of
+from tspc.runtime.drivers import record
 
 pytestmark = pytest.mark.dist
 OPTIONS = {"compiler": "eager", "check_nan": True}

@@ -13,13 +13,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from tspc.runtime.execute import Place
-from tspc.runtime.initialise import Wholes
-from tspc.runtime.requests import Axis
 
 import tspc
 from tests.models import MODELS, call, loss_of, tokens_of, whole
 from tspc.check import relative_errors
+from tspc.runtime.execute import Place
+from tspc.runtime.initialise import Wholes
+from tspc.runtime.requests import Axis
 
 EAGER = {"compiler": "eager"}
 

@@ -14,11 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.distributed import ProcessGroup
-from tspc.runtime.execute import PLACES
-from tspc.runtime.inductor import KeepOrder
 
 from tests.models import VOCABULARY, tokens_of
 from tests.world import World
+from tspc.runtime.execute import PLACES
+from tspc.runtime.inductor import KeepOrder
 
 pytestmark = pytest.mark.dist
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from tspc.runtime.drivers import record
 
 import tspc
 from examples.llama_like import LlamaLike
 from examples.measure import state_bytes
 from tests.models import call, loss_of, make, tokens_of, whole
 from tspc.check import relative_errors
+from tspc.runtime.drivers import record
 
 pytestmark = pytest.mark.dist
 STEPS, LENGTH, BATCH = 5, 11, 2

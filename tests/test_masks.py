@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tspc.passes.masks import SDPA
 
 import tspc
 from tests.models import VOCABULARY, make
 from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated
+from tspc.passes.masks import SDPA
 
 pytestmark = pytest.mark.slow
 

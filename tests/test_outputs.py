@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
-from tspc.runtime.drivers import lockstep
-from tspc.runtime.exchange import clear, take
-from tspc.runtime.exchange import whole as gathered
-from tspc.runtime.outputs import from_chunks, to_chunks
-from tspc.runtime.requests import Axis
 
 import tspc
 from tests.models import call, make, tokens_of, whole
 from tspc.check import relative_errors
 from tspc.layout import Layout
+from tspc.runtime.drivers import lockstep
+from tspc.runtime.exchange import clear, take
+from tspc.runtime.exchange import whole as gathered
+from tspc.runtime.outputs import from_chunks, to_chunks
+from tspc.runtime.requests import Axis
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

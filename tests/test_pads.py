@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tspc.passes.pipeline import Rewritten
 
 import tspc
+from tspc.passes.pipeline import Rewritten
 
 pytestmark = pytest.mark.slow
 

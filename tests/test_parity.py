@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.runtime.schedules import choose
 
 import tspc
 from tests.models import VOCABULARY, call, make
 from tests.widen import Widen
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
+from tspc.runtime.schedules import choose
 
 TOLERANCE = 1e-9
 VALUES = {

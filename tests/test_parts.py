@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tspc.runtime import attention
 
 import tspc
 from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
 from tspc.check import Simulated
+from tspc.runtime import attention
 
 
 def run(make: type[Base], ranks: int = 3) -> Simulated:

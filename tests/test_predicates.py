@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from tspc.runtime import blocks, keys
 
 import tspc
 from tests.models import VOCABULARY
@@ -18,6 +17,7 @@ from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated, simulated_backend
 from tspc.layout import Layout
+from tspc.runtime import blocks, keys
 
 pytestmark = pytest.mark.slow
 

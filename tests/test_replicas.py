@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+
+from tests.models import make, tokens_of
+from tspc.check import relative_errors, simulated_backend
 from tspc.runtime.drivers import lockstep, record
 from tspc.runtime.replicas import gather, mean, scatter_mean
 from tspc.runtime.requests import Axis
 from tspc.runtime.storage import default_dim
-
-from tests.models import make, tokens_of
-from tspc.check import relative_errors, simulated_backend
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (4, 1)]  # TSP ranks x replicas
 STEPS, LENGTH = 5, 9

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 import tspc.rules  # noqa: F401  fills the registries
 from tests.brute import check, check_cut, check_meaning, traced
@@ -17,6 +16,7 @@ from tests.op_samples import contraction_samples, pointwise_samples, reduction_s
 from tests.rules_table import DOC, table
 from tests.samples import MORE, Sample, ids, more_forbidden, of, x
 from tspc.counter import ATTENTIONS
+from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 from tspc.rule import COMPUTED, RULES
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default

@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tspc.runtime.pieces import cotangent_names
 
 import tspc
 from tests.models import VOCABULARY
 from tests.test_masks import inputs
 from tspc.check import Simulated
+from tspc.runtime.pieces import cotangent_names
 from tspc.sinks import sink_attention, sinks_gradient, sunk
 
 HEADS, DIM = 3, 4

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tspc.passes.factorize import Analysis
-from tspc.passes.regions import find_regions
-from tspc.passes.sequence import sequences
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
 from tests.brute import analysed, check, values
 from tspc.factor import Factor
+from tspc.passes.factorize import Analysis
+from tspc.passes.regions import find_regions
+from tspc.passes.sequence import sequences
 
 aten = torch.ops.aten
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tspc.passes.pipeline import Rewritten
 
 import tspc
 from examples.llama_like import LlamaLike
+from tspc.passes.pipeline import Rewritten
 from tspc.program import APART
 
 VOCABULARY, WIDTH, HEADS, DIM = 23, 12, 5, 4

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tspc.passes.propagate import ALL_REDUCE, VARY
-from tspc.passes.typed import Typed
-from tspc.passes.verify import check_program, check_typed
 
 import tspc
 from examples.llama_like import LlamaLike
 from tspc.errors import CaptureError
+from tspc.passes.propagate import ALL_REDUCE, VARY
+from tspc.passes.typed import Typed
+from tspc.passes.verify import check_program, check_typed
 from tspc.program import Program, Ref
 
 TOKENS = torch.zeros(2, 16, dtype=torch.long)

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
 
 import tspc
 from examples.llama_like import LlamaLike
 from tests.wide import each_once
+from tspc.passes.pipeline import Rewritten
+from tspc.passes.propagate import WHOLE
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch._guards import CompileContext
-from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
-from tspc.passes.regions import VIEWS, weight_values
 
 import tspc
 from examples.measure import peak_of, state_bytes
@@ -26,6 +23,9 @@ from tests.zoo import build, sized
 from tspc.body import evaluate
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.counter import ATTENTIONS
+from tspc.passes.pipeline import Rewritten
+from tspc.passes.propagate import WHOLE
+from tspc.passes.regions import VIEWS, weight_values
 from tspc.program import PARAM
 from tspc.report import reports
 
