@@ -9,7 +9,7 @@ export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide clean
+.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide integrations clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +59,10 @@ scripts: $(READY)
 
 wide: $(READY)
 	$(BIN)/python -m pytest tests -m wide --wide -n $(JOBS) --dist worksteal
+
+integrations: $(READY)
+	$(BIN)/pip install -q -e ".[dev,integrations]"
+	$(BIN)/python -m pytest tests -m integrations --integrations
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

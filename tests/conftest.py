@@ -35,10 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--scripts", type=int, default=8, help="how many training scripts are drawn")
     parser.addoption("--graphs", type=int, default=6, help="how many random graphs are drawn")
     parser.addoption("--wide", action="store_true", help="also what `make test` only samples")
+    parser.addoption("--integrations", action="store_true", help="also scripts around libraries")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--wide"):
-        left_out = [i for i in items if i.get_closest_marker("wide")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [i for i in items if not i.get_closest_marker("wide")]
+    for marker in ("wide", "integrations"):
+        if not config.getoption(f"--{marker}"):
+            left_out = [i for i in items if i.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [i for i in items if not i.get_closest_marker(marker)]
