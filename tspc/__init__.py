@@ -18,6 +18,7 @@ from tspc.errors import (
     UnsupportedError,
 )
 from tspc.runtime.accumulate import no_sync
+from tspc.runtime.whole import full_state_dict, load_full_state_dict
 
 __all__ = [
     "CaptureError",
@@ -35,6 +36,8 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "explain",
+    "full_state_dict",
+    "load_full_state_dict",
     "no_sync",
     "plan",
     "tsp",
