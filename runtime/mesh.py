@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tspc.errors import PlanError
 from tspc.options import Options
 from tspc.runtime.execute import PLACES, Place
+from tspc.runtime.launched import join
 from tspc.runtime.requests import Axis
 from tspc.torch_seams import timeout_of
 
@@ -40,11 +41,12 @@ _KEPT: list[DeviceMesh] = []
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
     """The place of this rank and the mesh that parameters are stored on; without a process group
-    an axis of one rank."""
+    that of the launcher is made, and without one an axis of one rank."""
     if not dist.is_initialized():
         if options.mesh is not None:
             raise PlanError("a mesh was given but no process group is initialized")
-        return Place(Axis("tsp", 1, 0)), None
+        if not join(device):
+            return Place(Axis("tsp", 1, 0)), None
     mesh = options.mesh
     move = f"model.to({mesh.device_type!r})" if mesh is not None else "model.to(device)"
     if device.type == "meta":

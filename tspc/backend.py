@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from tspc.capture import Captured, capture
 from tspc.check import written
 from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.hardware import device_name
+from tspc.journal import log
 from tspc.options import Options, parse
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
@@ -43,8 +43,6 @@ from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.torch_seams import compiled_roots
-
-log = logging.getLogger("tspc")
 
 
 @dataclass

@@ -8,7 +8,6 @@ and that the backward makes it again (DESIGN section 7).
 from __future__ import annotations
 
 import itertools
-import logging
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ import torch
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils.checkpoint import CheckpointPolicy
 
-log = logging.getLogger("tspc")
+from tspc.journal import log
+
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # what calls a body -> how many of its arguments are not the body's
 CALLS = {CHECKPOINT: 1, torch.ops.higher_order.invoke_subgraph: 2}
