@@ -165,8 +165,8 @@ def propagate(
             s.emit(n, [dims or _plain(analysis, n.type)], "R")
             if n.op == PARAM:
                 s.params.add(n.name)
-        elif n.op == OUTPUT:
-            s.nodes.append(n)
+        elif n.op == OUTPUT:  # a parameter leaves whole
+            s.nodes.append(n.map_refs(lambda r: s.replicated(r, "") if _is_param(s, r) else r))
         elif n.op in (FOLD, APART):
             _fold(s, n)
         elif n.name in casts:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_t
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from tspc.errors import ShardedParameterError
+from tspc.runtime.handover import hand_over, release
 from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
@@ -68,9 +69,9 @@ def convert(
         _HOOKS.append(register_optimizer_step_pre_hook(lambda optimizer, a, k: rebind(optimizer)))
     for optimizer in _optimizers():
         rebind(optimizer)
-    for old in exchanged:
+    for old, new in exchanged.items():
         old.grad = None
-        old.data = old.data.new_empty(0)
+        hand_over(old, new, axis)
         old.__class__ = ShardedParameter
 
 
@@ -80,6 +81,7 @@ def _optimizers() -> list[Optimizer]:
 
 def rebind(optimizer: Optimizer) -> None:
     """Exchange whole parameters for their shards in an optimizer; its state is sharded alike."""
+    release()
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
             old, new = _EXCHANGED.get(id(p), (None, None))

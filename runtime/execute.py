@@ -106,6 +106,7 @@ def _nothing(result: Any) -> Steps:
     yield
 
 
+@torch.compiler.disable
 def _whole_weight(local: torch.Tensor, dim: int, size: int, cut: bool, name: str) -> torch.Tensor:
     """Outside of tspc's graphs (eager code of the model) the chunks are gathered as they are
     stored."""
@@ -129,6 +130,7 @@ def chunk_rows(axis: Axis, size: int) -> int:
     return max(0, min(chunk, size - axis.rank * chunk))
 
 
+@torch.compiler.disable
 def _whole_weight_backward(
     g: torch.Tensor, dim: int, size: int, cut: bool, name: str, rows: int
 ) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
 from tspc.runtime.repack import fits, repack, repack_backward
 from tspc.shard import ShardMap
-from tspc.torch_seams import assign_data_of_shards, move_shard
+from tspc.torch_seams import assign_data_of_shards, move_shard, skip_code
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
@@ -47,10 +47,15 @@ def _whole(p: DTensor, axis: str) -> torch.Tensor:
     return torch.ops.tspc.whole_weight(local, dim, p.shape[dim], is_cut(p), axis)
 
 
+_gathered = torch.compiler.disable(_whole)
+
+
 def _property(name: str, axis: str) -> property:
     def get(self: nn.Module) -> Any:
         p = self._parameters[name]
-        return _whole(p, axis) if isinstance(p, DTensor) and _reading() else p
+        if not isinstance(p, DTensor) or not _reading():
+            return p
+        return _whole(p, axis) if torch.compiler.is_compiling() else _gathered(p, axis)
 
     def put(self: nn.Module, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)
@@ -66,6 +71,12 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
     finally:
         _STATE.depth -= 1
+
+
+# Dynamo takes these into a graph where their caller is traced; where the caller is left to Python
+# they are too: a graph of its own would have no depth, or nothing but a weight.
+for read in (_call, _reading, _property("", "").fget):
+    skip_code(read.__code__)  # type: ignore[union-attr]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch._decomp import decomposition_table
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.eval_frame import skip_code as skip_code  # by itself no graph of Dynamo's
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
