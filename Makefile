@@ -46,7 +46,7 @@ zoo: $(READY)
 	$(BIN)/python -m tests.run_zoo
 
 rules: $(READY)
-	$(BIN)/python -m pytest tests/test_samples.py --update-golden
+	$(BIN)/python -m pytest tests/test_samples.py tests/test_example_scripts.py -k "not curves" --update-golden
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants

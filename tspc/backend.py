@@ -24,6 +24,7 @@ from tspc.errors import CaptureError, PlanError, UnsupportedError
 from tspc.hardware import device_name
 from tspc.journal import log
 from tspc.options import Options, parse
+from tspc.outside import only_shards
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
@@ -94,6 +95,8 @@ def tsp(
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
+    if only_shards(gm, example_inputs):
+        return gm
     captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
     with off():  # the casts are in the program
         return _compile(captured, chosen, gm, example_inputs, place, mesh)

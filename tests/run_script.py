@@ -1,0 +1,23 @@
+"""Runs a script as `python` does, with the backend's pieces uncompiled (Inductor takes minutes for
+what lasts seconds) and in float64: `run_script.py SCRIPT ARGUMENTS`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+import torch
+
+from tspc import backend, options
+
+if __name__ == "__main__":
+    parse = options.parse
+
+    def eager(given: Any) -> options.Options:
+        return parse({"compiler": "eager", **(given or {})})
+
+    backend.parse = eager
+    torch.set_default_dtype(torch.float64)
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,107 @@
+"""The scripts of examples/scripts: plain and with the one line under torchrun on 2 ranks they print
+the same curve, resumed ones its end; docs/scripts.md holds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "examples" / "scripts"
+RUN = str(ROOT / "tests" / "run_script.py")
+PAGE = ROOT / "docs" / "scripts.md"
+LIMIT = 600.0  # seconds
+
+pytestmark = pytest.mark.dist
+
+
+@dataclass(frozen=True)
+class Case:
+    """tolerance: relative; the losses of library models are computed in float32.
+
+    resumes: on so many ranks, 0 if it does not.
+    """
+
+    title: str
+    tolerance: float = 1e-6
+    resumes: int = 0
+    marks: Sequence[Any] = (pytest.mark.integrations,)
+
+
+CASES = {
+    "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
+    "siamese": Case("Two calls before one backward", 1e-9),
+    "train_step": Case("The whole step compiled"),
+    "accelerate_loop": Case("accelerate", resumes=2),
+    "trainer": Case("Trainer", resumes=2),
+}
+
+
+def start(ranks: int, script: str, *args: str, folder: Path) -> subprocess.Popen[str]:
+    """ranks: 0 without the one line."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    tsp = [*launcher, RUN, str(SCRIPTS / script), "--tsp"]
+    command = [sys.executable, *(tsp if ranks else [RUN, str(SCRIPTS / script)]), *args]
+    folder.mkdir(exist_ok=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)  # type: ignore[call-overload]
+
+
+def curve(running: subprocess.Popen[str]) -> list[float]:
+    """What it printed, on one rank only."""
+    try:
+        out, errors = running.communicate(timeout=LIMIT)
+    finally:
+        running.terminate()
+    assert running.returncode == 0, errors[-6000:]
+    printed = [line for line in out.splitlines() if line.startswith("[") and line.endswith("]")]
+    assert len(printed) == 1, out
+    return json.loads(printed[0])
+
+
+def parameters() -> list[Any]:
+    return [pytest.param(name, marks=case.marks, id=name) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_curves_are_equal(name: str, tmp_path: Path) -> None:
+    case, script = CASES[name], f"{name}.py"
+    runs = [start(ranks, script, folder=tmp_path / f"on_{ranks}") for ranks in (0, 2)]
+    one, mine = [curve(r) for r in runs]
+    assert len(one) > 2
+    assert mine == pytest.approx(one, rel=case.tolerance, abs=0.0)
+    if case.resumes:
+        again = curve(start(case.resumes, script, "--resume", folder=tmp_path / "on_2"))
+        assert len(again) > 2
+        assert again == pytest.approx(one[-len(again) :], rel=case.tolerance, abs=0.0)
+
+
+def page() -> str:
+    parts = [
+        "# Scripts",
+        "Whole scripts as people write them. Each runs by `python` on one device, and with `--tsp` "
+        "under `torchrun`\non any number of ranks; `make integrations` runs each both ways and "
+        "compares what it prints. Models are tiny\nand data are drawn, so that nothing is "
+        "downloaded.",
+    ]
+    for name, case in CASES.items():
+        code = (SCRIPTS / f"{name}.py").read_text()
+        parts.append(f"## {case.title}\n\n`examples/scripts/{name}.py`\n\n```python\n{code}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def test_page_holds_the_scripts(request: pytest.FixtureRequest) -> None:
+    assert {p.stem for p in SCRIPTS.glob("*.py")} == set(CASES)
+    if request.config.getoption("--update-golden"):
+        PAGE.write_text(page())
+    assert PAGE.read_text() == page(), "make rules writes it anew"

@@ -1,0 +1,189 @@
+"""The ranks of an axis as one replica for accelerate and what is built on it (Trainer, SFTTrainer,
+DPOTrainer): `tspc.trainer.register()` before the first `Accelerator` or `TrainingArguments`.
+
+Then they know `tsp` as a backend; data, steps, losses and metrics are those of one process, rank 0
+alone logs and writes, and what is written is whole.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import tspc
+from tspc.errors import OptionError
+
+_NAME = "TSP"
+_OPTIONS: dict[str, Any] = {}
+_DONE: list[str] = []
+
+
+def register(**options: Any) -> None:
+    """Make accelerate, and transformers' Trainer where it is installed, take `"tsp"` as the
+    backend of torch.compile; on one process this changes nothing else.
+
+    options: of the backend, as in `torch.compile(options=...)`. Raises `OptionError` for a mesh of
+    two axes, which they cannot be told of yet, and where an `Accelerator` was made before.
+    """
+    from accelerate import state
+
+    mesh = options.get("mesh")
+    if getattr(mesh, "ndim", 1) != 1:
+        raise OptionError(
+            "tspc.trainer.register takes a mesh of one axis, all ranks: replicas are for scripts "
+            "with a loop of their own"
+        )
+    made = state.PartialState._shared_state.get("num_processes", 1)
+    if made > 1 and _NAME not in _DONE:
+        raise OptionError(
+            "an Accelerator or TrainingArguments was made before tspc.trainer.register(): its "
+            "state takes each rank for a replica; call register() first"
+        )
+    _OPTIONS.clear()
+    _OPTIONS.update(options)
+    if _NAME in _DONE:
+        return
+    _DONE.append(_NAME)
+    _accelerate()
+    try:
+        from transformers import Trainer, trainer
+    except ImportError:
+        return
+    _trainer(Trainer, trainer)
+
+
+def _accelerate() -> None:
+    from accelerate import accelerator, optimizer, state
+    from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
+
+    tsp = _member(DistributedType)
+    _member(DynamoBackend)
+
+    def shared() -> bool:
+        """Whether ranks share the model."""
+        return state.PartialState._shared_state.get("distributed_type") is tsp
+
+    def start(do: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+        do(self, *args, **kwargs)
+        if self.num_processes > 1:
+            self.distributed_type, self.num_processes = tsp, 1
+
+    def wait(do: Callable[..., Any], self: Any) -> None:
+        if shared():
+            dist.barrier()
+        else:
+            do(self)
+
+    def compiling(do: Callable[..., Any], self: Any) -> dict[str, Any]:
+        kwargs = do(self)
+        if kwargs.get("backend") == _NAME.lower() and _OPTIONS:
+            kwargs.pop("mode", None)
+            kwargs["options"] = {**_OPTIONS, **(kwargs.get("options") or {})}
+        return kwargs
+
+    def loader(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Every rank reads for itself: nobody sends batches."""
+        if shared():
+            kwargs["dispatch_batches"] = False
+        return do(*args, **kwargs)
+
+    def state_of(do: Callable[..., Any], self: Any, model: Any, unwrap: bool = True) -> Any:
+        if not shared():
+            return do(self, model, unwrap)
+        prefix = "" if unwrap or not hasattr(model, "_orig_mod") else "_orig_mod."
+        whole = tspc.full_state_dict(self.unwrap_model(model, keep_torch_compile=False))
+        return {prefix + n: x for n, x in whole.items()}
+
+    def moments_of(do: Callable[..., Any], self: Any) -> Any:
+        return _moments(self.optimizer) if shared() else do(self)
+
+    def load_moments(do: Callable[..., Any], self: Any, given: Any) -> None:
+        if shared() and _sharded(self.optimizer):
+            nothing = torch.nn.Module()
+            tspc.load_full_state_dict(nothing, {}, self.optimizer, given)
+        else:
+            do(self, given)
+
+    _wrap(state.PartialState, "__init__", start)
+    _wrap(state.PartialState, "wait_for_everyone", wait)
+    _wrap(TorchDynamoPlugin, "to_kwargs", compiling)
+    _wrap(accelerator, "prepare_data_loader", loader)
+    _wrap(accelerator.Accelerator, "get_state_dict", state_of)
+    _wrap(optimizer.AcceleratedOptimizer, "state_dict", moments_of)
+    _wrap(optimizer.AcceleratedOptimizer, "load_state_dict", load_moments)
+
+
+def _trainer(cls: Any, module: Any) -> None:
+    """What the Trainer does on the writing rank alone is done on all where it needs them."""
+    from accelerate import PartialState
+
+    def shared(self: Any) -> bool:
+        return self.args.distributed_state.distributed_type.value == _NAME
+
+    def save(do: Callable[..., Any], self: Any, output_dir: Any = None, state_dict: Any = None):
+        if shared(self):
+            whole = tspc.full_state_dict(self.accelerator.unwrap_model(self.model, False, False))
+            state_dict = whole if state_dict is None else state_dict
+        if not shared(self) or self.args.should_save:
+            do(self, output_dir, state_dict)
+
+    def save_moments(do: Callable[..., Any], self: Any, output_dir: str) -> None:
+        if not shared(self):
+            return do(self, output_dir)
+        whole = self.optimizer.state_dict()
+        self.optimizer.state_dict = lambda: whole
+        try:
+            do(self, output_dir)
+        finally:
+            del self.optimizer.state_dict
+
+    def on_writer(do: Callable[..., Any], self: Any, *args: Any) -> None:
+        if not shared(self) or self.args.should_save:
+            do(self, *args)
+
+    def seed(do: Callable[..., Any], worker: int, num_workers: int, rank: int) -> None:
+        do(worker, num_workers, 0 if PartialState().distributed_type.value == _NAME else rank)
+
+    _wrap(cls, "_save", save)
+    _wrap(cls, "_save_optimizer_and_scheduler", save_moments)
+    _wrap(cls, "_save_rng_state", on_writer)
+    _wrap(module, "seed_worker", seed)
+
+
+def _moments(optimizer: Any) -> Any:
+    """An optimizer's state, whole on the first rank. Collective."""
+    return tspc.full_state_dict(torch.nn.Module(), optimizer)[1]
+
+
+def _sharded(optimizer: Any) -> bool:
+    return any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
+
+
+def _wrap(owner: Any, name: str, do: Callable[..., Any]) -> None:
+    """owner.name(...) becomes do(what it was, ...)."""
+    before = getattr(owner, name)
+
+    @functools.wraps(before)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return do(before, *args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _member(kind: Any) -> Any:
+    """A new member of an enumeration of names: the libraries look backends up in theirs only."""
+    assert issubclass(kind, enum.Enum)
+    if _NAME not in kind.__members__:
+        new = str.__new__(kind, _NAME) if issubclass(kind, str) else object.__new__(kind)
+        new._name_ = new._value_ = _NAME
+        kind._member_names_.append(_NAME)
+        kind._member_map_[_NAME] = new
+        kind._value2member_map_[_NAME] = new
+        type.__setattr__(kind, _NAME, new)
+    return kind[_NAME]
