@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -15,6 +15,7 @@ from tspc import budget
 from tspc.body import Body, made_again
 from tspc.counter import ATTENTIONS
 from tspc.hardware import Hardware
+from tspc.lookup import Lookups, lookups
 from tspc.options import Options
 from tspc.passes.apart import run_apart
 from tspc.passes.attend import find_attention
@@ -53,6 +54,7 @@ class Rewritten:
     results: tuple[Result | None, ...]
     keepings: tuple[budget.Keeping, ...] = ()
     graph_break: str = ""
+    lookups: Lookups = field(default=Lookups(), repr=False)
 
     @property
     def draws(self) -> bool:
@@ -76,6 +78,7 @@ def rewrite(
 ) -> Rewritten:
     """writes: how many of the last outputs are new values of inputs."""
     program = prepare(program)
+    looked_up = lookups(program)
     analysis = analyse(program)
     ranges: dict[int, tuple[Range, ...]] = {}
     if options.outputs != "sharded":
@@ -136,7 +139,7 @@ def rewrite(
         for i, r in enumerate(local.results())
     )
     rest = tuple(bodies.values()), tuple(symbols), results, keepings
-    return Rewritten(analysis, choice, typed, local, *rest)
+    return Rewritten(analysis, choice, typed, local, *rest, lookups=looked_up)
 
 
 def _widened(program: Program, analysis: Analysis, index: int) -> tuple[Program, Analysis]:

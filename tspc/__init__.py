@@ -5,6 +5,7 @@ from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp
 from tspc.errors import (
     CaptureError,
+    IndexRangeError,
     NonFiniteError,
     OptionError,
     ParityError,
@@ -22,6 +23,7 @@ from tspc.runtime.whole import full_state_dict, load_full_state_dict
 
 __all__ = [
     "CaptureError",
+    "IndexRangeError",
     "NonFiniteError",
     "OptionError",
     "ParityError",

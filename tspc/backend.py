@@ -38,6 +38,7 @@ from tspc.runtime.exchange import whole
 from tspc.runtime.execute import Place
 from tspc.runtime.finite import check_outputs
 from tspc.runtime.inductor import compile_local
+from tspc.runtime.lookups import Indices
 from tspc.runtime.mesh import resolve
 from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
@@ -258,13 +259,17 @@ def _function(
     taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
+    indices = Indices(rewritten.lookups, device)
 
     def run(*args: Any) -> Any:
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows = [int(c) for c in _rows(compiled, sizes)]
         given = [None if i is None else args[i] for i in positions]
+        wrong = indices(sizes, {nodes[i].name: given[i] for i in plain})
         check([given[i] for i in plain])
+        if wrong is not None:
+            raise wrong
         if rewritten.draws:
             given[positions.index(None)] = seed.shared(place, device)
         if sharded:

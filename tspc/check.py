@@ -24,6 +24,7 @@ from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import simulate
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.exchange import clear, take, whole
+from tspc.runtime.lookups import Indices
 from tspc.runtime.requests import Axis
 from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
@@ -74,7 +75,8 @@ def simulated_backend(
         )
         if made is not None:
             made.append(graph)
-        return lambda *args: _call(graph, args)
+        indices = Indices(rewritten.lookups, torch.device("cpu"))
+        return lambda *args: _call(graph, args, indices)
 
     return backend
 
@@ -98,8 +100,11 @@ def _trace(
     return partition(rewritten.local, fakes)
 
 
-def _call(graph: Simulated, args: Sequence[Any]) -> list[Any]:
+def _call(graph: Simulated, args: Sequence[Any], indices: Indices) -> list[Any]:
     graph.sizes = graph.captured.sizes(args)
+    wrong = indices(graph.sizes, {n: args[i] for n, i in graph.captured.positions.items()})
+    if wrong is not None:
+        raise wrong
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
     tensors = graph.captured.given(nodes, args, drawn)

@@ -37,6 +37,10 @@ class PendingGradientError(TspcError, RuntimeError):
     """A gradient that `no_sync` keeps was used."""
 
 
+class IndexRangeError(TspcError, IndexError):
+    """An id or a label that the table has no row for."""
+
+
 class RankMismatchError(TspcError, RuntimeError):
     """Ranks of one axis that disagree."""
 

@@ -1,0 +1,142 @@
+"""Which integers of a program say what is looked up, and how large they may be.
+
+In: a program before anything is cut. Out: `Lookups`: the indices that hang on no float value, so
+that every rank knows them whole before a call begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tspc import ops  # noqa: F401  defines tspc::pick
+from tspc.program import (
+    BUFFER,
+    CONSTANT,
+    INPUT,
+    PARAM,
+    PLACEHOLDERS,
+    SEED,
+    Node,
+    Program,
+    Ref,
+)
+
+aten = torch.ops.aten
+PICK = torch.ops.tspc.pick.default
+DIMENSIONED = (  # (what is looked up, the dim, the index, ...); -1 is no index
+    aten.index_select.default,
+    aten.gather.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+    aten.index_add.default,
+    aten.index_copy.default,
+)
+PLACED = (aten.index.Tensor, aten.index_put.default)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+OWN = (PICK, aten.embedding.default)  # what they run as does not check
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """index: its values lie in [0, size), or with `wraps` in [-size, size).
+
+    table: what it is looked up in, for the reader; of: the inputs that the index is made of, or
+    nothing, where the lengths of a call are all that it hangs on. own: of a kernel of tspc's.
+    """
+
+    index: Ref
+    shape: tuple[Any, ...]
+    size: Any
+    wraps: bool
+    table: str
+    op: str
+    source: str
+    of: tuple[str, ...]
+    own: bool
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """found: in the program's order. nodes: by name, all of the program's."""
+
+    found: tuple[Lookup, ...] = ()
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+
+
+def lookups(program: Program) -> Lookups:
+    """Of the whole program; an index that hangs on random numbers is left out."""
+    by_name = {n.name: n for n in program.nodes}
+    known = _known(program)
+    found: dict[Any, Lookup] = {}
+    for n in program.nodes:
+        for table, index, size, wraps in _of(n, by_name):
+            t = by_name[index.name].types[index.item or 0]
+            if index.name not in known or t is None or t.dtype not in INTEGERS:
+                continue
+            name = "its classes" if table == index else _name(table, by_name)
+            op = "the loss" if n.op == PICK else n.op.name().removeprefix("aten::")
+            told = name, op, n.source, tuple(sorted(known[index.name]))
+            lookup = Lookup(index, t.shape, size, wraps, *told, n.op in OWN)
+            found.setdefault((index, size, wraps), lookup)
+    return Lookups(tuple(found.values()), by_name)
+
+
+def _known(program: Program) -> dict[str, set[str]]:
+    """Value without a float of the model's behind it -> the inputs that it hangs on."""
+    out: dict[str, set[str]] = {}
+    for n in program.nodes:
+        if n.name not in program.replicated or n.name == SEED:
+            continue
+        if n.op in PLACEHOLDERS:
+            out[n.name] = {n.name} if n.op in (INPUT, BUFFER) else set()
+        elif n.op == CONSTANT:
+            out[n.name] = set()
+        elif n.is_call and all(r.name in out for r in n.refs()):
+            out[n.name] = set().union(*(out[r.name] for r in n.refs()))
+    return out
+
+
+def _of(n: Node, by_name: Mapping[str, Node]) -> list[tuple[Ref, Ref, Any, bool]]:
+    """(what is looked up, the index, the size of the dim, wraps) of a node."""
+    if not n.is_call or not n.args or not isinstance(n.args[0], Ref):
+        return []
+    x = n.args[0]
+    t = by_name[x.name].types[x.item or 0]
+    shape = () if t is None else t.shape
+    if n.op == aten.embedding.default:
+        return [(x, n.args[1], shape[0], False)]
+    if n.op == PICK:
+        return [(x, n.args[1], shape[-1], False)]
+    if n.op == aten.one_hot.default:
+        classes = n.args[1] if len(n.args) > 1 else -1
+        return [(x, x, classes, False)] if classes != -1 else []
+    if n.op in PLACED:
+        given = [(k, r) for k, r in enumerate(n.args[1]) if r is not None]
+        if any(by_name[r.name].type.dtype == torch.bool for _, r in given):
+            return []
+        return [(x, r, shape[k], True) for k, r in given]
+    if n.op in DIMENSIONED and len(n.args) > 2 and isinstance(n.args[2], Ref) and shape:
+        return [(x, n.args[2], shape[n.args[1] % len(shape)], False)]
+    return []
+
+
+def _name(ref: Ref, by_name: Mapping[str, Node]) -> str:
+    """What is looked up: the nearest parameter or buffer behind it, or its own name."""
+    seen, todo = {ref.name}, [ref.name]
+    while todo:
+        n = by_name[todo.pop(0)]
+        if n.op in (PARAM, BUFFER):
+            return n.name if n.name == ref.name else f"what {n.name} makes"
+        if n.op == INPUT and n.name == ref.name:
+            return n.name
+        for r in sorted(n.refs(), key=lambda r: by_name[r.name].op != PARAM):
+            if r.name not in seen:
+                seen.add(r.name)
+                todo.append(r.name)
+    return ref.name
