@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,19 +42,19 @@ class _Scores:
     terms: list[Ref] = field(default_factory=list)
 
 
-def find_attention(program: Program) -> Program:
-    """Every attention that is spelled out becomes the op."""
+def find_attention(program: Program, refused: Container[str] = ()) -> Program:
+    """Every attention that is spelled out becomes the op, unless its last product is refused."""
     if not any(n.op in SOFTMAX for n in program.nodes):
         return program
-    finder = _Finder(program)
+    finder = _Finder(program, refused)
     for n in program.nodes:
-        finder.nodes += finder.replaced(n) or [n]
+        finder.nodes += (n.name not in refused and finder.replaced(n)) or [n]
     return replace(program, nodes=tuple(finder.nodes)).without_dead_nodes()
 
 
 class _Finder:
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, refused: Container[str]):
+        self.program, self.refused = program, refused
         self.by_name = {n.name: n for n in program.nodes}
         self.users = Counter(r.name for n in program.nodes for r in n.refs())
         self.replicated = set(program.replicated)
@@ -388,7 +388,7 @@ class _Finder:
     def _is_safe(self, gone: Ref) -> bool:
         """No row is filled as a whole."""
         if not self.types:
-            expressions(self.program.nodes, self.env, self.types)
+            expressions(self.program.nodes, self.env, self.types, self.refused)
         expressions(self.new, self.env, self.types)
         e = self.env.get(gone)
         found = known(e, self.types[gone]) if e is not None else None

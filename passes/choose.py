@@ -20,6 +20,7 @@ from tspc.factor import Factor, const
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
+from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.masks import bind
 from tspc.passes.regions import ENDS, Region, Regions, find_regions
 from tspc.passes.sequence import attends, masks_by_key, sequences
@@ -69,19 +70,26 @@ class Choice:
 
 
 def choose(
-    a: Analysis, ranks: int, schedule: str | Mapping[str, str] = "auto", layout: str = "auto"
+    a: Analysis,
+    ranks: int,
+    schedule: str | Mapping[str, str] = "auto",
+    layout: str = "auto",
+    told: Refused = NOTHING,
 ) -> Choice:
-    """Schedule: one name for all regions, or a dict from region name or glob."""
+    """Schedule: one name for all regions, or a dict from region name or glob. told: regions not to
+    fold, whatever they are."""
     leaves, users = sequences(a), _users(a)
     refused: list[tuple[Region, str]] = []
 
     def why_not(g: Region, regions: Regions) -> str:
-        return _why_not(a, g, leaves, users, _lookups(a, regions, leaves), regions)
+        return told.region(g.weights) or _why_not(
+            a, g, leaves, users, _lookups(a, regions, leaves), regions
+        )
 
     while True:  # a refused region makes way for others, and may take some with it
         regions = find_regions(a, leaves, {g.key for g, _ in refused})
         lookups = _lookups(a, regions, leaves)
-        found = [(g, _why_not(a, g, leaves, users, lookups, regions)) for g in regions.chosen]
+        found = [(g, why_not(g, regions)) for g in regions.chosen]
         refused += [(g, why) for g, why in found if why]
         if any(why for _, why in found):
             continue
@@ -97,7 +105,7 @@ def choose(
     chosen = regions.chosen
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)
-    schedules = _schedules(names, schedule)
+    schedules = _schedules(names, schedule, bool(told))
     orders = {f: layout if layout != "auto" else _order(a, f) for f in leaves}
     picked = tuple(zip(names, chosen, schedules))
     return Choice(orders, picked, tuple(refused), storages, frozenset(lookups))
@@ -300,13 +308,14 @@ def _names(regions: list[Region]) -> list[str]:
     return out
 
 
-def _schedules(names: list[str], schedule: str | Mapping[str, str]) -> list[str]:
+def _schedules(names: list[str], schedule: str | Mapping[str, str], incomplete: bool) -> list[str]:
+    """incomplete: a region that the schedule names may be refused."""
     if isinstance(schedule, str):
         return [schedule] * len(names)
     out = ["auto"] * len(names)
     for pattern, value in schedule.items():
         hit = [i for i, n in enumerate(names) if n == pattern or fnmatch.fnmatchcase(n, pattern)]
-        if not hit:
+        if not hit and not incomplete:
             raise OptionError(
                 f"schedule: {pattern!r} matches no region; the regions are {', '.join(names)}"
             )

@@ -9,7 +9,7 @@ stays the mask, and what is not recognised stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,21 +37,27 @@ _LACKED = dict(rows=None, predicate="", sizes=(), fill=0.0, score="", states=Non
 BOTH = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor)
 
 
-def recognise_masks(program: Program) -> Program:
+def recognise_masks(program: Program, refused: Container[str] = ()) -> Program:
     """Masks that are known become flags and predicates; their nodes die."""
     if not any(n.op in KNOWN for n in program.nodes):
         return program
     found = _Recogniser({n.name: n for n in program.nodes})
-    expressions(program.nodes, found.env, found.types)
+    expressions(program.nodes, found.env, found.types, refused)
     for n in program.nodes:
-        found.nodes.append(found.rewritten(n) if n.op in KNOWN else n)
+        reads = n.op in KNOWN and n.name not in refused
+        found.nodes.append(found.rewritten(n) if reads else n)
         found.known.add(n.name)
     return replace(program, nodes=tuple(found.nodes)).without_dead_nodes()
 
 
-def expressions(nodes: Iterable[Node], env: dict[Ref, Any], types: dict[Ref, Type]) -> None:
+def expressions(
+    nodes: Iterable[Node],
+    env: dict[Ref, Any],
+    types: dict[Ref, Type],
+    refused: Container[str] = (),
+) -> None:
     """Adds the index expression of every value without a parameter or float input behind it, and
-    the types of all."""
+    the types of all. refused: nodes that are data."""
     for n in nodes:
         for item, t in enumerate(n.types):
             if t is not None:
@@ -65,7 +71,7 @@ def expressions(nodes: Iterable[Node], env: dict[Ref, Any], types: dict[Ref, Typ
             and len(n.types) == 1
             and (n.op in SHAPE_ONLY or all(r in env for r in n.refs()))
         ):
-            e = _expression(n, env, types)
+            e = _expression(n, env, types) if n.name not in refused else _unread(n)
             if e is not None:
                 env[Ref(n.name)] = e
 
@@ -74,8 +80,12 @@ def _expression(n: Node, env: dict[Ref, Any], types: dict[Ref, Type]) -> Any:
     fn = RULES.get(n.op._schema.name.split("::")[1])
     e = fn(Reader(n, env, types), *n.args, **n.kwargs) if fn is not None else None
     if e is None or (not isinstance(e, Cases) and e.count_ops() > MAX_SIZE):
-        return None if n.type.is_float else _data(n)
+        return _unread(n)
     return _ones(n, e)
+
+
+def _unread(n: Node) -> Any:
+    return None if n.type.is_float else _data(n)
 
 
 def _data(n: Node) -> Any:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import sympy
 
@@ -23,6 +25,7 @@ from tspc.passes.choose import GATHER, Choice, choose
 from tspc.passes.draws import draw_by_counter
 from tspc.passes.factorize import Analysis
 from tspc.passes.fold import outline
+from tspc.passes.ladder import NOTHING, Refused, at_hand, climb
 from tspc.passes.localize import LocalProgram
 from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
@@ -55,6 +58,7 @@ class Rewritten:
     keepings: tuple[budget.Keeping, ...] = ()
     graph_break: str = ""
     lookups: Lookups = field(default=Lookups(), repr=False)
+    refused: Refused = NOTHING
 
     @property
     def draws(self) -> bool:
@@ -75,21 +79,43 @@ def rewrite(
     options: Options,
     hardware: Hardware,
     writes: int = 0,
+    refused: Refused = NOTHING,
 ) -> Rewritten:
-    """writes: how many of the last outputs are new values of inputs."""
-    program = prepare(program)
-    looked_up = lookups(program)
-    analysis = analyse(program)
+    """writes: how many of the last outputs are new values of inputs. refused: what is left alone;
+    what the passes cannot treat is refused too, and they start again."""
+
+    def attempt(refused: Refused) -> Rewritten:
+        rest = (symbols, ranks, axis, options, hardware, writes, refused)
+        return _rewrite(program, *rest)
+
+    return climb(attempt, program, options.strict, refused)
+
+
+def _rewrite(
+    program: Program,
+    symbols: Sequence[sympy.Symbol],
+    ranks: int,
+    axis: str,
+    options: Options,
+    hardware: Hardware,
+    writes: int,
+    refused: Refused,
+) -> Rewritten:
+    program = prepare(program, refused)
+    with _during("lookups"):
+        looked_up = lookups(program)
+    analysis = _analysed(program, refused)
     ranges: dict[int, tuple[Range, ...]] = {}
     if options.outputs != "sharded":
         count = len(program.output.args) - writes
         handed, ranges = hand_out(analysis, sequences(analysis), count)
         if ranges:
             check_program(handed, "outputs")
-            program, analysis = handed, analyse(handed)
+            program, analysis = handed, _analysed(handed, refused)
     for i in range(len(sequences(analysis))):
         program, analysis = _widened(program, analysis, i)
-    choice = choose(analysis, ranks, options.schedule, options.layout)
+    with _during("choose"):
+        choice = choose(analysis, ranks, options.schedule, options.layout, refused)
     left = _local(program, options.outputs, writes)
     cotangents = "deferred" not in left.values()
     leaves = frozenset(choice.leaves)
@@ -101,23 +127,17 @@ def rewrite(
     gathered = {
         n: s.map.dim for n, s in choice.storages.items() if s.kind == GATHER and s.map is not None
     }
-    typed = propagate(folded, analysis, tuple(choice.leaves), gathered, choice.lookups)
-    check_typed(typed)
+    with _during("propagate"):
+        typed = propagate(folded, analysis, tuple(choice.leaves), gathered, choice.lookups)
+        check_typed(typed)
     _dump("propagate", typed.program)
     bodies = {}
     for n in typed.program.nodes:
         if n.op == FOLD:
-            bodies[n.name] = make_body(
-                n.kwargs["fold"],
-                typed,
-                n.args,
-                symbols,
-                ranks,
-                choice.leaves,
-                hardware,
-                _saves(n, typed.program),
-                options.reduce_dtype,
-            )
+            rest = (symbols, ranks, choice.leaves, hardware)
+            kept = (_saves(n, typed.program), options.reduce_dtype)
+            with _during("pieces"):
+                bodies[n.name] = make_body(n.kwargs["fold"], typed, n.args, *rest, *kept)
     names = {n.kwargs["fold"].name: n.name for n in typed.program.nodes if n.op == FOLD}
     regions = [(name, bodies[node]) for name, node in names.items()]
     keepings = budget.choose(options.memory_budget, regions, program.hints)
@@ -139,7 +159,12 @@ def rewrite(
         for i, r in enumerate(local.results())
     )
     rest = tuple(bodies.values()), tuple(symbols), results, keepings
-    return Rewritten(analysis, choice, typed, local, *rest, lookups=looked_up)
+    return Rewritten(analysis, choice, typed, local, *rest, lookups=looked_up, refused=refused)
+
+
+def _analysed(program: Program, refused: Refused) -> Analysis:
+    with _during("factorize"):
+        return analyse(program, refused)
 
 
 def _widened(program: Program, analysis: Analysis, index: int) -> tuple[Program, Analysis]:
@@ -148,14 +173,17 @@ def _widened(program: Program, analysis: Analysis, index: int) -> tuple[Program,
     widened = _pass("windows", lambda _: widen(analysis, leaf), program)
     if widened.nodes == program.nodes:
         return program, analysis
-    return widened, analyse(widened)
+    return widened, _analysed(widened, analysis.refused)
 
 
-def prepare(program: Program) -> Program:
+def prepare(program: Program, refused: Refused = NOTHING) -> Program:
     """The program in the form that is analysed; on one device it runs as it stands."""
-    program = _pass("normalize", normalize, program)
-    program = _pass("attend", find_attention, program)
-    program = _pass("masks", recognise_masks, program)
+    for name, run in (
+        ("normalize", normalize),
+        ("attend", find_attention),
+        ("masks", recognise_masks),
+    ):
+        program = _pass(name, partial(run, refused=refused), program)
     return _pass("draws", draw_by_counter, program)
 
 
@@ -177,19 +205,28 @@ PASSES = ("normalize", "attend", "masks", "draws", "windows", "fold", "propagate
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
-    """Run one pass, check and dump what it made, say in which pass an error arose."""
+    """Run one pass, check and dump what it made."""
     start = time.perf_counter()
-    try:
+    with _during(name):
         made = run(program)
-    except Exception as e:
-        e.add_note(f"in pass {name} of tspc") if hasattr(e, "add_note") else None
-        raise
-    check_program(made, name)
+        check_program(made, name)
     if os.environ.get("TSPC_DEBUG"):
         seconds = time.perf_counter() - start
         print(f"tspc: {name}: {len(made.nodes)} nodes, {seconds:.3f} s", file=sys.stderr)
     _dump(name, made)
     return made
+
+
+@contextmanager
+def _during(name: str) -> Iterator[None]:
+    """Say in which pass an error arose, and at which node."""
+    try:
+        yield
+    except Exception as e:
+        node = next((x for x in at_hand(e) if isinstance(x, Node)), None)
+        at = f", at %{node.name} = {node.op}, {node.source}" if node is not None else ""
+        e.add_note(f"in pass {name} of tspc{at}")
+        raise
 
 
 def _dump(name: str, program: Program) -> None:

@@ -18,7 +18,7 @@ from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor
 from tspc.passes.along import runs
 from tspc.passes.cut import Cutter
-from tspc.passes.factorize import Analysis, Record, in_segment
+from tspc.passes.factorize import REFUSED, Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
 from tspc.passes.sequence import attends, masks_by_key
 from tspc.passes.typed import Dims, Fallback, Typed, sequence_of
@@ -260,8 +260,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     kinds = {role for role, *_ in roles}
     cut = [r for r, d in operands.items() if s.carries(d)]
     touched = bool(cut) or any(map(s.carries, outs))
-    if n.name in s.analysis.sealed:
-        _fall_back(s, n, outs, "it lays the sequence together")
+    whole = n.name in s.analysis.refused
+    if whole or n.name in s.analysis.sealed:
+        _fall_back(s, n, outs, REFUSED if whole else "it lays the sequence together")
         return
     active = any(s.place(r) == "S" for r in operands)
     weighted = any(_is_param(s, r) for r in operands)

@@ -8,6 +8,8 @@ whole and is reported; what follows is cut along the new factor.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, factorize
@@ -16,12 +18,12 @@ from tspc.program import OUTPUT, Program
 Sealed = dict[str, tuple[tuple[int, int], ...]]
 
 
-def analyse(program: Program) -> Analysis:
+def analyse(program: Program, refused: Container[str] = ()) -> Analysis:
     """The factors of a program, those of attention's queries and keys as leaves where they can
-    be."""
+    be. refused: nodes that run as a whole."""
     sealed: Sealed = {}
     while True:
-        a = factorize(program, sealed)
+        a = factorize(program, sealed, refused)
         more = _makers(a, _composed(a))
         if not more:
             return a

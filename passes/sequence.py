@@ -16,11 +16,13 @@ from tspc.counter import ATTENTIONS
 from tspc.factor import Factor, const
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import weight_values
-from tspc.program import PARAM
+from tspc.program import OUTPUT, PARAM
 
 
 def sequences(a: Analysis) -> tuple[Factor, ...]:
-    """The main one first; empty where the program has none."""
+    """The main one first; empty where the program has none, or all of it is refused."""
+    if a.records and all(r.node.name in a.refused or r.node.op == OUTPUT for r in a.records):
+        return ()
     counts: dict[Factor, int] = defaultdict(int)
     exchanged: dict[Factor, int] = defaultdict(int)
     for r in a.records:

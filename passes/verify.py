@@ -3,7 +3,7 @@ section 6)."""
 
 from __future__ import annotations
 
-from tspc.errors import CaptureError
+from tspc.errors import InternalError
 from tspc.passes.propagate import (
     ALL_REDUCE,
     CLEAR,
@@ -25,7 +25,7 @@ OF_SHARDS = (APART, EMBED, FOLD, GATHER_WEIGHT, f"{GATHER_WEIGHT}_r")
 def check_program(program: Program, after: str) -> None:
     """Names are unique, placeholders come first, the output last, operands before their users.
 
-    Raises `CaptureError` naming the pass and the node.
+    Raises `InternalError` naming the pass and the node.
     """
     seen: dict[str, Node] = {}
     calls = False
@@ -70,5 +70,5 @@ def check_typed(typed: Typed) -> None:
                     raise _error(after, n, f"{r} is equal on all ranks, its cotangent is not")
 
 
-def _error(after: str, node: Node, why: str) -> CaptureError:
-    return CaptureError(f"after {after}: {node.source} %{node.name} = {node.op}: {why}")
+def _error(after: str, node: Node, why: str) -> InternalError:
+    return InternalError(f"after {after}: {node.source} %{node.name} = {node.op}: {why}")

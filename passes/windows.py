@@ -104,7 +104,9 @@ class _Widen:
                 self.add(n.map_refs(self.narrow))
                 continue
             window = self.window(r)
-            if self.is_row(r):
+            if n.name in self.a.refused:
+                self.add(n.map_refs(self.narrow))
+            elif self.is_row(r):
                 self.row(r)
             elif window is None or not self.widened(r, window):
                 self.add(n.map_refs(self.narrow))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from tests.world import World
 
 # a compile makes many objects that stay: looking through them took a fifth of the time
 gc.set_threshold(50_000, 20, 20)
+os.environ["TSPC_STRICT_INTERNAL"] = "1"  # the ladder hides no defect; worlds inherit it
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ def _in_turn(rank: int, folder: str) -> Callable[[], None]:
 
 def _work(rank: int, ranks: int, folder: str, cache: str | None, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TSPC_STRICT_INTERNAL"] = "1"
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.format(rank=rank)
     torch.set_num_threads(1)

@@ -20,15 +20,16 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
 from tspc.check import written
-from tspc.errors import CaptureError, PlanError, UnsupportedError
+from tspc.errors import InternalError, PlanError, UnsupportedError
 from tspc.hardware import device_name
 from tspc.journal import log
 from tspc.options import Options, parse
 from tspc.outside import only_shards
+from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
-from tspc.report import reports, warning
+from tspc.report import reports, warnings
 from tspc.runtime import inputs as input_check
 from tspc.runtime import seed
 from tspc.runtime.convert import convert_and_restart, settle
@@ -110,27 +111,37 @@ def _compile(
     example_inputs: Sequence[Any],
     place: Place,
     mesh: DeviceMesh,
+    refused: Refused = NOTHING,
 ) -> Callable[..., Any]:
+    """refused: what could not be lowered before; a rank that alone refuses it is told."""
     if chosen.check_inputs is not False:
-        input_check.agree(place, _signature(captured), "compiles a graph of")
+        if refused:
+            input_check.agree(place, refused.told, "after an error inside of tspc refuses")
+        else:
+            input_check.agree(place, _signature(captured), "compiles a graph of")
     device = device_name(_device(example_inputs))
-    rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device)
+    rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device, refused)
     found = reports(rewritten)
-    refused = [r for r in found if r.replicated]
-    if chosen.strict and refused:
-        raise UnsupportedError(f"{refused[0]}, or allow it by strict=False")
+    costly = [r for r in found if r.replicated]
+    if chosen.strict and costly:
+        raise UnsupportedError(f"{costly[0]}, or allow it by strict=False")
     if any(
         isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
         convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
     settle(_wanted(captured, rewritten, example_inputs), chosen.cut)
-    if found and place.axis.rank == 0:
-        log.warning(warning(found))
     compiled = Compiled(captured, rewritten, place)
+    try:
+        run = _function(compiled, chosen, example_inputs, gm)
+    except Exception as e:
+        refused = rewritten.refused.after(e, captured.program, chosen.strict)
+        return _compile(captured, chosen, gm, example_inputs, place, mesh, refused)
+    for line in warnings(found) if place.axis.rank == 0 else ():
+        log.warning(line)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
-    return _function(compiled, chosen, example_inputs, gm)
+    return run
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:
@@ -226,7 +237,7 @@ def _require(guard: Any, bind: Mapping[Any, Any]) -> None:
     """An assumption becomes a guard of Dynamo's."""
     values = {s: bind[s] for s in guard.free_symbols}
     if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
-        raise CaptureError(f"the local program assumes {guard}, which does not hold")
+        raise InternalError(f"the local program assumes {guard}, which does not hold")
 
 
 def _function(

@@ -33,6 +33,7 @@ from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.hardware import hardware
 from tspc.options import Options
+from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten, rewrite
 from tspc.program import (
     BUFFER,
@@ -73,7 +74,9 @@ class Captured:
         """What each of these placeholders is at a call."""
         return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
 
-    def rewritten(self, ranks: int, axis: str, options: Options, device: str) -> Rewritten:
+    def rewritten(
+        self, ranks: int, axis: str, options: Options, device: str, refused: Refused = NOTHING
+    ) -> Rewritten:
         """What the passes make of it. device: its name, for the cost model's table."""
         if self.graph_break:
             options = replace(options, outputs="full")
@@ -81,7 +84,8 @@ class Captured:
             options = replace(options, memory_budget="min")
         symbols = sorted(self.symbols, key=str)
         table = hardware(options.hardware, device)
-        made = rewrite(self.program, symbols, ranks, axis, options, table, len(self.writes))
+        rest = (options, table, len(self.writes), refused)
+        made = rewrite(self.program, symbols, ranks, axis, *rest)
         return replace(made, graph_break=self.graph_break)
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:

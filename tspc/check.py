@@ -17,6 +17,7 @@ from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.layout import Layout
 from tspc.options import Options
+from tspc.passes.ladder import Refused, climb
 from tspc.passes.outputs import Result
 from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
@@ -69,10 +70,12 @@ def simulated_backend(
             return simulate_graph(captured, example_inputs)
 
     def simulate_graph(captured: Captured, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten = captured.rewritten(ranks, AXIS, chosen, "cpu")
-        graph = Simulated(
-            ranks, captured, rewritten, _trace(captured, rewritten, example_inputs, ranks)
-        )
+        def attempt(refused: Refused) -> Simulated:
+            rewritten = captured.rewritten(ranks, AXIS, chosen, "cpu", refused)
+            parts = _trace(captured, rewritten, example_inputs, ranks)
+            return Simulated(ranks, captured, rewritten, parts)
+
+        graph = climb(attempt, captured.program, chosen.strict)
         if made is not None:
             made.append(graph)
         indices = Indices(rewritten.lookups, torch.device("cpu"))

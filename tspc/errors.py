@@ -24,6 +24,10 @@ class CaptureError(TspcError):
     """A program that cannot be captured."""
 
 
+class InternalError(CaptureError):
+    """An invariant of tspc's own that does not hold: a defect of tspc."""
+
+
 class UnsupportedError(TspcError):
     """Something that tspc cannot shard, under `strict=True` or where running replicated would be
     wrong."""

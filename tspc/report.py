@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tspc.body import evaluate
+from tspc.passes.ladder import ADVICE as ADVISED
 from tspc.passes.pipeline import Rewritten
 from tspc.passes.propagate import WHOLE
 from tspc.program import Ref, Type
@@ -29,6 +30,7 @@ class Report:
     bytes: int
     change: str
     replicated: bool = True  # `strict` refuses it
+    internal: bool = False  # an error inside of tspc is its cause
 
     def __str__(self) -> str:
         return (
@@ -40,6 +42,8 @@ def reports(rewritten: Rewritten, sizes: Mapping[Any, int] | None = None) -> lis
     """By kind, in the order of the program. sizes: by default those of the compile."""
     at = rewritten.analysis.program.hints if sizes is None else sizes
     choice, program = rewritten.choice, rewritten.analysis.program
+    if rewritten.refused.everything:
+        return [_everything(rewritten, at)]
     if choice.leaf is None and choice.refused:
         weights = sorted({w for g, _ in choice.refused for w in g.weights})
         size = sum(_bytes(program.node(w).type, at) for w in weights)
@@ -67,6 +71,14 @@ def _merged(found: Sequence[Report]) -> list[Report]:
     ]
 
 
+def warnings(found: Sequence[Report]) -> list[str]:
+    """What to log of a compile: each that an error inside of tspc is the cause of, and one line for
+    all others."""
+    told = [str(r) for r in found if r.internal]
+    rest = [r for r in found if not r.internal]
+    return [*told, *([warning(rest)] if rest else [])]
+
+
 def warning(found: Sequence[Report]) -> str:
     """One line for all of them: the largest, and how many there are."""
     first = max(found, key=lambda r: r.bytes)
@@ -83,6 +95,17 @@ def _bytes(t: Type | None, sizes: Mapping[Any, int]) -> int:
     return count * t.dtype.itemsize
 
 
+def _everything(rewritten: Rewritten, sizes: Mapping[Any, int]) -> Report:
+    """The last rung of the ladder."""
+    refused, nodes = rewritten.refused, rewritten.analysis.program.nodes
+    size = sum(_bytes(t, sizes) for n in nodes for t in n.types if t is not None and t.is_float)
+    what = (
+        f"an error inside of tspc ({refused.everything}): the whole graph runs replicated on all "
+        "ranks, its weights gathered one op at a time, all that it makes"
+    )
+    return Report(refused.source, what, size, ADVISED, True, True)
+
+
 def _ops(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
     """Replicated ops: what is gathered for them, and what they make."""
     typed, original = rewritten.typed, rewritten.analysis.program
@@ -92,15 +115,21 @@ def _ops(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
     }
     for name, op in rewritten.analysis.fallbacks:
         why[name] = (op, "has no rule and runs replicated", "no rule")
+    refused = rewritten.refused
     out = []
     for name, (op, text, reason) in why.items():
+        internal = name in refused
+        if internal:
+            text = f"runs replicated: an error inside of tspc ({refused.why(name)})"
         size = 0
         if name in nodes:
             gathered = (nodes[r.name] for r in set(nodes[name].refs()))
             made = [t for n in gathered if n.op == WHOLE for t in n.types] + [*nodes[name].types]
             size = sum(_bytes(t, sizes) for t in made)
         change = ADVICE.get(reason, PER_TOKEN)
-        out.append(Report(original.node(name).source, f"{op} {text}", size, change))
+        source = original.node(name).source
+        change = ADVISED if internal else change
+        out.append(Report(source, f"{op} {text}", size, change, True, internal))
     return out
 
 
@@ -115,9 +144,12 @@ def _weights(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
             continue
         told.update(weights)
         size = sum(_bytes(program.node(w).type, sizes) for w in weights)
+        internal = bool(rewritten.refused.region(region.weights))
+        why = f"an error inside of tspc: {why}" if internal else why
         what = f"{', '.join(weights)} gathered at use, not folded ({why})"
         change = "tokens stay cut; only these weights are whole, one op at a time"
-        out.append(Report(users[weights[0]], what, size, change, False))
+        change = ADVISED if internal else change
+        out.append(Report(users[weights[0]], what, size, change, internal, internal))
     return out
 
 

@@ -1,0 +1,168 @@
+"""Never fall over: what an analysis cannot treat runs replicated, and the passes start again.
+
+In: an attempt and what it refuses. Rung 1: the op, or the region, at which an error of tspc's own
+arose is refused. Rung 2: all is refused; the program runs replicated, its weights gathered one op
+at a time. What is said on purpose, and what would be wrong, stays an error. All of it is a function
+of the program, so all ranks climb alike. TSPC_STRICT_INTERNAL=1 raises instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from tspc.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
+from tspc.passes.factorize import Record
+from tspc.passes.fold import Fold
+from tspc.passes.piece import Maker
+from tspc.passes.regions import Region
+from tspc.program import Node, Program
+from tspc.rule import Op
+
+log = logging.getLogger("tspc")
+T = TypeVar("T")
+RETRIES = 16  # refusals before all is refused
+ADVICE = "please report it with the log at debug level"
+# what a step of torch's own says, and what is of this machine: no rung helps
+SAID = (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError, MemoryError, OSError)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What the passes leave alone, each with its cause.
+
+    nodes: by name. regions: by weights that they hold. everything: the cause where the whole
+    program is refused, at `source`.
+    """
+
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    regions: Mapping[frozenset[str], str] = field(default_factory=dict)
+    everything: str = ""
+    source: str = ""
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self.everything) or name in self.nodes
+
+    def __bool__(self) -> bool:
+        return bool(self.everything or self.nodes or self.regions)
+
+    def why(self, name: str) -> str:
+        """The cause for a node that is refused."""
+        return self.nodes.get(name) or self.everything
+
+    def region(self, weights: Iterable[str]) -> str:
+        """The cause for a region with these weights, if it is refused."""
+        every = set(weights)
+        return next((why for held, why in self.regions.items() if held <= every), "")
+
+    @property
+    def told(self) -> dict[str, str]:
+        """All of it, with the causes, to be compared over the ranks."""
+        regions = {", ".join(sorted(g)): why for g, why in self.regions.items()}
+        whole = {"the whole graph": self.everything} if self.everything else {}
+        return {**self.nodes, **regions, **whole}
+
+    def after(self, e: Exception, program: Program, strict: bool) -> Refused:
+        """What to refuse after this error; called while it is handled. Raises it if it is no error
+        of tspc's own, and under TSPC_STRICT_INTERNAL=1."""
+        if not is_internal(e) or os.environ.get("TSPC_STRICT_INTERNAL") == "1":
+            raise e
+        cause, where = _text(e), _source(e, program)
+        if strict:
+            raise UnsupportedError(
+                f"{where}: {cause}: an error inside of tspc; {ADVICE}, or allow running replicated "
+                "by strict=False"
+            ) from e
+        if self.everything:
+            raise CaptureError(
+                f"{where}: {cause}: an error inside of tspc, which replicated execution does not "
+                f"avoid; {ADVICE}"
+            ) from e
+        log.debug("tspc: %s: %s", where, cause, exc_info=e)
+        if len(self.nodes) + len(self.regions) < RETRIES:
+            for found in at_hand(e):
+                if isinstance(found, Node):
+                    name = self._next(found.name, program)
+                    if name:
+                        return replace(self, nodes={**self.nodes, name: cause})
+                elif found and found not in self.regions:
+                    return replace(self, regions={**self.regions, found: cause})
+        return replace(self, everything=cause, source=where)
+
+    def _next(self, name: str, program: Program) -> str:
+        """The node, or where it is refused already, the one of which a pass made it."""
+        made = {n.name for n in program.nodes if n.is_call}
+        while name and (name in self.nodes or not any(_made_of(name, m) for m in made)):
+            name = name.rpartition(".")[0]
+        return name
+
+
+NOTHING = Refused()
+
+
+def climb(
+    attempt: Callable[[Refused], T], program: Program, strict: bool, start: Refused = NOTHING
+) -> T:
+    """The result of the first attempt that does not fail. program: as it was captured."""
+    refused = start
+    while True:
+        try:
+            return attempt(refused)
+        except Exception as e:
+            refused = refused.after(e, program, strict)
+
+
+def is_internal(e: Exception) -> bool:
+    """It was not raised on purpose."""
+    if isinstance(e, TspcError):
+        return isinstance(e, (InternalError, RuleError))
+    return not isinstance(e, SAID)
+
+
+def at_hand(e: BaseException) -> Iterator[Node | frozenset[str]]:
+    """The nodes, and the weights of regions, that the passes were working on: from where the error
+    arose outwards."""
+    frames = []
+    trace: TracebackType | None = e.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    for frame in reversed(frames):
+        if str(frame.f_globals.get("__name__", "")).startswith("tspc."):
+            for value in list(frame.f_locals.values()):
+                found = _held(value)
+                if found is not None:
+                    yield found
+
+
+def _held(value: Any) -> Node | frozenset[str] | None:
+    node = value.node if isinstance(value, (Record, Op)) else value
+    if isinstance(node, Node):
+        return node if node.is_call else None
+    fold = value.fold if isinstance(value, Maker) else value
+    return frozenset(fold.weights) if isinstance(fold, (Region, Fold)) else None
+
+
+def _made_of(name: str, original: str) -> bool:
+    return name == original or name.startswith(f"{original}.")
+
+
+def _text(e: Exception) -> str:
+    """One line: the error, and in which pass it arose."""
+    lines = str(e).strip().splitlines()
+    said = f"{type(e).__name__}: {lines[0]}" if lines else type(e).__name__
+    notes = [n for n in getattr(e, "__notes__", ()) if n.startswith("in pass ")]
+    return f"{said} ({notes[0]})" if notes else said
+
+
+def _source(e: Exception, program: Program) -> str:
+    """file:line of the model."""
+    sources = [x.source for x in at_hand(e) if isinstance(x, Node)]
+    sources += [n.source for n in program.nodes if n.is_call]
+    return next(filter(None, sources), program.name)
