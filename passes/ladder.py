@@ -8,7 +8,6 @@ of the program, so all ranks climb alike. TSPC_STRICT_INTERNAL=1 raises instead.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from tspc.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
+from tspc.journal import log
 from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
 from tspc.passes.piece import Maker
@@ -25,7 +25,6 @@ from tspc.passes.regions import Region
 from tspc.program import Node, Program
 from tspc.rule import Op
 
-log = logging.getLogger("tspc")
 T = TypeVar("T")
 RETRIES = 16  # refusals before all is refused
 ADVICE = "please report it with the log at debug level"
@@ -84,7 +83,7 @@ class Refused:
                 f"{where}: {cause}: an error inside of tspc, which replicated execution does not "
                 f"avoid; {ADVICE}"
             ) from e
-        log.debug("tspc: %s: %s", where, cause, exc_info=e)
+        log.debug("%s: %s", where, cause, exc_info=e)
         if len(self.nodes) + len(self.regions) < RETRIES:
             for found in at_hand(e):
                 if isinstance(found, Node):
