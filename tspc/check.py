@@ -78,7 +78,7 @@ def simulated_backend(
         graph = climb(attempt, captured.program, chosen.strict)
         if made is not None:
             made.append(graph)
-        indices = Indices(rewritten.lookups, torch.device("cpu"))
+        indices = Indices(graph.rewritten.lookups, torch.device("cpu"))
         return lambda *args: _call(graph, args, indices)
 
     return backend
