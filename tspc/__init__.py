@@ -4,6 +4,7 @@ parallelism."""
 from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp
 from tspc.errors import (
+    CacheError,
     CaptureError,
     IndexRangeError,
     NonFiniteError,
@@ -22,6 +23,7 @@ from tspc.runtime.accumulate import no_sync
 from tspc.runtime.whole import full_state_dict, load_full_state_dict
 
 __all__ = [
+    "CacheError",
     "CaptureError",
     "IndexRangeError",
     "NonFiniteError",

@@ -30,8 +30,8 @@ from tspc.passes.pipeline import Rewritten
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.report import reports, warnings
+from tspc.runtime import code_cache, seed
 from tspc.runtime import inputs as input_check
-from tspc.runtime import seed
 from tspc.runtime.convert import convert_and_restart, settle
 from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
@@ -133,7 +133,7 @@ def _compile(
     settle(_wanted(captured, rewritten, example_inputs), chosen.cut)
     compiled = Compiled(captured, rewritten, place)
     try:
-        run = _function(compiled, chosen, example_inputs, gm)
+        run = code_cache.compiled(lambda: _function(compiled, chosen, example_inputs, gm))
     except Exception as e:
         refused = rewritten.refused.after(e, captured.program, chosen.strict)
         return _compile(captured, chosen, gm, example_inputs, place, mesh, refused)

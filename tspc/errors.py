@@ -45,6 +45,10 @@ class IndexRangeError(TspcError, IndexError):
     """An id or a label that the table has no row for."""
 
 
+class CacheError(TspcError, OSError):
+    """No folder for compiled code can be written."""
+
+
 class RankMismatchError(TspcError, RuntimeError):
     """Ranks of one axis that disagree."""
 
