@@ -9,7 +9,7 @@ export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide integrations clean
+.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide integrations soak clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -63,6 +63,9 @@ wide: $(READY)
 integrations: $(READY)
 	$(BIN)/pip install -q -e ".[dev,integrations]"
 	$(BIN)/python -m pytest tests -m integrations --integrations
+
+soak: $(READY)
+	$(BIN)/python -m pytest tests/test_soak.py --soak
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

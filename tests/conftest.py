@@ -38,10 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--graphs", type=int, default=6, help="how many random graphs are drawn")
     parser.addoption("--wide", action="store_true", help="also what `make test` only samples")
     parser.addoption("--integrations", action="store_true", help="also scripts around libraries")
+    parser.addoption("--soak", action="store_true", help="also runs of many minutes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for marker in ("wide", "integrations"):
+    for marker in ("wide", "integrations", "soak"):
         if not config.getoption(f"--{marker}"):
             left_out = [i for i in items if i.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=left_out)

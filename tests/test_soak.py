@@ -1,0 +1,194 @@
+"""Long runs: kills under torchrun's restarts, many lengths and models in one process, interrupts,
+folders of compiled code that cannot be used. `make soak`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.models import make, tokens_of
+from tests.soak_train import checkpoints
+
+pytestmark = pytest.mark.soak
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "tests" / "soak_train.py")
+KILLS, LENGTHS, MODELS = 50, 40, 30
+STEPS = 10_000  # more than are made before the last kill
+AFTER = 5  # steps that are made after it
+
+
+def launch(folder: Path, steps: int, restarts: int = 0, **environment: str) -> subprocess.Popen:
+    """The training script on 2 ranks, its output in `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    folder.mkdir(exist_ok=True)
+    env = {**os.environ, "COMPILER": "eager", "PYTHONPATH": str(ROOT), **environment}
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, SCRIPT, str(folder), str(steps)], stdout=log, stderr=log, env=env
+        )
+
+
+def curve(folder: Path) -> dict[int, set[str]]:
+    """Step -> the losses that were written for it, in all bits; more than one where it was made
+    again with another result."""
+    found: dict[int, set[str]] = {}
+    file = folder / "curve.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        step, loss = json.loads(line)
+        found.setdefault(step, set()).add(loss)
+    return found
+
+
+def wait(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def workers(run: subprocess.Popen) -> list[psutil.Process]:
+    return [p for p in psutil.Process(run.pid).children() if p.is_running()]
+
+
+def test_goes_on_after_kills(tmp_path: Path) -> None:
+    """The curve of a run whose ranks are killed is one of an undisturbed run, bit for bit, and
+    every checkpoint that has its name is whole."""
+    killed, once = tmp_path / "killed", tmp_path / "once"
+    chance = random.Random(0)
+    run = launch(killed, STEPS, restarts=KILLS + 5)
+    for _ in range(KILLS):
+        before = len(curve(killed))
+        assert wait(lambda before=before: len(curve(killed)) > before, 120), "no step was made"
+        time.sleep(chance.random() * 0.5)
+        victims = workers(run)
+        assert len(victims) == 2
+        chance.choice(victims).send_signal(signal.SIGKILL)
+        assert wait(lambda victims=victims: not any(v.is_running() for v in victims), 60)
+    last = max(curve(killed)) + AFTER
+    assert wait(lambda: max(curve(killed)) >= last, 120), "no step was made after the last kill"
+    run.send_signal(signal.SIGTERM)
+    run.wait(60)
+    made = curve(killed)
+    twice = {step: losses for step, losses in made.items() if len(losses) > 1}
+    assert not twice
+    assert launch(once, last).wait(600) == 0
+    undisturbed = curve(once)
+    assert {s: made[s] for s in undisturbed} == undisturbed and len(undisturbed) == last
+    for folder in checkpoints(killed):
+        state = dcp.state_dict_loader._load_state_dict_from_keys(checkpoint_id=str(folder))
+        assert all(torch.isfinite(x).all() for x in state["model"].values())
+
+
+def counted() -> dict[str, int]:
+    """What this process holds."""
+    gc.collect()
+    me = psutil.Process()
+    return {
+        "MiB": me.memory_info().rss // 2**20,
+        "files": me.num_fds(),
+        "threads": me.num_threads(),
+    }
+
+
+def many_lengths() -> list[dict[str, int]]:
+    model = make("gpt2_like", layers=1)
+    compiled = torch.compile(model, backend="tsp", options={"compiler": "eager"})
+    found = []
+    for i in range(LENGTHS):
+        tokens = tokens_of(3 + i)
+        compiled(tokens, tokens).backward()
+        model.zero_grad()
+        found.append(counted())
+    return found
+
+
+def many_models() -> list[dict[str, int]]:
+    found = []
+    for i in range(MODELS):
+        torch._dynamo.reset()
+        model = make("gpt2_like", layers=1, seed=i)
+        compiled = torch.compile(model, backend="tsp", options={"compiler": "eager"})
+        compiled(tokens_of(9), tokens_of(9)).backward()
+        del model, compiled
+        found.append(counted())
+    return found
+
+
+@pytest.mark.parametrize("life", [many_lengths, many_models])
+def test_holds_no_more_after_a_while(world: Any, life: Any) -> None:
+    for found in world(2).run(life):
+        early, late = found[len(found) // 3], found[-1]
+        assert late["files"] <= early["files"] and late["threads"] <= early["threads"], found
+        assert late["MiB"] <= early["MiB"] + 40, found
+
+
+def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
+    run = launch(tmp_path / "run", STEPS)
+    assert wait(lambda: len(curve(tmp_path / "run")) > 2, 120)
+    ranks = workers(run)
+    for p in [*ranks, psutil.Process(run.pid)]:
+        p.send_signal(signal.SIGINT)
+    assert run.wait(60) != 0
+    assert wait(lambda: not any(p.is_running() for p in ranks), 10)
+    assert b"Fatal Python error" not in (tmp_path / "run" / "log").read_bytes()
+
+
+def test_a_folder_of_code_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = launch(folder, 2, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR="/proc/no/folder")
+    assert run.wait(600) == 0
+    assert len(curve(folder)) == 2 and b"of this process alone" in (folder / "log").read_bytes()
+
+
+def test_a_folder_of_code_that_gets_full(tmp_path: Path) -> None:
+    folder, full = tmp_path / "run", tmp_path / "full"
+    full.mkdir()
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(full)]):
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        run = launch(folder, 2, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR=str(full))
+        assert run.wait(600) == 0
+    finally:
+        subprocess.call(["umount", "-l", str(full)])
+    assert len(curve(folder)) == 2 and b"of this process alone" in (folder / "log").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+def test_a_folder_of_code_of_another_user(tmp_path: Path) -> None:
+    """One who may read the folder, and not write to it."""
+    folder, shared = tmp_path / "run", tmp_path / "shared"
+    first = launch(folder, 1, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR=str(shared))
+    assert first.wait(600) == 0
+    for p in [tmp_path, *tmp_path.parents][:3]:
+        p.chmod(0o755)
+    seen = subprocess.run(
+        [sys.executable, "-c", OTHER_USER], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, input=str(shared),
+    )  # fmt: skip
+    assert seen.returncode == 0 and "of this process alone" in seen.stderr, seen.stderr
+
+
+OTHER_USER = """
+import logging, os, sys
+from tspc.runtime import code_cache
+logging.basicConfig()
+os.environ[code_cache.FOLDER] = sys.stdin.read()
+os.setuid(65534)
+print(code_cache.compiled(code_cache.cache_dir))
+"""
