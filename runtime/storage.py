@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from tspc.errors import UnsupportedError
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place, chunk_rows
@@ -226,7 +227,7 @@ class Taken:
     """How one graph takes its sharded parameters.
 
     names: of the parameters. reduce: the type in which gradients add up. check: their gradients
-    are to be finite (`check_nan`).
+    are to be finite (`check_nan`). due: the names of those that must have one.
     """
 
     place: Place
@@ -234,6 +235,7 @@ class Taken:
     maps: Sequence[ShardMap | None]
     reduce: torch.dtype | None = None
     check: bool = False
+    due: frozenset[str] = frozenset()
 
     @cached_property
     def wanted(self) -> list[Placement]:
@@ -270,6 +272,12 @@ class Prologue(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         taken, params = ctx.rest
         place, chunks = taken.place, []
+        lost = [n for n, g in zip(taken.names, grads) if g is None and n in taken.due]
+        if lost:
+            raise UnsupportedError(
+                f"{', '.join(lost)}: has a gradient on one device, none in the compiled program, "
+                "an error of tspc; take what computes with it out by torch._dynamo.disable"
+            )
         for g, m, p, wanted, shape in zip(grads, taken.maps, params, taken.wanted, ctx.shapes):
             spec = p._spec
             if g is not None:

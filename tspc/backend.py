@@ -21,6 +21,7 @@ from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
 from tspc.check import written
 from tspc.errors import InternalError, PlanError, UnsupportedError
+from tspc.gradients import reached
 from tspc.hardware import device_name
 from tspc.journal import log
 from tspc.options import Options, parse
@@ -267,7 +268,9 @@ def _function(
             )
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
     names = [nodes[i].name for i in sharded]
-    taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan)
+    wanted = reached(gm, [i for i, r in enumerate(rewritten.results) if r and r.kind != "deferred"])
+    due = frozenset(n for n in names if captured.positions[n] in wanted)
+    taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan, due)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
     indices = Indices(rewritten.lookups, device)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -31,6 +31,7 @@ from torch.utils._sympy.functions import FloorDiv
 from tspc import batched, checkpoint, custom, flex, precision, refused
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
+from tspc.gradients import gives_itself, is_input
 from tspc.hardware import hardware
 from tspc.options import Options
 from tspc.passes.ladder import NOTHING, Refused
@@ -67,6 +68,7 @@ class Captured:
     outer_symbols: dict[sympy.Symbol, torch.SymInt]
     graph_break: str  # where the graph ends in one, else "": every output then comes back whole
     writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
+    same: Mapping[int, int] = field(default_factory=dict)  # output -> the written input that it is
 
     def given(
         self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
@@ -117,6 +119,7 @@ def capture(
     functional = precision.OneType(param_dtype)
 
     writes: list[int] = []
+    same: dict[int, int] = {}
 
     def run(*args: Any) -> Any:
         given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
@@ -129,7 +132,9 @@ def capture(
                         "gradient would not see it; write into a buffer, or between the calls"
                     )
                 writes.append(i)
-        return [*out, *(args[i].detach() for i in writes)]
+        same.update((at, i) for at, x in enumerate(out) for i in writes if is_input(x, args[i]))
+        kept = [None if at in same else x for at, x in enumerate(out)]
+        return [*kept, *(args[i].detach() for i in writes)]
 
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
@@ -146,7 +151,7 @@ def capture(
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
-    return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes))
+    return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes), same)
 
 
 def _specialize_floats(gm: torch.fx.GraphModule) -> None:
@@ -300,6 +305,8 @@ def convert(
             enabled = bool(n.args[0])
         elif isinstance(value, _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
             continue
+        elif not enabled and gives_itself(n):
+            env[n] = env[n.args[0]]
         else:
             args, kwargs = argument(n.args), argument(n.kwargs)
             grad = enabled and "detach" not in str(n.target)

@@ -124,7 +124,9 @@ def written(captured: Captured, args: Sequence[Any], outs: list[Any]) -> list[An
     with torch.no_grad():
         for i, x in zip(captured.writes, outs[count:]):
             args[i].copy_(x)
-    return outs[:count]
+    return [
+        args[captured.same[at]] if at in captured.same else x for at, x in enumerate(outs[:count])
+    ]
 
 
 class _Run(torch.autograd.Function):
