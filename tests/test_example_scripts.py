@@ -40,30 +40,36 @@ CASES = {
     "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
     "siamese": Case("Two calls before one backward", 1e-9),
     "train_step": Case("The whole step compiled"),
+    "checkpoint": Case("torch.distributed.checkpoint, written beside the training", resumes=3),
     "accelerate_loop": Case("accelerate", resumes=2),
     "trainer": Case("Trainer", resumes=2),
 }
 
 
-def start(ranks: int, script: str, *args: str, folder: Path) -> subprocess.Popen[str]:
-    """ranks: 0 without the one line."""
+def start(ranks: int, script: Path, *args: str, folder: Path) -> subprocess.Popen[str]:
+    """Under torchrun, or by python where ranks is 0."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    tsp = [*launcher, RUN, str(SCRIPTS / script), "--tsp"]
-    command = [sys.executable, *(tsp if ranks else [RUN, str(SCRIPTS / script)]), *args]
+    command = [sys.executable, *(launcher if ranks else []), RUN, str(script), *args]
     folder.mkdir(exist_ok=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)  # type: ignore[call-overload]
 
 
-def curve(running: subprocess.Popen[str]) -> list[float]:
-    """What it printed, on one rank only."""
+def finished(running: subprocess.Popen[str]) -> tuple[str, str, int]:
+    """What it printed, the end of its errors, its exit code."""
     try:
         out, errors = running.communicate(timeout=LIMIT)
     finally:
         running.terminate()
-    assert running.returncode == 0, errors[-6000:]
+    return out, errors[-6000:], running.returncode
+
+
+def curve(running: subprocess.Popen[str]) -> list[float]:
+    """What it printed, on one rank only."""
+    out, errors, code = finished(running)
+    assert code == 0, errors
     printed = [line for line in out.splitlines() if line.startswith("[") and line.endswith("]")]
     assert len(printed) == 1, out
     return json.loads(printed[0])
@@ -75,13 +81,18 @@ def parameters() -> list[Any]:
 
 @pytest.mark.parametrize("name", parameters())
 def test_curves_are_equal(name: str, tmp_path: Path) -> None:
-    case, script = CASES[name], f"{name}.py"
-    runs = [start(ranks, script, folder=tmp_path / f"on_{ranks}") for ranks in (0, 2)]
-    one, mine = [curve(r) for r in runs]
+    case, script = CASES[name], SCRIPTS / f"{name}.py"
+    plain, mine = tmp_path / "plain", tmp_path / "on_ranks"
+    runs = [start(0, script, folder=plain), start(2, script, "--tsp", folder=mine)]
+    try:
+        one, many = [curve(r) for r in runs]
+    finally:
+        for r in runs:
+            r.terminate()
     assert len(one) > 2
-    assert mine == pytest.approx(one, rel=case.tolerance, abs=0.0)
+    assert many == pytest.approx(one, rel=case.tolerance, abs=0.0)
     if case.resumes:
-        again = curve(start(case.resumes, script, "--resume", folder=tmp_path / "on_2"))
+        again = curve(start(case.resumes, script, "--tsp", "--resume", folder=mine))
         assert len(again) > 2
         assert again == pytest.approx(one[-len(again) :], rel=case.tolerance, abs=0.0)
 

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_example_scripts import finished, start
+
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), space)
     if "found" in space:
@@ -20,5 +28,14 @@ def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
         assert "{blocks.1.mlp}" in capsys.readouterr().out
 
 
+@pytest.mark.dist
+@pytest.mark.integrations
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_code_runs_on_ranks(number: int, tmp_path: Path) -> None:
+    (tmp_path / "block.py").write_text(BLOCKS[number])
+    _, errors, code = finished(start(2, tmp_path / "block.py", folder=tmp_path))
+    assert code == 0, errors
+
+
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
