@@ -86,3 +86,10 @@ def loss_of(out: Any) -> torch.Tensor:
 def whole(x: torch.Tensor) -> torch.Tensor:
     """A collective for a DTensor."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """Equal, with its dims laid out the other way round and gaps between its elements."""
+    back = tuple(reversed(range(x.dim())))
+    out = x.new_zeros(*x.permute(back).shape, 2)[..., 0].permute(back)
+    return out.copy_(x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.models import call, loss_of, make, tokens_of, whole
+from tests.models import call, loss_of, make, strided, tokens_of, whole
 from tspc.check import relative_errors
 
 pytestmark = pytest.mark.dist
@@ -50,7 +50,8 @@ def gradients(
 ) -> float:
     """Worst relative error of losses and gradients in float32 over calls of several lengths.
 
-    Without options as a user would; else with all sizes symbolic, which compiles less.
+    The inputs are not contiguous. Without options as a user would; else with all sizes symbolic,
+    which compiles less.
     """
     one = make(model, heads, kv, layers=1).float()
     mine = make(model, heads, kv, layers=1).float()
@@ -58,7 +59,7 @@ def gradients(
     compiled = torch.compile(mine, backend="tsp", options=options, dynamic=dynamic)
     worst = 0.0
     for length in lengths:
-        kwargs = call(model, tokens_of(length, batch), True)
+        kwargs = call(model, strided(tokens_of(length, batch)), True)
         ends = []
         for fn, owner in ((one, one), (compiled, mine)):
             owner.zero_grad()

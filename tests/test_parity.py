@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tspc
-from tests.models import VOCABULARY, call, make
+from tests.models import VOCABULARY, call, make, strided
 from tests.widen import Widen
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
@@ -191,7 +191,8 @@ def test_equals_one_device(case: Case) -> None:
     kwargs = call(name, tokens, case.loss)
     options = {"schedule": case.schedule}
     with Widen():
-        found = tspc.verify(model, (), kwargs, case.ranks, options, TOLERANCE)
+        given = {n: strided(x) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
+        found = tspc.verify(model, (), given, case.ranks, options, TOLERANCE)
         assert len(found.graphs) == 1
         check_decisions(case, found.graphs[0])
         torch._dynamo.reset()

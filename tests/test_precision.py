@@ -333,3 +333,56 @@ def test_plan_takes_the_types() -> None:
     model, tokens = make("llama_like"), tokens_of(12)
     plan = tspc.plan(model, (tokens, tokens), ranks=2, options={"param_dtype": BF16})
     assert {b.values[s].dtype for b in plan.rewritten.bodies for s in b.shards} == {BF16}
+
+
+def decorated(fn: Any) -> Any:
+    """Mixed precision as accelerate does it: the method of the object, its outputs in float32."""
+    inner = torch.autocast("cpu", dtype=BF16)(fn.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        def wide(x: Any) -> Any:
+            return x.float() if isinstance(x, torch.Tensor) and x.dtype == BF16 else x
+
+        return torch.utils._pytree.tree_map(wide, inner(*args, **kwargs))
+
+    fn.forward = forward
+    return fn
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_by_a_decorated_forward(first: bool) -> None:
+    """Before and after the model is compiled; a model of a library that makes its logits float32
+    in the middle."""
+    model, kwargs = make("hf_llama"), call("hf_llama", tokens_of(13), True)
+    reference, one = exact(model, kwargs), outcome(decorated(copy.deepcopy(model)), model, kwargs)
+    mine, made = compiled(decorated(model) if first else model)
+    got = outcome(mine if first else decorated(mine), model, kwargs)
+    one = outcome(model if first else decorated(model), model, kwargs)
+    near(got, one, reference)
+    assert len(made) == 1
+    narrow_weights(made[0])
+
+
+class Upcast(nn.Module):
+    """A cast to float32 is one inside of autocast, and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.autocast("cpu", dtype=BF16):
+            y = self.narrow(torch.relu(self.wide(x)))
+            inside = y.float() + 1e-3
+        return y, inside, y.float() * 1.001
+
+
+def test_a_cast_of_what_autocast_made_is_kept() -> None:
+    torch.manual_seed(0)
+    model, x = Upcast(), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        mine, one = compiled(model)[0](x), model(x)
+    assert [t.dtype for t in mine] == [t.dtype for t in one]
+    for a, b in zip(mine[1:], one[1:]):
+        assert (a.to(BF16) != a).any()  # more than a half can hold
+        assert float((a - b).abs().max()) <= 2**-7 * float(b.abs().max())

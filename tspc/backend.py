@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from tspc.arguments import check_apart, dense, written
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
-from tspc.check import written
 from tspc.errors import InternalError, PlanError, UnsupportedError
 from tspc.gradients import reached
 from tspc.hardware import device_name
@@ -279,7 +279,10 @@ def _function(
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows = [int(c) for c in _rows(compiled, sizes)]
+        check_apart(captured.writes, args, captured.names)
         given = [None if i is None else args[i] for i in positions]
+        for i in plain:
+            given[i] = dense(given[i])
         wrong = indices(sizes, {nodes[i].name: given[i] for i in plain})
         check([given[i] for i in plain])
         if wrong is not None:
@@ -289,22 +292,21 @@ def _function(
         if sharded:
             stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(taken, *stored)):
-                given[i] = local
+                given[i] = dense(local)
         with off():
             outs = run_local(*(sizes[s] for s in rewritten.symbols), *rows, *given)
         if options.check_nan:
             named = zip(_output_names(captured, len(outs)), outs)
             check_outputs(place, [*named], [(n.name, x) for n, x in zip(nodes, given)])
-        return written(captured, args, _results(compiled, outs, sizes, rows))
+        return written(captured.writes, captured.same, args, _results(compiled, outs, sizes, rows))
 
     return run
 
 
 def _output_names(captured: Captured, count: int) -> list[str]:
     """What each result of the local program is: an output, or the new value of an input."""
-    by_position = {i: n for n, i in captured.positions.items()}
     plain = [f"output {i}" for i in range(count - len(captured.writes))]
-    return plain + [f"the new value of {by_position[i]}" for i in captured.writes]
+    return plain + [f"the new value of {captured.names[i]}" for i in captured.writes]
 
 
 def _results(

@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -28,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
-from tspc import batched, checkpoint, custom, flex, precision, refused
+from tspc import batched, checkpoint, custom, flex, precision, refused, scalars
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.gradients import gives_itself, is_input
@@ -70,6 +71,11 @@ class Captured:
     writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
     same: Mapping[int, int] = field(default_factory=dict)  # output -> the written input that it is
 
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Graph input -> its placeholder."""
+        return {i: n for n, i in self.positions.items()}
+
     def given(
         self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
     ) -> list[Any]:
@@ -109,8 +115,8 @@ def capture(
     assert context.fake_mode is not None
     kinds = _kinds(gm, example_inputs)
     refused.check(gm)
+    scalars.fixed_inside(gm)
     gm = checkpoint.inlined(flex.inlined(gm))
-    _specialize_floats(gm)
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
     batched.inlined(gm, fakes, context.fake_mode)
@@ -123,7 +129,7 @@ def capture(
 
     def run(*args: Any) -> Any:
         given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
-        out = torch.fx.Interpreter(gm).run(*given)
+        out = precision.Entered(gm).run(*given)
         for i, ((kind, wanted), a) in enumerate(zip(kinds, args)):
             if isinstance(a, FunctionalTensor) and has_data_mutation(a):
                 if kind == PARAM or a.requires_grad:
@@ -144,22 +150,15 @@ def capture(
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
-        traced = precision.explicit(traced, around, fakes)
+        traced = scalars.as_tensors(precision.explicit(traced, around, fakes), fakes)
     env = context.fake_mode.shape_env
     assert env is not None
-    hints = {s: int(v) for s, v in getattr(env, "backed_var_to_val", {}).items()}
+    known = getattr(env, "backed_var_to_val", {})
+    hints = {s: int(v) for s, v in known.items() if s.is_integer}
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
     return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes), same)
-
-
-def _specialize_floats(gm: torch.fx.GraphModule) -> None:
-    """A float of the model that Dynamo traces as a symbol becomes its value, with a guard."""
-    for n in gm.graph.nodes:
-        value = n.meta.get("example_value")
-        if isinstance(value, torch.SymFloat):
-            float(value)
 
 
 def _fake(context: TracingContext, x: Any) -> Any:

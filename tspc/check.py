@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tspc.arguments import check_apart, dense, written
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.layout import Layout
@@ -110,23 +111,13 @@ def _call(graph: Simulated, args: Sequence[Any], indices: Indices) -> list[Any]:
         raise wrong
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
-    tensors = graph.captured.given(nodes, args, drawn)
+    check_apart(graph.captured.writes, args, graph.captured.names)
+    tensors = map(dense, graph.captured.given(nodes, args, drawn))
     outs = [
         x if r is None else r.given(x, graph.sizes)
         for x, r in zip(_Run.apply(graph, *tensors), graph.rewritten.results)
     ]
-    return written(graph.captured, args, outs)
-
-
-def written(captured: Captured, args: Sequence[Any], outs: list[Any]) -> list[Any]:
-    """The last outputs are the new values of inputs; -> the others."""
-    count = len(outs) - len(captured.writes)
-    with torch.no_grad():
-        for i, x in zip(captured.writes, outs[count:]):
-            args[i].copy_(x)
-    return [
-        args[captured.same[at]] if at in captured.same else x for at, x in enumerate(outs[:count])
-    ]
+    return written(graph.captured.writes, graph.captured.same, args, outs)
 
 
 class _Run(torch.autograd.Function):

@@ -31,17 +31,42 @@ def ambient() -> State:
 def explicit(gm: torch.fx.GraphModule, state: State, inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """The graph with every cast a node; `gm` itself where no op of it is under autocast."""
     while state or any(n.target is _enter_autocast for n in gm.graph.nodes):
-        gm, state = _traced(_Explicit(gm, state), inputs), {}
+        gm, state = retraced(_Explicit(gm, state), inputs), {}
     return gm
 
 
-def _traced(interpreter: torch.fx.Interpreter, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def retraced(interpreter: torch.fx.Interpreter, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """What an interpreter runs, as a graph before dispatch, without autocast."""
     with ExitStack() as stack:
         for device in ambient():
             stack.enter_context(torch.autocast(device, enabled=False))
         return make_fx(
             interpreter.run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*inputs)
+
+
+class Entered(torch.fx.Interpreter):
+    """Runs a graph for a trace, in the autocast that its nodes enter: the trace alone only records
+    them, and a cast that the model makes of what autocast made would seem to do nothing."""
+
+    def __init__(self, gm: torch.fx.GraphModule):
+        super().__init__(gm)
+        self.stack: list[Any] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self.stack:  # after an error
+                self.stack.pop().__exit__(None, None, None)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _enter_autocast:
+            self.stack.append(torch.autocast(*args))
+            return self.stack[-1].__enter__()
+        if target is _exit_autocast:
+            return self.stack.pop().__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 @contextmanager
