@@ -243,7 +243,8 @@ def _saves(
     for n in nodes:
         name = names[Ref(n.name)]
         record = m.fold.records[n.name]
-        carried = any(m.fold.factor in m.factors.leaves(d) for d in record.outs[0])
+        every = {f for d in record.outs[0] for f in m.factors.leaves(d)}
+        carried = m.fold.factor in every and not every.isdisjoint(m.leaves)  # else it is cheap
         if n.op in WEIGHTED and carried and values[name].requires_grad and name not in leaving:
             out.append(name)
     return tuple(out)

@@ -263,7 +263,7 @@ def verify(
     made: list[Simulated] = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
-    start = {n: b.detach().clone() for n, b in model.named_buffers()}
+    start = {n: x.detach().clone() for n, x in (*model.named_parameters(), *model.named_buffers())}
     state = torch.random.get_rng_state()
     mine = _outcome(compiled, model, args, kwargs or {}, start)
     reference: Callable[..., Any] = model
@@ -290,7 +290,8 @@ def _outcome(
     kwargs: Mapping[str, Any],
     start: Mapping[str, torch.Tensor],
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Outputs, gradients of parameters and float inputs, and what the buffers are then."""
+    """Outputs, gradients of parameters and float inputs, and what parameters and buffers are
+    then."""
     leaves = [
         x
         for x in tree_flatten((args, kwargs))[0]
@@ -312,15 +313,17 @@ def _outcome(
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     given = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
     model.zero_grad()
-    after = {n: b.detach().clone() for n, b in model.named_buffers()}
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    after = [{n: x.detach().clone() for n, x in d.items()} for d in (params, buffers)]
     with torch.no_grad():
-        for n, b in model.named_buffers():
-            b.copy_(start[n])
+        for n, x in (*params.items(), *buffers.items()):
+            x.copy_(start[n])
     return {
         "output": {str(i): x.detach() for i, x in enumerate(outs)},
         "gradient of": grads,
         "input gradient": given,
-        "buffer": after,
+        "parameter": after[0],
+        "buffer": after[1],
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tspc.errors import UnsupportedError
 
@@ -22,6 +23,11 @@ def dense(x: Any) -> Any:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def before_writes(writes: Sequence[int], args: Sequence[Any]) -> list[Any]:
+    """The arguments of a call; of what it writes at its end a copy, for the backward reads it."""
+    return [x.clone() if i in writes else x for i, x in enumerate(args)]
+
+
 def written(
     writes: Sequence[int], same: Mapping[int, int], args: Sequence[Any], outs: list[Any]
 ) -> list[Any]:
@@ -32,6 +38,10 @@ def written(
     count = len(outs) - len(writes)
     with torch.no_grad():
         for i, x in zip(writes, outs[count:]):
+            if isinstance(args[i], DTensor):  # the value is alike on all ranks
+                x = distribute_tensor(
+                    x, args[i].device_mesh, args[i].placements, src_data_rank=None
+                )
             args[i].copy_(x)
     return [args[same[at]] if at in same else x for at, x in enumerate(outs[:count])]
 

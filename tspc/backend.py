@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from tspc.arguments import check_apart, dense, written
+from tspc.arguments import before_writes, check_apart, dense, written
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
 from tspc.errors import InternalError, PlanError, UnsupportedError
@@ -280,7 +280,8 @@ def _function(
         compiled.sizes = sizes
         rows = [int(c) for c in _rows(compiled, sizes)]
         check_apart(captured.writes, args, captured.names)
-        given = [None if i is None else args[i] for i in positions]
+        kept = before_writes(captured.writes, args)
+        given = [None if i is None else kept[i] for i in positions]
         for i in plain:
             given[i] = dense(given[i])
         wrong = indices(sizes, {nodes[i].name: given[i] for i in plain})

@@ -35,6 +35,7 @@ from tspc.errors import CaptureError, UnsupportedError
 from tspc.gradients import gives_itself, is_input
 from tspc.hardware import hardware
 from tspc.options import Options
+from tspc.overwritten import Overwriting
 from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten, rewrite
 from tspc.program import (
@@ -129,10 +130,13 @@ def capture(
 
     def run(*args: Any) -> Any:
         given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
-        out = precision.Entered(gm).run(*given)
-        for i, ((kind, wanted), a) in enumerate(zip(kinds, args)):
-            if isinstance(a, FunctionalTensor) and has_data_mutation(a):
-                if kind == PARAM or a.requires_grad:
+        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
+        own = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
+        interpreter = Overwriting(gm, kinds, own)
+        out = interpreter.run(*given)
+        for i, ((kind, wanted), x, a) in enumerate(zip(kinds, given, args)):
+            if isinstance(x, FunctionalTensor) and has_data_mutation(x):
+                if grads[i] and i not in interpreter.places or x is not a:
                     raise UnsupportedError(
                         f"{wanted}: the model writes into this {kind} in its forward, and its "
                         "gradient would not see it; write into a buffer, or between the calls"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tspc.arguments import check_apart, dense, written
+from tspc.arguments import before_writes, check_apart, dense, written
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.layout import Layout
@@ -112,7 +112,8 @@ def _call(graph: Simulated, args: Sequence[Any], indices: Indices) -> list[Any]:
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
     check_apart(graph.captured.writes, args, graph.captured.names)
-    tensors = map(dense, graph.captured.given(nodes, args, drawn))
+    kept = before_writes(graph.captured.writes, args)
+    tensors = map(dense, graph.captured.given(nodes, kept, drawn))
     outs = [
         x if r is None else r.given(x, graph.sizes)
         for x, r in zip(_Run.apply(graph, *tensors), graph.rewritten.results)
