@@ -40,6 +40,7 @@ from torch.utils._ordered_set import OrderedSet
 
 from tspc.counter import mix, mixed
 from tspc.runtime.trace import Fakes, tag
+from tspc.torch_seams import keep_saved
 
 
 class _Operators:
@@ -184,6 +185,7 @@ def compile_local(
     with (
         tracing(TracingContext(fakes.mode)),
         functorch_config.patch(patches),
+        keep_saved(),
         inductor_config.patch(post_grad_custom_post_pass=KeepOrder()),
     ):
         return aot_module_simplified(

@@ -19,6 +19,7 @@ from tspc.runtime.requests import AllGather, Axis, Steps
 
 CHECK = "the check that starts a call or a compile"
 FIRST, EVERY = 3, 100  # calls of a graph whose contents "auto" compares
+FROZEN = "frozen parameters"  # a fact of a graph: their names
 LISTED = 4  # inputs that a message names
 ADVICE = (
     "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
@@ -34,11 +35,15 @@ class Checker:
     """Called with the inputs of each call: shapes are compared at every call, contents now and
     then.
 
-    mode: "auto", True (contents at every call, floats too) or False (nothing).
+    mode: "auto", True (contents at every call, floats too) or False (nothing). facts: what all
+    calls of this graph have in common.
     """
 
-    def __init__(self, place: Place, mode: str | bool, names: Sequence[str]):
+    def __init__(
+        self, place: Place, mode: str | bool, names: Sequence[str], facts: Mapping[str, str]
+    ):
         self.place, self.mode, self.names, self.calls = place, mode, names, 0
+        self.facts = facts
 
     def __call__(self, tensors: Sequence[Any]) -> None:
         if self.mode is False:
@@ -47,7 +52,7 @@ class Checker:
         contents = self.mode is True or self.calls <= FIRST or self.calls % EVERY == 0
         given = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
         shapes = {n: text(x.dtype, x.shape) for n, x in given.items()}
-        agree(self.place, shapes, "was called with")
+        agree(self.place, {**self.facts, **shapes}, "was called with")
         if contents:
             agree(self.place, digests(given, self.mode is True), "was given other values in")
 
@@ -87,8 +92,19 @@ def _differs(said: Sequence[tuple[str, dict[str, str]]], rank: int) -> str:
     verb, mine = said[rank]
     common = [n for n, v in mine.items() if any(o.get(n, v) != v for _, o in said)]
     alone = [n for n in mine if any(n not in o for _, o in said)]
-    listed = ", ".join(f"{n}: {mine[n]}" for n in (common or alone)[:LISTED])
+    names = (common or alone)[:LISTED]
+    listed = ", ".join(f"{n}: {_shown(n, mine[n], [o for _, o in said])}" for n in names)
     return f"{verb} {listed or 'nothing'}"
+
+
+def _shown(name: str, value: str, told: Sequence[Mapping[str, str]]) -> str:
+    """Of the frozen parameters only those that are not frozen on all ranks."""
+    if name != FROZEN:
+        return value
+    every = [set(o.get(name, "").split(", ")) for o in told]
+    mine = [n for n in value.split(", ") if not all(n in e for e in every)]
+    more = f" and {len(mine) - LISTED} more" if len(mine) > LISTED else ""
+    return ", ".join(mine[:LISTED]) + more if mine else "those of all ranks"
 
 
 def _gather(x: torch.Tensor) -> Steps:

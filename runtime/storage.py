@@ -28,6 +28,7 @@ from tspc.runtime.execute import PLACES, Place, chunk_rows
 from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
 from tspc.runtime.repack import fits, repack, repack_backward
+from tspc.runtime.twice import refused
 from tspc.shard import ShardMap
 from tspc.torch_seams import assign_data_of_shards, move_shard, skip_code
 
@@ -270,6 +271,13 @@ class Prologue(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            out = Prologue.returned(ctx, grads)
+        return (None, *refused(out))
+
+    @staticmethod
+    def returned(ctx: Any, grads: Sequence[Any]) -> list[DTensor | None]:
+        """Gradients of what a program took -> those of what is stored."""
         taken, params = ctx.rest
         place, chunks = taken.place, []
         lost = [n for n, g in zip(taken.names, grads) if g is None and n in taken.due]
@@ -292,4 +300,4 @@ class Prologue(torch.autograd.Function):
             check_gradients(
                 place, made, [(n, p._local_tensor) for n, p in zip(taken.names, params)]
             )
-        return (None, *out)
+        return out

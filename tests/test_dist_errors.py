@@ -83,6 +83,32 @@ def test_ranks_with_other_frozen_parameters(world: Any) -> None:
     _match(world(2).run(frozen_on_one), pattern)
 
 
+def one_is_other(what: str) -> str:
+    """After an alike call: rank 1 freezes a parameter, or calls without gradients."""
+    m = make("llama_like", layers=1).float()
+    fn = torch.compile(m, backend="tsp", options=EAGER)
+    fn(tokens_of(8))
+    mine = dist.get_rank() == 1
+    m.head.weight.requires_grad_(not mine or what != "frozen")
+    with torch.set_grad_enabled(not mine or what != "no_grad"):
+        return _told(lambda: fn(tokens_of(8)))
+
+
+@pytest.mark.parametrize(
+    "what,pattern",
+    [
+        ("frozen", "rank 1 compiles a graph of frozen parameters: head.weight"),
+        (
+            "no_grad",
+            "rank 0 was called with grad mode: enabled; rank 1 compiles a graph of grad mode: "
+            "disabled",
+        ),
+    ],
+)
+def test_ranks_of_another_mode(world: Any, what: str, pattern: str) -> None:
+    _match(world(2).run(one_is_other, what=what), pattern)
+
+
 def other_ops() -> str:
     act = torch.nn.GELU() if dist.get_rank() else torch.nn.SiLU()
     m = torch.nn.Sequential(torch.nn.Linear(16, 32), act, torch.nn.Linear(32, 16))

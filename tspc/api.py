@@ -34,6 +34,18 @@ from tspc.runtime.mesh import resolve
 from tspc.runtime.requests import Axis
 from tspc.runtime.schedules import choose
 from tspc.show import show
+from tspc.torch_seams import plainly
+from tspc.usage import (
+    check_called,
+    check_function,
+    check_mesh,
+    check_module,
+    check_name,
+    check_parameters,
+    check_ranks,
+    check_tolerance,
+    said,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Plan:
 
     def origin(self, name: str) -> str:
         """Why a region, parameter or value of the printed plan is as it is. Raises `PlanError`."""
+        check_name("plan.origin(...)", name)
         return origin(self.rewritten, name, self.sizes)
 
     def dims(self) -> dict[str, int | None]:
@@ -67,6 +80,10 @@ class Plan:
         then `init` or a checkpoint. Raises `PlanError` if the axis has another number of ranks
         than the plan.
         """
+        where = "plan.apply(...)"
+        check_module(where, model)
+        check_mesh(where, mesh)
+        check_parameters(where, model)
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         if mesh is not None and device.type == "meta":
@@ -92,6 +109,10 @@ class Plan:
         Default otherwise: `model.init_weights()`, or `reset_parameters()` of each module in order.
         Raises `PlanError` naming a parameter or buffer that nothing initialises.
         """
+        where = "plan.init(...)"
+        check_module(where, model)
+        check_function(where, "build", build)
+        check_function(where, "init_fn", init_fn)
         sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
         if self.ranks > 1 and not sharded:
             raise PlanError("the model is not sharded: plan.apply(model, mesh) first")
@@ -138,13 +159,25 @@ def plan(
 
     Raises `PlanError` without `ranks` or `mesh`, `CaptureError` if the model does not trace.
     """
+    where = "plan(...)"
+    check_called(where, model, args, kwargs)
+    check_mesh(where, mesh)
     chosen = parse(options)
+    mesh = chosen.mesh if mesh is None else mesh
     if mesh is not None:
-        ranks = resolve(replace(chosen, mesh=mesh), torch.device(mesh.device_type))[0].axis.size
+        size = resolve(replace(chosen, mesh=mesh), torch.device(mesh.device_type))[0].axis.size
+        if ranks not in (None, size):
+            raise PlanError(
+                f"plan(...): ranks={said(ranks)} beside a mesh whose axis has {size} ranks: give "
+                "one of them"
+            )
+        ranks = size
     if ranks is None:
         raise PlanError("plan(...) needs ranks= or mesh=")
+    check_ranks(where, ranks)
     count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
 
+    @plainly
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))
@@ -211,6 +244,9 @@ def explain(model: Any, name: str | None = None) -> str:
     name: of a region, parameter or value in them: where the decisions about it come from. Raises
     `PlanError` before the first call and for an unknown name.
     """
+    check_module("explain(...)", model)
+    if name is not None:
+        check_name("explain(...)", name)
     root = getattr(model, "_orig_mod", model)
     graphs = GRAPHS.get(root, [])
     if not graphs:
@@ -260,6 +296,10 @@ def verify(
     unless there is a scalar. Raises `ParityError` naming what differs by more than `tolerance`
     (relative, as `relative_errors`).
     """
+    where = "verify(...)"
+    check_called(where, model, args, kwargs, module=True)
+    check_ranks(where, ranks)
+    check_tolerance(where, tolerance)
     made: list[Simulated] = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))

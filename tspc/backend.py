@@ -20,11 +20,11 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from tspc.arguments import before_writes, check_apart, dense, written
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
-from tspc.errors import InternalError, PlanError, UnsupportedError
+from tspc.errors import InternalError, OptionError, PlanError, UnsupportedError
 from tspc.gradients import reached
 from tspc.hardware import device_name
 from tspc.journal import log
-from tspc.options import Options, parse
+from tspc.options import Options, mode_options, parse
 from tspc.outside import only_shards
 from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten
@@ -46,7 +46,8 @@ from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
-from tspc.torch_seams import compiled_roots
+from tspc.runtime.twice import watched
+from tspc.torch_seams import compiled_roots, plainly
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Compiled:
 GRAPHS: weakref.WeakKeyDictionary[torch.nn.Module, list[Compiled]] = weakref.WeakKeyDictionary()
 
 
+@plainly
 def tsp(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -79,6 +81,7 @@ def tsp(
     the model.
     """
     chosen = parse(options)
+    mode_options(mode)
     stored = (x for x in example_inputs if isinstance(x, DTensor))
     meshes = [x.device_mesh for x in stored if isinstance(x, torch.nn.Parameter)]
     if chosen.mesh is None:
@@ -93,7 +96,12 @@ def tsp(
     if mesh is None or (place.axis.size == 1 and place.replicas is None):
         if chosen.check_nan:
             log.warning("check_nan does nothing on one rank: torch.autograd.detect_anomaly does")
-        return compile_fx(gm, list(example_inputs))
+        return compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
+    if mode is not None:
+        raise OptionError(
+            f"mode={mode!r} is Inductor's and works on one rank only; on {place.axis.size} ranks "
+            "leave it out (tspc's own options: options={...})"
+        )
     if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
@@ -155,10 +163,20 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
     return torch.device("cpu")
 
 
+def _facts(captured: Captured) -> dict[str, str]:
+    """What every call of this graph has in common."""
+    params = [n for n in captured.program.nodes if n.op == PARAM]
+    frozen = [n.name for n in params if not n.type.requires_grad]
+    return {
+        "grad mode": "enabled" if torch.is_grad_enabled() else "disabled",
+        input_check.FROZEN: ", ".join(frozen) or "none",
+    }
+
+
 def _signature(captured: Captured) -> dict[str, str]:
     """The graph that a rank compiles, to be compared over the axis: its inputs at their present
     sizes, whether they want gradients, and its ops."""
-    program, out = captured.program, {}
+    program, out = captured.program, _facts(captured)
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
             shape = [evaluate(s, program.hints) for s in n.type.shape]
@@ -272,7 +290,8 @@ def _function(
     due = frozenset(n for n in names if captured.positions[n] in wanted)
     taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan, due)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
-    check = input_check.Checker(place, options.check_inputs, [nodes[i].name for i in plain])
+    told = [nodes[i].name for i in plain]
+    check = input_check.Checker(place, options.check_inputs, told, _facts(captured))
     indices = Indices(rewritten.lookups, device)
 
     def run(*args: Any) -> Any:
@@ -294,6 +313,7 @@ def _function(
             stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(taken, *stored)):
                 given[i] = dense(local)
+        given = watched(given, plain)
         with off():
             outs = run_local(*(sizes[s] for s in rewritten.symbols), *rows, *given)
         if options.check_nan:

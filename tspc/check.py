@@ -30,6 +30,7 @@ from tspc.runtime.lookups import Indices
 from tspc.runtime.requests import Axis
 from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
+from tspc.torch_seams import plainly
 
 AXIS = "simulated"
 
@@ -65,6 +66,7 @@ def simulated_backend(
     """A Dynamo backend; `made` collects its graphs."""
     chosen = options or Options()
 
+    @plainly
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         with off():

@@ -49,11 +49,14 @@ def hardware(given: Any, device: str) -> Hardware:
         names = {f.name for f in fields(Hardware)}
         if set(given) != names:
             raise OptionError(f"hardware={dict(given)}: a table has {', '.join(sorted(names))}")
-        return Hardware(**{k: float(v) for k, v in given.items()})
+        try:
+            return Hardware(**{k: float(v) for k, v in given.items()})
+        except (TypeError, ValueError):
+            raise OptionError(f"hardware={dict(given)}: its values are numbers") from None
     if given is None:
         known = [n for n in HARDWARE if n in device.lower()]
         return HARDWARE[known[0] if known else "h100"]
-    if given not in HARDWARE:
+    if not isinstance(given, str) or given not in HARDWARE:
         raise OptionError(f"hardware={given!r}; valid: {', '.join(HARDWARE)}, or a table")
     return HARDWARE[given]
 

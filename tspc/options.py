@@ -13,6 +13,7 @@ import torch
 from tspc import budget
 from tspc.errors import OptionError
 from tspc.hardware import hardware
+from tspc.usage import check_mesh, said
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -82,27 +83,52 @@ def parse(given: Mapping[str, Any] | None) -> Options:
 
     Raises `OptionError` for an unknown name or a bad value, naming the valid ones.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(f"options is a dict by name, not {said(given)}")
     given = dict(given or {})
     valid = [f.name for f in fields(Options)]
     for name in given:
         if name not in valid:
-            close = difflib.get_close_matches(name, valid, 1)
+            close = difflib.get_close_matches(str(name), valid, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"unknown option {name!r}{hint} (valid: {', '.join(valid)})")
     for name, choices in _CHOICES.items():
-        if name in given and not any(given[name] is c or given[name] == c for c in choices):
+        if name in given and not _one_of(given[name], choices):
             raise OptionError(f"{name}={given[name]!r}; valid: {', '.join(map(repr, choices))}")
+    check_mesh("options", given.get("mesh"))
+    if not isinstance(given.get("axis"), (str, type(None))):
+        raise OptionError(f"axis is the name of a dim of the mesh, not {said(given['axis'])}")
+    plan = given.get("plan")
+    if plan is not None and not isinstance(getattr(plan, "options", None), Options):
+        raise OptionError(f"plan is what tspc.plan(...) returns, not {said(plan)}")
     if "memory_budget" in given:
         budget.check(given["memory_budget"])
     schedule = given.get("schedule", "auto")
     values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
+    if isinstance(schedule, Mapping) and any(not isinstance(k, str) for k in schedule):
+        raise OptionError(f"schedule by region: names or globs are strings, not {list(schedule)}")
     for v in values:
-        if v not in SCHEDULES:
+        if not _one_of(v, SCHEDULES):
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
     for name in ("param_dtype", "reduce_dtype"):
-        if given.get(name) not in (None, *FLOATS):
+        if not _one_of(given.get(name), (None, *FLOATS)):
             valid_types = ", ".join(map(str, FLOATS))
             raise OptionError(f"{name}={given[name]!r}; valid: None, {valid_types}")
     if given.get("hardware") is not None:
         hardware(given["hardware"], "")
-    return replace(getattr(given.get("plan"), "options", Options()), **given)
+    return replace(getattr(plan, "options", Options()), **given)
+
+
+def mode_options(mode: Any) -> dict[str, Any]:
+    """What Inductor makes of `torch.compile(mode=...)`. Raises `OptionError` for an unknown
+    one."""
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and not _one_of(mode, tuple(modes)):
+        raise OptionError(f"mode={mode!r}; valid: {', '.join(map(repr, modes))}")
+    return dict(modes[mode]) if mode is not None else {}
+
+
+def _one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Values that are no plain ones (tensors) are not compared."""
+    plain = isinstance(value, (str, int, float))
+    return any(value is c or (plain and value == c) for c in choices)

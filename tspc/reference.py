@@ -15,8 +15,10 @@ from tspc.passes.pipeline import prepare
 from tspc.passes.sizes import Sizes
 from tspc.program import CONSTANT, OUTPUT, PLACEHOLDERS, SEED, Program, Ref
 from tspc.runtime.seed import draw
+from tspc.torch_seams import plainly
 
 
+@plainly
 def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
     """A Dynamo backend: graphs without random ops run as they are."""
     captured = capture(gm, example_inputs)

@@ -3,10 +3,12 @@ when torch changes them."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,12 +16,17 @@ import torch.nn as nn
 from torch._decomp import decomposition_table
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.eval_frame import skip_code as skip_code  # by itself no graph of Dynamo's
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch._dynamo.exc import (
+    ShortenTraceback,
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+)
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
+from torch._functorch._aot_autograd import graph_compile
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tspc.errors import ShardedParameterError
+from tspc.errors import ShardedParameterError, TspcError
 
 FLEX = torch.ops.higher_order.flex_attention
 NESTING = {  # the functions that open and close a loop of vmap in a Dynamo graph
@@ -35,6 +42,30 @@ class RestartTrace(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
     The first base passes through Dynamo's wrapper of backend errors; the second clears its
     speculation log.
     """
+
+
+class _Plain(ShortenTraceback):
+    """Passes through Dynamo's wrapper of backend errors; what it carries is raised outside."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error), first_useful_frame=None)
+        self.error = error
+
+    def remove_dynamo_frames(self) -> Any:
+        return self.error
+
+
+def plainly(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend whose `TspcError`s reach the caller of the compiled model as they are."""
+
+    @functools.wraps(backend)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return backend(*args, **kwargs)
+        except TspcError as e:
+            raise _Plain(e) from e
+
+    return call
 
 
 def real_tensors(gm: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
@@ -89,6 +120,15 @@ def parts_of(op: Any) -> Callable[..., Any]:
     """An op spelled out in other ops: torch's own kernel of a composite one, else the entry of its
     table of decompositions."""
     return op.decompose if op._can_decompose() else decomposition_table[op]
+
+
+def keep_saved() -> Any:
+    """While compiling: a backward writes into nothing that is saved for it, so that a graph may be
+    kept for another one.
+
+    The config `donated_buffer` is read once more at each backward, and then misread.
+    """
+    return patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *args: [])
 
 
 def default_store() -> Any:
