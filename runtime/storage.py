@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from tspc import calls
 from tspc.errors import UnsupportedError
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
@@ -57,7 +58,10 @@ def _property(name: str, axis: str) -> property:
         p = self._parameters[name]
         if not isinstance(p, DTensor) or not _reading():
             return p
-        return _whole(p, axis) if torch.compiler.is_compiling() else _gathered(p, axis)
+        if torch.compiler.is_compiling():
+            return _whole(p, axis)
+        calls.used(self, name, p)
+        return _gathered(p, axis)
 
     def put(self: nn.Module, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)
@@ -69,10 +73,14 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return nn.Module.__call__(self, *args, **kwargs)
     _STATE.depth = getattr(_STATE, "depth", 0) + 1
+    call = calls.eager(self)
     try:
         return nn.Module.__call__(self, *args, **kwargs)
     finally:
         _STATE.depth -= 1
+        if call is not None:
+            calls.leave(call)
+            calls.tell(call)
 
 
 # Dynamo takes these into a graph where their caller is traced; where the caller is left to Python

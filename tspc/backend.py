@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from tspc import calls
 from tspc.arguments import before_writes, check_apart, dense, written
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
@@ -96,6 +97,7 @@ def tsp(
     if mesh is None or (place.axis.size == 1 and place.replicas is None):
         if chosen.check_nan:
             log.warning("check_nan does nothing on one rank: torch.autograd.detect_anomaly does")
+        calls.given()
         return compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
     if mode is not None:
         raise OptionError(
@@ -107,10 +109,14 @@ def tsp(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
     if only_shards(gm, example_inputs):
+        calls.given()
         return gm
     captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
     with off():  # the casts are in the program
         return _compile(captured, chosen, gm, example_inputs, place, mesh)
+
+
+calls.watch(tsp)
 
 
 def _compile(
@@ -295,6 +301,7 @@ def _function(
     indices = Indices(rewritten.lookups, device)
 
     def run(*args: Any) -> Any:
+        calls.ran()
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows = [int(c) for c in _rows(compiled, sizes)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch._decomp import decomposition_table
+from torch._dynamo import eval_frame, external_utils, trace_rules
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.eval_frame import skip_code as skip_code  # by itself no graph of Dynamo's
 from torch._dynamo.exc import (
@@ -24,10 +27,13 @@ from torch._dynamo.exc import (
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
 from torch._functorch._aot_autograd import graph_compile
+from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tspc.errors import ShardedParameterError, TspcError
 
+_TORCH = str(Path(torch.__file__).parent)
+_TSPC = str(Path(__file__).parent)
 FLEX = torch.ops.higher_order.flex_attention
 NESTING = {  # the functions that open and close a loop of vmap in a Dynamo graph
     predispatch._vmap_increment_nesting: "open",
@@ -120,6 +126,90 @@ def parts_of(op: Any) -> Callable[..., Any]:
     """An op spelled out in other ops: torch's own kernel of a composite one, else the entry of its
     table of decompositions."""
     return op.decompose if op._can_decompose() else decomposition_table[op]
+
+
+def on_compile(backend: Any, wrap: Callable[[Any, Any, bool], Any]) -> None:
+    """Whatever `torch.compile` makes with this backend becomes wrap(compiled, the module or
+    function, strict).
+
+    A module whose `forward` was replaced by a function that Dynamo skips (an autocast decorator
+    around that of a library's class) gets one more frame, from which Dynamo follows it.
+    """
+    plain: Any = eval_frame._TorchDynamoContext.__call__
+    modules: list[nn.Module] = []
+
+    @functools.wraps(plain)
+    def make(self: Any, fn: Any) -> Any:
+        found = eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
+        if getattr(found, "compiler_fn", found) is not backend or isinstance(fn, type):
+            return plain(self, fn)
+        if isinstance(fn, nn.Module):
+            modules.append(fn)
+            try:
+                return plain(self, fn)
+            finally:
+                modules.pop()
+        owner = getattr(fn, "__self__", None)
+        root = owner if isinstance(owner, nn.Module) else modules[-1] if modules else fn
+        forward = owner.forward if isinstance(owner, nn.Module) else root
+        if isinstance(owner, nn.Module) and not isinstance(forward, types.MethodType):
+            fn = external_utils.wrap_inline(fn) if trace_rules.check(forward) else fn
+        options = getattr(found, "kwargs", {}).get("options")
+        strict = isinstance(options, dict) and options.get("strict") is True
+        return wrap(plain(self, fn), root, strict)
+
+    eval_frame._TorchDynamoContext.__call__ = make
+
+
+def tracing() -> bool:
+    """Whether Dynamo or a backend works, so that Python runs for their sake only."""
+    return TracingContext.try_get() is not None
+
+
+def why_not_forward(root: Any) -> str:
+    """Why Dynamo may have left a module's forward, or a function, to Python."""
+    fn = root.forward if isinstance(root, nn.Module) else root
+    general = _why()
+    if general:
+        return general
+    if getattr(fn, "_torchdynamo_disable", False):
+        return "it is under torch._dynamo.disable"
+    if trace_rules.check(fn):
+        code = getattr(fn, "__code__", None)
+        at = f" in {code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+        return f"its code{at} is of a module that Dynamo skips"
+    return 'TORCH_LOGS="dynamo" tells why'
+
+
+def why_outside(uncompiled: bool) -> str:
+    """Why a weight is read by Python here, and where: the user's file and line."""
+    where, why = "", ""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        code, file = frame.f_code, frame.f_code.co_filename
+        if code.co_name == "_fn" and file == eval_frame.__file__:
+            why = why or "it is under torch._dynamo.disable"
+        if not file.startswith((_TORCH, _TSPC)):
+            where = where or f"{file}:{frame.f_lineno}"
+            limit = torch._dynamo.config.recompile_limit
+            if not why and eval_frame._get_total_cache_entry_count(code) >= limit:
+                why = (
+                    f"torch._dynamo.config.recompile_limit ({limit}) is reached by {code.co_name} "
+                    f'({file}:{code.co_firstlineno}); TORCH_LOGS="recompiles" tells what changes'
+                )
+        frame = frame.f_back
+    if uncompiled:
+        why = "the module is called without torch.compile"
+    left = 'Dynamo left it to Python; TORCH_LOGS="graph_breaks" tells why'
+    return f"{where or 'torch'}: {why or _why() or left}"
+
+
+def _why() -> str:
+    if eval_frame._stance.stance != "default":
+        return f"torch.compiler.set_stance({eval_frame._stance.stance!r}) is on"
+    if torch._dynamo.config.suppress_errors:
+        return "torch._dynamo.config.suppress_errors is on: the log tells the error"
+    return ""
 
 
 def keep_saved() -> Any:
