@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from tspc.errors import ShardedParameterError
+from tspc.errors import ShardedParameterError, UnsupportedError
 from tspc.runtime.handover import hand_over, release
 from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
@@ -55,6 +55,7 @@ def convert(
 
     dims: as in `shard_parameters`; others are cut anew by the first graph that takes them.
     """
+    _refuse_sparse(module)
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
     exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
@@ -73,6 +74,17 @@ def convert(
         old.grad = None
         hand_over(old, new, axis)
         old.__class__ = ShardedParameter
+
+
+def _refuse_sparse(module: nn.Module) -> None:
+    owned = {id(p) for p in module.parameters()}
+    for o in _optimizers():
+        held = (p for group in o.param_groups for p in group["params"])
+        if isinstance(o, torch.optim.SparseAdam) and any(id(p) in owned for p in held):
+            raise UnsupportedError(
+                "SparseAdam takes sparse gradients, and those of a table cut over the ranks are "
+                "dense: use torch.optim.Adam, docs/optimizers.md lists others"
+            )
 
 
 def _optimizers() -> list[Optimizer]:

@@ -22,8 +22,13 @@ def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:
     `old` is emptied as soon as no autograd graph holds it; until then the gradients that one adds
     to it go to `new`.
     """
-    if old._backward_hooks:
-        new._backward_hooks = old._backward_hooks
+    if old._backward_hooks:  # the dict that the handles know; what `new` has comes first
+        shared, own = old._backward_hooks, new._backward_hooks or {}
+        old._backward_hooks = OrderedDict(shared)
+        first = [*own.items(), *shared.items()]
+        shared.clear()
+        shared.update(first)
+        new._backward_hooks = shared
     after = getattr(old, "_post_accumulate_grad_hooks", None)
     if after:
         new._post_accumulate_grad_hooks = after
