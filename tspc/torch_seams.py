@@ -28,7 +28,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
 from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.experimental import register_sharding
 
 from tspc.errors import ShardedParameterError, TspcError
 
@@ -263,6 +264,16 @@ def assign_data_of_shards() -> None:
         self._local_tensor.data = value.redistribute(self.device_mesh, self.placements).to_local()
 
     DTensor.data = property(lambda self: plain.__get__(self), put)
+
+
+def find_nan_in_shards() -> None:
+    """`torch.autograd.set_detect_anomaly` asks every gradient whether any of it is NaN, by an op
+    that DTensor does not know: of a shard it is asked of the whole, on all ranks."""
+    op = torch.ops.aten._is_any_true.default
+    known = DTensor._op_dispatcher.sharding_propagator
+    if op in known.op_strategy_funcs or op in known.op_to_rules:
+        return
+    register_sharding(op)(lambda x: [([Replicate()], [Replicate()])])
 
 
 def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
