@@ -1,4 +1,4 @@
-"""What is installed, and running from a checkout: all of the package, its passes and its runtime."""
+"""What is installed, and running from a checkout: the whole package, passes and runtime in it."""
 
 from __future__ import annotations
 
