@@ -31,7 +31,13 @@ from tspc.runtime.finite import check_gradients
 from tspc.runtime.repack import fits, repack, repack_backward
 from tspc.runtime.twice import refused
 from tspc.shard import ShardMap
-from tspc.torch_seams import assign_data_of_shards, find_nan_in_shards, move_shard, skip_code
+from tspc.torch_seams import (
+    assign_data_of_shards,
+    find_nan_in_shards,
+    move_shard,
+    orthogonalise_whole,
+    skip_code,
+)
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
@@ -169,6 +175,7 @@ def shard_parameters(
     cut = cut or any(is_cut(p) for p in module.parameters() if isinstance(p, DTensor))
     assign_data_of_shards()
     find_nan_in_shards()
+    orthogonalise_whole()
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}

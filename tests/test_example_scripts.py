@@ -38,11 +38,17 @@ class Case:
 
 CASES = {
     "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
+    "generate": Case("Inference with a cache, `generate`"),
     "siamese": Case("Two calls before one backward", 1e-9),
+    "ema_scaler": Case("An average of the weights, GradScaler"),
+    "muon": Case("Muon", 1e-9),
     "train_step": Case("The whole step compiled"),
     "checkpoint": Case("torch.distributed.checkpoint, written beside the training", resumes=3),
     "accelerate_loop": Case("accelerate", resumes=2),
     "trainer": Case("Trainer", resumes=2),
+    "sft_lora": Case("SFTTrainer with LoRA"),
+    "dpo": Case("DPOTrainer"),
+    "fabric": Case("Lightning Fabric", resumes=2),
 }
 
 

@@ -30,6 +30,7 @@ from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
+from torch.optim import _muon
 
 from tspc.errors import ShardedParameterError, TspcError
 
@@ -274,6 +275,23 @@ def find_nan_in_shards() -> None:
     if op in known.op_strategy_funcs or op in known.op_to_rules:
         return
     register_sharding(op)(lambda x: [([Replicate()], [Replicate()])])
+
+
+def orthogonalise_whole() -> None:
+    """Muon's iteration for a shard runs on the whole matrix, one at a time, on every rank: its sums
+    are in bfloat16, where those of shards would differ from one device's. Idempotent."""
+    before = _muon._zeropower_via_newtonschulz
+    if hasattr(before, "_tspc"):
+        return
+
+    def whole(grad: torch.Tensor, *args: Any) -> torch.Tensor:
+        if not isinstance(grad, DTensor):
+            return before(grad, *args)
+        made = before(grad.full_tensor(), *args)
+        return distribute_tensor(made, grad.device_mesh, grad.placements, src_data_rank=None)
+
+    whole._tspc = True
+    _muon._zeropower_via_newtonschulz = whole
 
 
 def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
