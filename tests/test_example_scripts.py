@@ -19,6 +19,12 @@ SCRIPTS = ROOT / "examples" / "scripts"
 RUN = str(ROOT / "tests" / "run_script.py")
 PAGE = ROOT / "docs" / "scripts.md"
 LIMIT = 600.0  # seconds
+LONG = (pytest.mark.integrations,)
+NO_AVERAGE = pytest.mark.xfail(
+    strict=True,
+    reason="an AveragedModel made before the first call holds whole tensors; its first update "
+    "copies shards into them, which DTensor refuses",
+)
 
 pytestmark = pytest.mark.dist
 
@@ -33,14 +39,14 @@ class Case:
     title: str
     tolerance: float = 1e-6
     resumes: int = 0
-    marks: Sequence[Any] = (pytest.mark.integrations,)
+    marks: Sequence[Any] = LONG
 
 
 CASES = {
     "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
     "generate": Case("Inference with a cache, `generate`"),
     "siamese": Case("Two calls before one backward", 1e-9),
-    "ema_scaler": Case("An average of the weights, GradScaler"),
+    "ema_scaler": Case("An average of the weights, GradScaler", marks=(*LONG, NO_AVERAGE)),
     "muon": Case("Muon", 1e-9),
     "train_step": Case("The whole step compiled"),
     "checkpoint": Case("torch.distributed.checkpoint, written beside the training", resumes=3),
