@@ -25,6 +25,7 @@ from tspc.hardware import device_name
 from tspc.options import Options, parse
 from tspc.origin import origin
 from tspc.passes.pipeline import Rewritten
+from tspc.planned import check_planned, parameters_of
 from tspc.reference import reference_backend
 from tspc.report import reports
 from tspc.runtime.convert import convert
@@ -59,6 +60,7 @@ class Plan:
     rewritten: Rewritten = field(repr=False)
     sizes: dict[Any, int] = field(repr=False)
     options: Options = field(default=Options(), repr=False)
+    parameters: dict[str, str] = field(default_factory=dict, repr=False)  # of the model planned
 
     def __str__(self) -> str:
         return _text(self.rewritten, self.ranks, self.sizes)
@@ -84,6 +86,7 @@ class Plan:
         check_module(where, model)
         check_mesh(where, mesh)
         check_parameters(where, model)
+        check_planned(where, self.parameters, model)
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         if mesh is not None and device.type == "meta":
@@ -176,12 +179,13 @@ def plan(
         raise PlanError("plan(...) needs ranks= or mesh=")
     check_ranks(where, ranks)
     count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
+    named = parameters_of(model) if isinstance(model, nn.Module) else {}
 
     @plainly
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))
-        found.append(Plan(count, rewritten, dict(captured.program.hints), chosen))
+        found.append(Plan(count, rewritten, dict(captured.program.hints), chosen, named))
         raise _Stop
 
     inputs = (tuple(args), dict(kwargs or {}))

@@ -29,6 +29,7 @@ from tspc.options import Options, mode_options, parse
 from tspc.outside import only_shards
 from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten
+from tspc.planned import check_planned
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
 from tspc.report import reports, warnings
@@ -108,6 +109,8 @@ def tsp(
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
+    for root in compiled_roots(gm)[:1] if chosen.plan is not None else ():
+        check_planned("options", chosen.plan.parameters, root)
     if only_shards(gm, example_inputs):
         calls.given()
         return gm

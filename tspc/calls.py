@@ -21,6 +21,7 @@ import torch.nn as nn
 from tspc.errors import UnsupportedError
 from tspc.journal import log
 from tspc.torch_seams import on_compile, tracing, why_not_forward, why_outside
+from tspc.wrapped import check_wrapped
 
 LISTED = 3  # names that a line tells
 CHANGE = "change that, or leave this part out of the compiled model"
@@ -116,6 +117,8 @@ def watched(compiled: Callable[..., Any], root: Any, strict: bool) -> Callable[.
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if not of.given and _ranks() > 1:
+            check_wrapped(of.root() if of.root is not None else None)
         call = enter(of)
         try:
             out = compiled(*args, **kwargs)
