@@ -32,10 +32,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.world import ROOT, add_sizes, launch, work
 from examples.llama_like import LlamaLike
 from tspc import backend
+from tspc.runtime.inputs import Checker
+from tspc.runtime.lookups import Indices
 from tspc.runtime.storage import Prologue
 
 SYSTEMS = ("plain", "fsdp2", "tspc")
-PARTS = ("forward", "backward", "optimizer", "front end")
+PARTS = ("forward", "backward", "optimizer", "front end", "checks")
+STEP = 10  # ms: the step that the share of the checks is told of
 LENGTHS = (16, 24, 40)  # of one rank's graphs
 
 
@@ -76,7 +79,7 @@ def compiled(name: str, model: LlamaLike, args: argparse.Namespace) -> Callable[
 
 def on_ranks(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """System -> part of a step -> CPU seconds of each step on this rank."""
-    inside, returned = Timed(), Timed()
+    inside, returned, checks = Timed(), Timed(), Timed()
     real = backend.compile_local
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), generator=generator)
@@ -84,6 +87,8 @@ def on_ranks(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     with (
         mock.patch.object(backend, "compile_local", lambda *a: inside.around(real(*a))),
         mock.patch.object(Prologue, "backward", staticmethod(returned.around(Prologue.backward))),
+        mock.patch.object(Checker, "__call__", checks.around(Checker.__call__)),
+        mock.patch.object(Indices, "__call__", checks.around(Indices.__call__)),
     ):
         systems = {}
         for name in SYSTEMS:
@@ -92,7 +97,7 @@ def on_ranks(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
             systems[name] = fn, torch.optim.SGD(model.parameters(), lr=1e-3)
         for turn in range(3 + args.steps):
             for name, (fn, optimizer) in systems.items():
-                inside.seconds = returned.seconds = 0.0
+                inside.seconds = returned.seconds = checks.seconds = 0.0
                 times = [time.thread_time()]
                 loss = fn(tokens, tokens)
                 times.append(time.thread_time())
@@ -104,7 +109,7 @@ def on_ranks(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 parts = [b - a for a, b in zip(times, times[1:])]
                 front = parts[0] - inside.seconds + returned.seconds if name == "tspc" else 0.0
                 if turn > 2:
-                    for part, seconds in zip(PARTS, [*parts, front]):
+                    for part, seconds in zip(PARTS, [*parts, front, checks.seconds]):
                         found[name][part].append(seconds)
     return found
 
@@ -170,8 +175,13 @@ def main() -> None:
         for name in SYSTEMS:
             row = {p: 1e3 * statistics.median(ranks[0][name][p]) for p in PARTS}
             results[f"{count} parameters, {name}"] = row
-            shown = [f"{v:.1f}" for v in row.values()]
-            table.add_row(str(count), name, *(shown if name == "tspc" else [*shown[:-1], "-"]))
+            shown = [f"{v:.1f}" for v in row.values()][:-1] + [f"{row['checks']:.2f}"]
+            table.add_row(str(count), name, *(shown if name == "tspc" else [*shown[:-2], "-", "-"]))
+        checks = results[f"{count} parameters, tspc"]["checks"]
+        console.print(
+            f"{count} parameters: comparing inputs, ids and steps takes {checks:.2f} ms, "
+            f"{checks / STEP:.1%} of a step of {STEP} ms"
+        )
     console.print(table)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     path = Path(args.out) / f"overhead-{time.strftime('%Y%m%d-%H%M%S')}.json"

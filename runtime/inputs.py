@@ -1,29 +1,38 @@
-"""Ranks of one axis must compile the same graph and get the same data: before anything else is
-sent, 64-bit hashes go round on a group of their own, so a rank that differs is told, never waited
-for."""
+"""Ranks of one axis must run the same graph on the same data, and train alike: before anything else
+of a call is sent, a few hashes go round on a group of their own, so a rank that differs is told,
+never waited for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tspc.errors import RankMismatchError
-from tspc.runtime import failures
+from tspc.runtime import drift, failures
+from tspc.runtime.digest import digest, digest_there, is_plain
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
 
 CHECK = "the check that starts a call or a compile"
-FIRST, EVERY = 3, 100  # calls of a graph whose contents "auto" compares
 FROZEN = "frozen parameters"  # a fact of a graph: their names
+KEPT = 256  # calls of other shapes or numbers whose hashes are kept
 LISTED = 4  # inputs that a message names
+WORDS = 5  # hashes that a rank tells: shapes, the graph, contents, steps, gradients
 ADVICE = (
     "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
     "(DistributedSampler with rank = the data-parallel rank)"
+)
+ALIKE = (
+    "all ranks call backward(), optimizer.step() and zero_grad() alike; what skips one of them (a "
+    "loss that is not finite, a bad batch) decides by what is the same on all ranks"
 )
 SAME_GRAPHS = (
     "all replicas run the same model, with the same parameters used and frozen, on batches of "
@@ -31,30 +40,153 @@ SAME_GRAPHS = (
 )
 
 
-class Checker:
-    """Called with the inputs of each call: shapes are compared at every call, contents now and
-    then.
+@dataclass(frozen=True)
+class Section:
+    """What a rank tells of one thing, in words, if another rank tells otherwise."""
 
-    mode: "auto", True (contents at every call, floats too) or False (nothing). facts: what all
-    calls of this graph have in common.
+    verb: str
+    told: Mapping[str, str]
+    advice: str
+
+
+@dataclass
+class Checker:
+    """Called with the inputs of each call, the stored parameters and the numbers among the inputs.
+
+    mode: False compares nothing. names: of the inputs; lasting: those that are buffers, read again
+    only when they were changed. facts: what all calls of this graph have in common. graph: what the
+    ranks run, as text; params: names of the stored
+    parameters.
     """
 
-    def __init__(
-        self, place: Place, mode: str | bool, names: Sequence[str], facts: Mapping[str, str]
-    ):
-        self.place, self.mode, self.names, self.calls = place, mode, names, 0
-        self.facts = facts
+    place: Place
+    mode: str | bool
+    names: Sequence[str]
+    lasting: frozenset[str]
+    facts: Mapping[str, str]
+    graph: str
+    params: Sequence[str]
+    calls: int = 0
+    known: dict[Any, list[int]] = field(default_factory=dict)
+    kept: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    taken: drift.Taken = field(default_factory=drift.Taken)
 
-    def __call__(self, tensors: Sequence[Any]) -> None:
+    def __post_init__(self) -> None:
+        drift.watch()
+
+    def __call__(
+        self, tensors: Sequence[Any], params: Sequence[Any] = (), numbers: Sequence[int] = ()
+    ) -> None:
         if self.mode is False:
             return
+        arrived()
         self.calls += 1
-        contents = self.mode is True or self.calls <= FIRST or self.calls % EVERY == 0
         given = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
-        shapes = {n: text(x.dtype, x.shape) for n, x in given.items()}
-        agree(self.place, {**self.facts, **shapes}, "was called with")
-        if contents:
-            agree(self.place, digests(given, self.mode is True), "was given other values in")
+        read = {n: x for n, x in given.items() if is_plain(x)}
+        here = {n: self._digest(n, x) for n, x in read.items() if not _is_late(x)}
+        steps = [self.calls, *self.taken.since(params)]
+        grads = drift.gradients(params)
+        words = list(self._words(given, numbers))
+        words += [_hash_of(x) for x in (list(here.values()), steps, grads)]
+
+        def sections() -> list[Section]:
+            shapes = {n: text(x.dtype, x.shape) for n, x in given.items()}
+            shapes = {**self.facts, **shapes}
+            contents = {n: f"{h & (1 << 64) - 1:016x}" for n, h in here.items()}
+            return [
+                Section("was called with", shapes, ADVICE),
+                Section("runs", self._graph(numbers), ADVICE),
+                Section("was given other values in", contents, ADVICE),
+                Section("has made", _steps_in_words(steps, self.params), ALIKE),
+                Section("holds", _gradients_in_words(grads, self.params), ALIKE),
+            ]
+
+        _compare(self.place.axis, self.place.groups["checks"], words, sections)
+        late = {n: x for n, x in read.items() if _is_late(x)}
+        if late:
+            self._send(late)
+
+    def _graph(self, numbers: Sequence[int]) -> dict[str, str]:
+        given = {f"number {i}": str(n) for i, n in enumerate(numbers)}
+        return {"the graph": self.graph, **given}
+
+    def _words(self, given: Mapping[str, torch.Tensor], numbers: Sequence[int]) -> list[int]:
+        """Of the shapes and of the graph with its numbers; kept for the next call like this."""
+        key = (tuple(numbers), *((n, x.dtype, x.shape) for n, x in given.items()))
+        if key not in self.known:
+            shapes = [(n, text(x.dtype, x.shape)) for n, x in given.items()]
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            told = repr((self.facts, shapes)), repr(self._graph(numbers))
+            self.known[key] = [_hash(t.encode()) for t in told]
+        return self.known[key]
+
+    def _digest(self, name: str, x: torch.Tensor) -> int:
+        if name not in self.lasting or x.is_inference():
+            return digest(x)
+        state = (id(x), x.data_ptr(), x._version)
+        if self.kept.get(name, (None, 0))[0] != state:
+            self.kept[name] = state, digest(x)
+        return self.kept[name][1]
+
+    def _send(self, late: Mapping[str, torch.Tensor]) -> None:
+        """The digests of what is on an accelerator, made and compared there."""
+        found = torch.stack([digest_there(x) for x in late.values()])
+        told = distributed(_gather(found, "activations"), self.place.axis, self.place.groups, CHECK)
+        same = (told == told[:1]).all(0).to("cpu", non_blocking=True)
+        event = None
+        if found.device.type != "cpu":
+            event = torch.Event(found.device)
+            event.record()
+        if not _HOOKS:
+            _HOOKS.append(register_optimizer_step_pre_hook(lambda *_: arrived()))
+        _LATE.append(_Late(self.place.axis.name, list(late), same, event))
+
+
+def _is_late(x: torch.Tensor) -> bool:
+    return x.device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class _Late:
+    """A comparison on its way from an accelerator. same: of each name."""
+
+    axis: str
+    names: Sequence[str]
+    same: torch.Tensor
+    event: Any
+
+
+_LATE: list[_Late] = []
+_HOOKS: list[Any] = []
+
+
+def arrived() -> None:
+    """Raises `RankMismatchError` if a comparison that was sent found a difference: before an
+    optimizer's step and at the next call. It was made long before; nothing waits."""
+    while _LATE:
+        late = _LATE.pop(0)
+        if late.event is not None:
+            late.event.synchronize()
+        wrong = [n for n, good in zip(late.names, late.same.tolist()) if not good]
+        if wrong:
+            _LATE.clear()
+            raise RankMismatchError(
+                f"the ranks of axis {late.axis!r} were given other values in "
+                f"{', '.join(wrong[:LISTED])}. Do this: {ADVICE}"
+            )
+
+
+def _steps_in_words(steps: Sequence[int], params: Sequence[str]) -> dict[str, str]:
+    calls, made, *changed = steps
+    told = {"calls of this graph": str(calls), "optimizer steps": str(made)}
+    return told | {f"changes in place of {n}": str(k) for n, k in zip(params, changed)}
+
+
+def _gradients_in_words(grads: Sequence[int], params: Sequence[str]) -> dict[str, str]:
+    named = {-1: "none", 0: "one"}
+    words = [named.get(k, f"one that was changed in place {k} times") for k in grads]
+    return {f"as gradient of {n}": w for n, w in zip(params, words)}
 
 
 def agree(place: Place, told: Mapping[str, str], verb: str) -> None:
@@ -72,28 +204,39 @@ def replicas_agree(place: Place, told: Mapping[str, str], verb: str) -> None:
 
 
 def _agree(axis: Axis, group: Any, told: Mapping[str, str], verb: str, advice: str) -> None:
-    mine = hashlib.blake2b(repr((verb, sorted(told.items()))).encode(), digest_size=8).digest()
-    steps = _gather(torch.tensor([int.from_bytes(mine, "little", signed=True)]))
-    found = distributed(steps, axis, {"checks": group}, CHECK).view(-1).tolist()
-    if all(h == found[0] for h in found):
+    word = _hash(repr((verb, sorted(told.items()))).encode())
+    words = [word, *[0] * (WORDS - 1)]
+    _compare(axis, group, words, lambda: [Section(verb, told, advice)])
+
+
+def _compare(
+    axis: Axis, group: Any, words: Sequence[int], sections: Callable[[], Sequence[Section]]
+) -> None:
+    """Each word is of one section; the first section that differs is told."""
+    steps = _gather(torch.tensor(words), "checks")
+    found = distributed(steps, axis, {"checks": group}, CHECK).tolist()
+    if all(f == found[0] for f in found):
         return
     said: list[Any] = [None] * axis.size
     with failures.told(CHECK, group):
-        dist.all_gather_object(said, (verb, dict(told)), group)
-    wrong = [r for r, h in enumerate(found) if h != found[0]]
-    lines = "; ".join(f"rank {r} {_differs(said, r)}" for r in (0, wrong[0]))
+        dist.all_gather_object(said, sections(), group)
+    k = next(i for i in range(WORDS) if any(f[i] != found[0][i] for f in found))
+    wrong = [r for r, f in enumerate(found) if f[k] != found[0][k]]
+    here = [s[min(k, len(s) - 1)] for s in said]
+    lines = "; ".join(f"rank {r} {_differs(here, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(
-        f"ranks {wrong} of axis {axis.name!r} differ from rank 0: {lines}. Do this: {advice}"
+        f"ranks {wrong} of axis {axis.name!r} differ from rank 0: {lines}. "
+        f"Do this: {here[0].advice}"
     )
 
 
-def _differs(said: Sequence[tuple[str, dict[str, str]]], rank: int) -> str:
+def _differs(said: Sequence[Section], rank: int) -> str:
     """What this rank tells otherwise than some other rank."""
-    verb, mine = said[rank]
-    common = [n for n, v in mine.items() if any(o.get(n, v) != v for _, o in said)]
-    alone = [n for n in mine if any(n not in o for _, o in said)]
+    verb, mine = said[rank].verb, said[rank].told
+    common = [n for n, v in mine.items() if any(o.told.get(n, v) != v for o in said)]
+    alone = [n for n in mine if any(n not in o.told for o in said)]
     names = (common or alone)[:LISTED]
-    listed = ", ".join(f"{n}: {_shown(n, mine[n], [o for _, o in said])}" for n in names)
+    listed = ", ".join(f"{n}: {_shown(n, mine[n], [o.told for o in said])}" for n in names)
     return f"{verb} {listed or 'nothing'}"
 
 
@@ -107,21 +250,20 @@ def _shown(name: str, value: str, told: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(mine[:LISTED]) + more if mine else "those of all ranks"
 
 
-def _gather(x: torch.Tensor) -> Steps:
-    handle = yield AllGather(x, "checks")
+def _gather(x: torch.Tensor, link: str) -> Steps:
+    handle = yield AllGather(x, link)
     return handle.wait()
+
+
+def _hash(data: bytes) -> int:
+    made = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(made, "little", signed=True)
+
+
+def _hash_of(numbers: Sequence[int]) -> int:
+    return _hash(array("q", numbers).tobytes())
 
 
 def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:
     """Dtype and shape: "int64[2, 8]"."""
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
-
-
-def digests(tensors: Mapping[str, torch.Tensor], floats: bool) -> dict[str, str]:
-    """A 64-bit hash of each integer (and float) tensor's contents."""
-    return {n: _digest(t) for n, t in tensors.items() if floats or not t.dtype.is_floating_point}
-
-
-def _digest(t: torch.Tensor) -> str:
-    data = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import Rewritten
 from tspc.planned import check_planned
 from tspc.precision import off
-from tspc.program import PARAM, PLACEHOLDERS, SEED, Type
+from tspc.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
 from tspc.report import reports, warnings
 from tspc.runtime import code_cache, seed
 from tspc.runtime import inputs as input_check
@@ -193,8 +194,26 @@ def _signature(captured: Captured) -> dict[str, str]:
             shape = [evaluate(s, program.hints) for s in n.type.shape]
             frozen = " frozen" if n.op == PARAM and not n.type.requires_grad else ""
             out[n.name] = input_check.text(n.type.dtype, shape) + frozen
-    calls = [n for n in program.nodes if n.op not in PLACEHOLDERS]
-    return {**out, **{f"op {i}": str(n.op) for i, n in enumerate(calls)}}
+    return {**out, **_calls(captured)}
+
+
+def _calls(captured: Captured) -> dict[str, str]:
+    """The ops of a graph, each with the fractions that stand in it."""
+    out: dict[str, str] = {}
+    for n in captured.program.nodes:
+        if n.op not in PLACEHOLDERS:
+            every = (*n.args, *n.kwargs.values())
+            numbers = [str(a) for a in every if isinstance(a, float)]
+            out[f"op {len(out)}"] = " ".join([str(n.op), *numbers])
+    return out
+
+
+def _graph_in_words(captured: Captured) -> str:
+    """One text for graphs that are the same on ranks."""
+    calls = repr(_calls(captured)).encode()
+    grad = "with" if torch.is_grad_enabled() else "without"
+    key = hashlib.blake2b(calls, digest_size=4).hexdigest()
+    return f"{key} of {len(captured.program.nodes)} nodes {grad} gradients"
 
 
 def _storage_dims(
@@ -301,8 +320,11 @@ def _function(
     due = frozenset(n for n in names if captured.positions[n] in wanted)
     taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan, due)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
-    told = [nodes[i].name for i in plain]
-    check = input_check.Checker(place, options.check_inputs, told, _facts(captured))
+    inputs = [nodes[i].name for i in plain]
+    lasting = frozenset(nodes[i].name for i in plain if nodes[i].op == BUFFER)
+    told = inputs, lasting, _facts(captured), _graph_in_words(captured), names
+    check = input_check.Checker(place, options.check_inputs, *told)
+    numbers = [s for s, (_, dim) in captured.symbols.items() if dim is None]
     indices = Indices(rewritten.lookups, device)
 
     def run(*args: Any) -> Any:
@@ -315,8 +337,9 @@ def _function(
         given = [None if i is None else kept[i] for i in positions]
         for i in plain:
             given[i] = dense(given[i])
-        wrong = indices(sizes, {nodes[i].name: given[i] for i in plain})
-        check([given[i] for i in plain])
+        called = [given[i] for i in plain]
+        wrong = indices(sizes, dict(zip(inputs, called)))
+        check(called, [given[i] for i in sharded], [sizes[s] for s in numbers])
         if wrong is not None:
             raise wrong
         if rewritten.draws:

@@ -39,8 +39,8 @@ class Options:
         glob to one.
         outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
         whole; "sharded" as DTensors.
-        check_inputs: compare integer inputs over the axis: on the first calls ("auto"), always, or
-        never.
+        check_inputs: at every call the contents of all inputs, the optimizer steps taken and the
+        gradients held are compared over the axis ("auto" and True), or nothing is (False).
         check_nan: after each forward and backward of the compiled model, what is not finite is an
         error that names it, alike on all ranks.
         memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
