@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
-from tests.models import make, tokens_of
+from tests.models import VOCABULARY, tokens_of
 from tspc.errors import RankMismatchError
 from tspc.runtime import drift, inputs
 from tspc.runtime.digest import BLOCK, digest, digest_there
@@ -25,7 +26,7 @@ EAGER = {"compiler": "eager"}
 def _train(do: Callable[..., Any], steps: int = 6, plain: bool = False) -> str:
     """What a loop raises, and at which step. do(step, rank, model, optimizer, fn): one step."""
     torch.manual_seed(0)
-    model = Floats() if plain else make("llama_like", heads=2, layers=1).float()
+    model = Floats() if plain else Words()
     fn = torch.compile(model, backend="tsp", options=EAGER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
@@ -40,6 +41,18 @@ def _step(optimizer: Any, loss: torch.Tensor) -> None:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+class Words(nn.Module):
+    """model(ids [B, S], labels) -> a loss; without labels log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.head(torch.tanh(self.words(ids)))
+        return y if labels is None else F.cross_entropy(y.flatten(0, 1), labels.flatten())
 
 
 class Floats(nn.Module):
@@ -99,8 +112,8 @@ def another_mode(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> N
 
 
 DRIFTS = {
-    skipped_batch: (2, "was given other values in tokens: .*, labels: .*one sampler seed"),
-    other_ids_from_the_fourth_call: (4, "was given other values in tokens: .*one sampler seed"),
+    skipped_batch: (2, "was given other values in ids: .*, labels: .*one sampler seed"),
+    other_ids_from_the_fourth_call: (4, "was given other values in ids: .*one sampler seed"),
     no_step: (
         3,
         "rank 0 has made optimizer steps: 3; rank 1 has made optimizer steps: 2. Do .*ike",
@@ -177,7 +190,7 @@ def test_what_is_the_same_is_no_drift_and_what_comes_late_is_told_before_a_step(
     w = world(2)
     assert w.run(alike) == [[""], [""]]
     for told, stepped in w.run(late):
-        assert re.search(r"^1: the ranks of axis .* were given other values in tokens. Do", told)
+        assert re.search(r"^1: the ranks of axis .* were given other values in ids. Do", told)
         assert stepped == "[0]"
 
 
