@@ -114,10 +114,7 @@ def another_mode(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> N
 DRIFTS = {
     skipped_batch: (2, "was given other values in ids: .*, labels: .*one sampler seed"),
     other_ids_from_the_fourth_call: (4, "was given other values in ids: .*one sampler seed"),
-    no_step: (
-        3,
-        "rank 0 has made optimizer steps: 3; rank 1 has made optimizer steps: 2. Do .*ike",
-    ),
+    no_step: (3, "has made optimizer steps: 3, .*; rank 1 has made optimizer steps: 2, .*alike"),
     no_step_by_hand: (
         3,
         "has made changes in place of .*: 3, .*; rank 1 has made changes in .*: 2",
