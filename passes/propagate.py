@@ -105,7 +105,7 @@ class _State:
         if key not in self.converted:
             t = self.types[ref.name, ref.item or 0]
             dims = self.dims[ref.name, ref.item or 0] if dims is None else dims
-            base = f"{ref.name}_{ref.item}" if ref.item else ref.name
+            base = f"{ref.name}.{ref.item}" if ref.item else ref.name
             cut = {"dim": self.cut_weights[ref.name]} if ref.name in self.cut_weights else {}
             if cut:  # cast before it travels
                 ref = Ref(self.casts.get(ref.name, ref.name))

@@ -67,14 +67,15 @@ class Modulated(Base):
         super().__init__()
         self.tables = nn.ParameterList(torch.randn(3 * WIDTH) / 3 for _ in range(2))
 
-    def stream(self, x: Tensor, ids: Tensor) -> Tensor:
-        for _ in range(2):
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for mix in (self.mlp, self.attend):
             parts = [t.split(WIDTH) for t in self.tables]
             y = x
-            for scale, shift, _ in parts:
+            for shift, scale, _ in parts:
                 y = F.layer_norm(y, (WIDTH,)) * (1 + scale) + shift
-            x = x + parts[0][2] * self.attend(y) + parts[1][2] * self.mlp(y)
-        return x
+            x = x + parts[0][2] * mix(y) * parts[1][2]
+        return self.loss(x, labels)
 
 
 class Overlapping(Base):
