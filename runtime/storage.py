@@ -28,8 +28,10 @@ from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place, chunk_rows
 from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
+from tspc.runtime.gradients import arrives_cut
 from tspc.runtime.repack import fits, repack, repack_backward
 from tspc.runtime.twice import refused
+from tspc.runtime.values import store_on
 from tspc.shard import ShardMap
 from tspc.torch_seams import (
     assign_data_of_shards,
@@ -127,6 +129,7 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
             p.grad = None
             moved = fn(p)
             kept = p if moved is p else move_shard(p, moved.detach())
+            arrives_cut(kept)
             kept.grad = kept.grad if grad is None else grad
             self._parameters[n] = kept
     return self
@@ -136,6 +139,10 @@ def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]
     module = cls.__new__(cls)
     module.__dict__.update(state)
     module.__class__ = _sharded_class(cls, names, axis)
+    for p in module._parameters.values():
+        if isinstance(p, DTensor):
+            p.grad = None  # as a copied nn.Parameter
+            arrives_cut(p)
     return module
 
 
@@ -176,6 +183,7 @@ def shard_parameters(
     assign_data_of_shards()
     find_nan_in_shards()
     orthogonalise_whole()
+    store_on(mesh)
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}
@@ -195,6 +203,7 @@ def shard_parameters(
                     rank = None if p.is_meta else 0
                     data = distribute_tensor(p.data, mesh, placements, src_data_rank=rank)
                     made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+                    arrives_cut(made[id(p)])
                     exchanged[p] = made[id(p)]
                 m._parameters[n] = made[id(p)]
             if names and not hasattr(type(m), "_tspc_class"):

@@ -1,0 +1,90 @@
+"""Views of stored tensors that cut what is cut (a row, a range, all of it in one dim): gathered
+where they are read, and written through to what is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tspc.errors import ShardedParameterError
+from tspc.runtime.stored import put, whole
+
+
+class Part(torch.Tensor):
+    """base: what is stored. full: the base, gathered when it was at `version`; inner: the view of
+    it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    base: DTensor
+    full: torch.Tensor
+    inner: torch.Tensor
+    version: int
+
+    @staticmethod
+    def made(base: DTensor, full: torch.Tensor, inner: torch.Tensor) -> Part:
+        self: Any = torch.Tensor._make_subclass(Part, inner)
+        self.base, self.full, self.inner = base, full, inner
+        self.version = base._local_tensor._version
+        return self
+
+    def fresh(self) -> torch.Tensor:
+        """As the base is now; collective where it was written into."""
+        if self.version != self.base._local_tensor._version:
+            self.full.copy_(whole(self.base))
+            self.version = self.base._local_tensor._version
+        return self.inner
+
+    def __repr__(self, **rest: Any) -> str:
+        return repr(self.fresh())
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.fresh().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.fresh().clone().__reduce_ex__(protocol)
+
+    def numpy(self, **rest: Any) -> Any:
+        return self.fresh().detach().requires_grad_(self.requires_grad).numpy(**rest)
+
+    def tolist(self) -> Any:
+        return self.fresh().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        if torch.is_grad_enabled() and any(x.base.requires_grad for x in written):
+            raise ShardedParameterError(
+                f"{func} writes into a part of a sharded tensor that has a gradient: make it by "
+                "torch.where or torch.cat, or write under torch.no_grad()"
+            )
+        given, named = tree_map(lambda x: x.fresh() if isinstance(x, Part) else x, (args, kwargs))
+        out = func(*given, **named)
+        for x in written:
+            put(x.base, x.full)
+            x.version = x.base._local_tensor._version
+        if written and func._schema.name.endswith("_"):
+            return args[0]
+        if func.is_view and isinstance(args[0], Part):
+            return parts_of(args[0].base, args[0].full, out)
+        return out
+
+
+def parts_of(base: DTensor, full: torch.Tensor, out: Any) -> Any:
+    """The views that an op made of the gathered base."""
+    if isinstance(out, torch.Tensor):
+        return Part.made(base, full, out)
+    return type(out)(Part.made(base, full, x) for x in out)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Part]:
+    found = []
+    for i, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(a.name)
+            found += [x for x in tree_leaves(value) if isinstance(x, Part)]
+    return found
