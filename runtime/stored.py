@@ -6,6 +6,7 @@ but the cutting.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ WHAT = "a value of sharded parameters outside of the compiled graphs"
 NOTED = 2**20  # bytes; what is smaller is gathered without a word
 _LOG = logging.getLogger("tspc")
 _MESHES: set[DeviceMesh] = set()
+_SEEN: dict[int, DeviceMesh] = {}  # the same, by identity
 _TOLD: set[str] = set()
 
 
@@ -31,7 +33,16 @@ def own(mesh: DeviceMesh) -> None:
 
 
 def is_stored(x: Any) -> bool:
-    return isinstance(x, DTensor) and x._spec.mesh in _MESHES
+    return isinstance(x, DTensor) and is_ours(x._spec.mesh)
+
+
+def is_ours(mesh: DeviceMesh) -> bool:
+    if id(mesh) in _SEEN:
+        return True
+    if mesh in _MESHES:
+        _SEEN[id(mesh)] = mesh
+        return True
+    return False
 
 
 def is_cut(x: DTensor) -> bool:
@@ -94,6 +105,10 @@ def put(x: DTensor, value: torch.Tensor) -> None:
 
 def wrap(local: torch.Tensor, like: DTensorSpec, placements: Any = None, shape: Any = None) -> Any:
     """A part as a stored tensor. shape: the whole one, default that of `like`."""
+    meta = like.tensor_meta
+    same = placements is None and shape is None and meta is not None and local.dtype == meta.dtype
+    if same and local.is_contiguous() and meta.stride == _contiguous(meta.shape):
+        return DTensor(local, like, requires_grad=False)
     shape = torch.Size(like.shape if shape is None else shape)
     stride = like.stride
     if local.is_contiguous() or len(stride) != len(shape):
@@ -103,6 +118,7 @@ def wrap(local: torch.Tensor, like: DTensorSpec, placements: Any = None, shape: 
     return DTensor(local, spec, requires_grad=False)
 
 
+@functools.lru_cache(1024)
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     out, step = [], 1
     for n in reversed(shape):

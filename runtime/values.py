@@ -19,8 +19,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.errors import ShardedParameterError
 from tspc.runtime import gradients, noise, reductions
-from tspc.runtime.stored import chunk, cuts, is_cut, is_stored, own, parts, put, whole, wrap
-from tspc.runtime.views import parts_of
+from tspc.runtime.stored import (
+    chunk,
+    cuts,
+    is_cut,
+    is_ours,
+    is_stored,
+    own,
+    parts,
+    put,
+    whole,
+    wrap,
+)
+from tspc.runtime.views import parts_of, places
 from tspc.torch_seams import dispatch_dtensors, is_traced, read_dtensors
 
 aten = torch.ops.aten
@@ -50,6 +61,13 @@ def store_on(mesh: DeviceMesh) -> None:
 
 
 def _dispatch(instead: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    if _WAYS.get(op) is _each and not kwargs:
+        spec, given = _alike(args)
+        if spec is not None and not op.is_view:
+            local = op(*given)
+            if op._schema.name.endswith("_"):
+                return args[0]
+            return wrap(local, spec) if isinstance(local, torch.Tensor) else _wraps(local, spec)
     found = tensors(args) + (tensors(kwargs.values()) if kwargs else [])
     mine = [x for x in found if isinstance(x, DTensor)]
     if not mine or not all(map(is_stored, mine)) or is_traced(mine[0]):
@@ -62,6 +80,29 @@ def _dispatch(instead: Any, op: Any, args: Any, kwargs: Any) -> Any:
     if way is None:
         way = _WAYS[op] = _way(op)
     return way(op, args, kwargs, mine, found)
+
+
+def _alike(args: Any) -> tuple[Any, list[Any]]:
+    """What an elementwise op takes on a rank, where all is cut in one way; else None first."""
+    spec, given = None, []
+    for x in args:
+        if isinstance(x, DTensor):
+            if spec is None:
+                spec = x._spec
+                if not is_ours(spec.mesh) or is_traced(x):
+                    return None, given
+            elif spec.placements != x._spec.placements or spec.shape != x._spec.shape:
+                return None, given
+            given.append(x._local_tensor)
+        elif isinstance(x, (torch.Tensor, list, tuple)):
+            return None, given
+        else:
+            given.append(x)
+    return spec, given
+
+
+def _wraps(local: Any, spec: Any) -> Any:
+    return tree_map(lambda x: wrap(x, spec), local)
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
@@ -128,7 +169,7 @@ def _each(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
     if lead is None:
         return _plainly(op, args, kwargs, mine, found)
     local = op(*[fit(x, lead) for x in args], **{k: fit(x, lead) for k, x in kwargs.items()})
-    made = tree_map(lambda x: wrap(x, lead._spec), local)
+    made = _wraps(local, lead._spec)
     return return_and_correct_aliasing(op, args, kwargs, made) if op.is_view else made
 
 
@@ -243,7 +284,7 @@ def _moved(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
     if len(found) > 1 or not cuts(x._spec):
         return _plainly(op, args, kwargs, mine, found)
     named = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
-    to = _places(op._schema.name.removeprefix("aten::"), x, named)
+    to = places(op._schema.name.removeprefix("aten::"), x, named)
     if any(d not in to for _, d in cuts(x._spec)):
         return _plainly(op, args, kwargs, mine, found)
     meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -258,34 +299,6 @@ def _moved(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
         placements[k] = type(placements[k])(to[d])  # pyright: ignore
     made = wrap(local, x._spec, placements, shape)
     return return_and_correct_aliasing(op, args, kwargs, made) if op.is_view else made
-
-
-def _places(name: str, x: DTensor, named: dict[str, Any]) -> dict[int, int]:
-    """Dim -> where it is in the result, of those that are whole in it."""
-    n = x.dim()
-    same = {d: d for d in range(n)}
-    if name == "t":
-        return {0: 1, 1: 0} if n == 2 else same
-    if name == "transpose":
-        a, b = named["dim0"] % n, named["dim1"] % n
-        return same | {a: b, b: a}
-    if name == "permute":
-        return {d % n: i for i, d in enumerate(named["dims"])}
-    if name in ("view", "_unsafe_view"):
-        return same if tuple(named["size"]) == tuple(x.shape) else {}
-    if name == "expand":
-        more = len(named["size"]) - n
-        kept = tuple(named["size"])[more:]
-        return {d: d + more for d in range(n)} if kept == tuple(x.shape) else {}
-    if name == "unsqueeze":
-        at = named["dim"] % (n + 1)
-        return {d: d + (d >= at) for d in range(n)}
-    at = named.get("dim", 0) % n
-    if name == "select":
-        return {d: d - (d > at) for d in range(n) if d != at}
-    cut = named.get("start") or 0, min(named.get("end") or x.shape[at], x.shape[at])
-    whole_range = (*cut, named.get("step", 1)) == (0, x.shape[at], 1)
-    return same if whole_range else {d: d for d in range(n) if d != at}
 
 
 def _reduce(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Views of stored tensors that cut what is cut (a row, a range, all of it in one dim): gathered
-where they are read, and written through to what is stored."""
+"""Views of stored tensors. Those that cut what is cut (a row, a range, all of it in one dim) are
+gathered where they are read, and written through to what is stored; in the others dims move."""
 
 from __future__ import annotations
 
@@ -88,3 +88,31 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Part]:
             value = args[i] if i < len(args) else kwargs.get(a.name)
             found += [x for x in tree_leaves(value) if isinstance(x, Part)]
     return found
+
+
+def places(name: str, x: DTensor, named: dict[str, Any]) -> dict[int, int]:
+    """Dim -> where it is in the result, of those that are whole in it."""
+    n = x.dim()
+    same = {d: d for d in range(n)}
+    if name == "t":
+        return {0: 1, 1: 0} if n == 2 else same
+    if name == "transpose":
+        a, b = named["dim0"] % n, named["dim1"] % n
+        return same | {a: b, b: a}
+    if name == "permute":
+        return {d % n: i for i, d in enumerate(named["dims"])}
+    if name in ("view", "_unsafe_view"):
+        return same if tuple(named["size"]) == tuple(x.shape) else {}
+    if name == "expand":
+        more = len(named["size"]) - n
+        kept = tuple(named["size"])[more:]
+        return {d: d + more for d in range(n)} if kept == tuple(x.shape) else {}
+    if name == "unsqueeze":
+        at = named["dim"] % (n + 1)
+        return {d: d + (d >= at) for d in range(n)}
+    at = named.get("dim", 0) % n
+    if name == "select":
+        return {d: d - (d > at) for d in range(n) if d != at}
+    cut = named.get("start") or 0, min(named.get("end") or x.shape[at], x.shape[at])
+    whole_range = (*cut, named.get("step", 1)) == (0, x.shape[at], 1)
+    return same if whole_range else {d: d for d in range(n) if d != at}
