@@ -34,7 +34,7 @@ def of_first_rank(mesh: DeviceMesh, generator: Any) -> Iterator[None]:
         return
     of: Any = torch.cuda if mesh.device_type == "cuda" else torch.random
     mine = of.get_rng_state()
-    state = mine.to(mesh.device_type)
+    state = mine.to(mesh.device_type, copy=True)
     for k in range(mesh.ndim):
         group = mesh.get_group(k)
         with told(WHAT, group):

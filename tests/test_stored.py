@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -87,17 +89,18 @@ def differs(a: Any, b: Any) -> bool:
     return a != b and not (isinstance(b, float) and abs(a - b) <= 1e-9 * abs(b))
 
 
-def compare(ranks: int) -> list[str]:
+def compare(ranks: int, shapes: list[str], grads: bool) -> list[str]:
     """What is not one device's."""
     mesh, wrong = mesh_of(ranks), []
     assign_data_of_shards()
-    for shape_name, (shape, dim) in SHAPES.items():
+    for shape_name in shapes:
+        shape, dim = SHAPES[shape_name]
         plain = values(shape)
         mine = dict(plain)
         for k in ("p", "g"):
             placements = [Replicate() if dim is None else Shard(dim)]
             mine[k] = distribute_tensor(plain[k], mesh, placements)
-        for grad in (False, True):
+        for grad in (False, True) if grads else (False,):
             for text in lines(READ) + ([] if grad else lines(WRITE)):
                 one = evaluate(text, plain, grad)
                 if isinstance(one, Exception):
@@ -110,7 +113,103 @@ def compare(ranks: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_each_op_gives_one_device_s_value(world: Any, ranks: int) -> None:
-    for wrong in world(ranks).run(compare, ranks=ranks):
+@pytest.mark.parametrize(
+    "ranks, shapes, grads", [(2, list(SHAPES), True), (3, ["uneven", "empty"], False)]
+)
+def test_each_op_gives_one_device_s_value(
+    world: Any, ranks: int, shapes: list[str], grads: bool
+) -> None:
+    for wrong in world(ranks).run(compare, ranks=ranks, shapes=shapes, grads=grads):
         assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:40])
+
+
+def over_replicas() -> dict[str, float]:
+    """How far a loss of each replica's own, through a plain tensor and a stored one, is off."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tsp", "replicas"))
+    store_on(mesh)
+    made = torch.Generator().manual_seed(0)
+    w, *h = (torch.randn(n, 4, dtype=torch.float64, generator=made) for n in (11, 3, 3))
+    mine, off = mesh.get_local_rank(1), {}
+
+    def loss(w: Any, h: Any) -> Any:
+        return F.linear(h, w).pow(2).mean() + (h.sum(0) * w).sin().sum() + w.pow(2).sum()
+
+    one = w.clone().requires_grad_()
+    inputs = [x.clone().requires_grad_() for x in h]
+    losses = [loss(one, x) for x in inputs]
+    torch.stack(losses).mean().backward()
+    for cut in (Replicate(), Shard(0)):
+        p = torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0), cut]))
+        arrives_cut(p)
+        x = h[mine].clone().requires_grad_()
+        value = loss(p, x)
+        value.backward()
+        assert type(value) is torch.Tensor and p.grad is not None and x.grad is not None
+        assert p.grad.placements == p.placements  # pyright: ignore
+        found = {
+            "loss": value - losses[mine],
+            "of the weight": p.grad.full_tensor() - one.grad,  # pyright: ignore
+            "of the input": x.grad / 2 - inputs[mine].grad,  # pyright: ignore
+            "norm": p.norm() - w.norm(),
+            "spread": p.std() - w.std(),
+        }
+        off |= {f"{k} {cut}": float(v.detach().abs().max()) for k, v in found.items()}
+    return off
+
+
+def test_replicas_have_losses_of_their_own(world: Any) -> None:
+    for off in world(4).run(over_replicas):
+        assert max(off.values()) < 1e-12, off
+
+
+def drawn() -> list[Any]:
+    """Noise for a stored tensor and for a plain one after it; with generators that differ."""
+    w = torch.zeros(11, 3)
+    p = distribute_tensor(w, mesh_of(2), [Shard(0)])
+    torch.manual_seed(5)
+    found = [torch.randn_like(p).full_tensor(), torch.rand_like(p).full_tensor(), torch.rand(2)]
+    torch.manual_seed(7 + dist.get_rank())
+    found += [p.normal_().full_tensor(), torch.rand(2)]
+    given = torch.Generator().manual_seed(3)
+    return [*found, p.bernoulli_(0.4, generator=given).full_tensor()]
+
+
+def test_noise_is_one_device_s(world: Any) -> None:
+    torch.manual_seed(5)
+    wanted = [torch.randn(11, 3), torch.rand(11, 3), torch.rand(2)]
+    torch.manual_seed(7)
+    wanted += [torch.randn(11, 3), torch.rand(2)]
+    given = torch.Generator().manual_seed(3)
+    wanted += [torch.zeros(11, 3).bernoulli_(0.4, generator=given)]
+    first, second = world(2).run(drawn)
+    assert all(map(torch.equal, first, wanted))
+    torch.manual_seed(8)
+    wanted[4] = torch.rand(2)  # a generator of a rank's own goes its own way
+    assert all(map(torch.equal, second, wanted))
+
+
+def others() -> list[str]:
+    """What DTensors on a mesh of the user's own do, beside ours."""
+    mesh_of(2)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("theirs",))
+    x = torch.arange(10.0).view(5, 2)
+    d = distribute_tensor(x, mesh, [Shard(0)])
+    found = [str(v.placements) for v in (d.norm(), d.sum(), d[:1], d.t(), d + d, d.argmax())]
+    found += [str(torch.equal(d, d)), str(d.add_(1).placements), str(d.sum().full_tensor().item())]
+    for act in (lambda: d + x, lambda: d.tolist(), lambda: d.numpy()):
+        try:
+            act()
+        except RuntimeError as e:
+            found.append(str(e)[:32])
+    return found
+
+
+def test_other_people_s_dtensors_are_torch_s(world: Any) -> None:
+    for found in world(2).run(others):
+        assert found == [
+            *("(_NormPartial(2),)", "(Partial(sum),)", "(Replicate(),)", "(Shard(dim=1),)"),
+            *("(Shard(dim=0),)", "(Replicate(),)", "True", "(Shard(dim=0),)", "55.0"),
+            "aten.add.Tensor: got mixed torch",
+            ".tolist() is not supported for t",
+            ".numpy() is not supported for te",
+        ]
