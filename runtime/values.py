@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tspc.dtensor_seams import dispatch_dtensors, is_traced, read_dtensors
 from tspc.errors import ShardedParameterError
 from tspc.runtime import gradients, noise, reductions
 from tspc.runtime.stored import (
@@ -32,7 +33,6 @@ from tspc.runtime.stored import (
     wrap,
 )
 from tspc.runtime.views import parts_of, places
-from tspc.torch_seams import dispatch_dtensors, is_traced, read_dtensors
 
 aten = torch.ops.aten
 Ways = Callable[[Any, Any, Any, list[DTensor], list[torch.Tensor]], Any]

@@ -75,6 +75,8 @@ def _as_torch(op: Any, args: Any, kwargs: Any) -> Any:
 def is_traced(x: DTensor) -> bool:
     """It stands for a tensor while a compiler traces, or has no values."""
     local = x._local_tensor
+    if type(local) is torch.Tensor:
+        return local.is_meta
     return local.is_meta or isinstance(local, FakeTensor) or _are_we_tracing()
 
 
