@@ -1,5 +1,5 @@
 """Runs a script as `python` does, with the backend's pieces uncompiled (Inductor takes minutes for
-what lasts seconds) and in float64: `run_script.py SCRIPT ARGUMENTS`."""
+what lasts seconds) and in float64 (with --bf16: float32): `run_script.py SCRIPT ARGUMENTS`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":
         return parse({"compiler": "eager", **(given or {})})
 
     backend.parse = eager
-    torch.set_default_dtype(torch.float64)
+    if "--bf16" not in sys.argv:  # autocast leaves float64 alone
+        torch.set_default_dtype(torch.float64)
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -91,22 +91,37 @@ def parameters() -> list[Any]:
     return [pytest.param(name, marks=case.marks, id=name) for name, case in CASES.items()]
 
 
-@pytest.mark.parametrize("name", parameters())
-def test_curves_are_equal(name: str, tmp_path: Path) -> None:
-    case, script = CASES[name], SCRIPTS / f"{name}.py"
-    plain, mine = tmp_path / "plain", tmp_path / "on_ranks"
-    runs = [start(0, script, folder=plain), start(2, script, "--tsp", folder=mine)]
+def both(script: Path, *args: str, folder: Path) -> tuple[list[float], list[float]]:
+    """What it prints on one device, and with the one line on two ranks."""
+    runs = [
+        start(0, script, *args, folder=folder / "plain"),
+        start(2, script, "--tsp", *args, folder=folder / "on_ranks"),
+    ]
     try:
         one, many = [curve(r) for r in runs]
     finally:
         for r in runs:
             r.terminate()
     assert len(one) > 2
+    return one, many
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_curves_are_equal(name: str, tmp_path: Path) -> None:
+    case, script = CASES[name], SCRIPTS / f"{name}.py"
+    one, many = both(script, folder=tmp_path)
     assert many == pytest.approx(one, rel=case.tolerance, abs=0.0)
     if case.resumes:
-        again = curve(start(case.resumes, script, "--tsp", "--resume", folder=mine))
+        folder = tmp_path / "on_ranks"
+        again = curve(start(case.resumes, script, "--tsp", "--resume", folder=folder))
         assert len(again) > 2
         assert again == pytest.approx(one[-len(again) :], rel=case.tolerance, abs=0.0)
+
+
+@pytest.mark.integrations
+def test_curves_are_close_in_bf16(tmp_path: Path) -> None:
+    one, many = both(SCRIPTS / "trainer.py", "--bf16", folder=tmp_path)
+    assert many == pytest.approx(one, rel=2e-3, abs=0.0)
 
 
 def page() -> str:
