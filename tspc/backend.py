@@ -33,6 +33,7 @@ from tspc.passes.pipeline import Rewritten
 from tspc.planned import check_planned
 from tspc.precision import off
 from tspc.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
+from tspc.progress import Compiling, stage
 from tspc.report import reports, warnings
 from tspc.runtime import code_cache, seed
 from tspc.runtime import inputs as input_check
@@ -116,7 +117,10 @@ def tsp(
         calls.given()
         return gm
     # anomaly mode reads gradients, which have no values while they are traced
-    with torch.autograd.set_detect_anomaly(False):
+    quiet = place.axis.rank != 0
+    what = f"a graph of {len(gm.graph.nodes)} ops"
+    with torch.autograd.set_detect_anomaly(False), Compiling(what, quiet):
+        stage("traces it")
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         with off():  # the casts are in the program
             return _compile(captured, chosen, gm, example_inputs, place, mesh)
@@ -141,6 +145,7 @@ def _compile(
         else:
             input_check.agree(place, _signature(captured), "compiles a graph of")
     device = device_name(_device(example_inputs))
+    stage("decides")
     rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device, refused)
     found = reports(rewritten)
     costly = [r for r in found if r.replicated]
@@ -294,9 +299,11 @@ def _function(
 ) -> Callable[..., Any]:
     captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
     fakes = _fakes(compiled, example_inputs)
+    stage("compiles its folds")
     if options.compiler == "inductor":
         _compile_bodies(compiled, _device(example_inputs))
     bind = _dynamos(compiled, fakes)
+    stage("compiles the rest")
     run_local = compile_local(rewritten.local, fakes, options.compiler)
     for guard in fakes.env.guards:  # what tracing and lowering assumed of the local sizes
         _require(guard.expr, bind)
@@ -304,16 +311,18 @@ def _function(
     device = _device(example_inputs)
     examples = captured.given(nodes, example_inputs, None)
     sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
-    maps = []
+    maps, elsewhere = [], []
     for i in sharded:
         storage = rewritten.choice.storages.get(nodes[i].name)
         maps.append(storage.map if storage is not None else None)
         stored, wanted = examples[i].placements[0], placed(maps[-1])
-        if stored != wanted and place.axis.rank == 0:
-            log.warning(
-                f"{nodes[i].name} is stored as {stored}, this graph takes {wanted}: exchanged at "
-                "every call"
-            )
+        if stored != wanted:
+            elsewhere.append(f"{nodes[i].name} ({stored}, wanted {wanted})")
+    if elsewhere and place.axis.rank == 0:
+        log.warning(
+            f"{len(elsewhere)} parameters are stored otherwise than this graph takes them, and "
+            f"exchanged at every call: {elsewhere[0]}" + ", ..." * (len(elsewhere) > 1)
+        )
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
     names = [nodes[i].name for i in sharded]
     wanted = reached(gm, [i for i, r in enumerate(rewritten.results) if r and r.kind != "deferred"])

@@ -20,7 +20,11 @@ class _Prefix(logging.Filter):
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what `sys.stderr` is at the time."""
+    """Writes to what `sys.stderr` is at the time; silent once the program has set up logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
 
     @property
     def stream(self) -> object:
