@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tspc.body import evaluate
+from tspc.program import PARAM, PLACEHOLDERS, Program
 from tspc.errors import RankMismatchError
 from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
@@ -267,3 +269,44 @@ def _hash_of(numbers: Sequence[int]) -> int:
 def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:
     """Dtype and shape: "int64[2, 8]"."""
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+
+
+def facts(program: Program) -> dict[str, str]:
+    """What every call of this graph has in common."""
+    params = [n for n in program.nodes if n.op == PARAM]
+    frozen = [n.name for n in params if not n.type.requires_grad]
+    return {
+        "grad mode": "enabled" if torch.is_grad_enabled() else "disabled",
+        FROZEN: ", ".join(frozen) or "none",
+    }
+
+
+def signature(program: Program) -> dict[str, str]:
+    """The graph that a rank compiles, to be compared over the axis: its inputs at their present
+    sizes, whether they want gradients, and its ops."""
+    out = facts(program)
+    for n in program.nodes:
+        if n.op in PLACEHOLDERS:
+            shape = [evaluate(s, program.hints) for s in n.type.shape]
+            frozen = " frozen" if n.op == PARAM and not n.type.requires_grad else ""
+            out[n.name] = text(n.type.dtype, shape) + frozen
+    return {**out, **_calls(program)}
+
+
+def _calls(program: Program) -> dict[str, str]:
+    """The ops of a graph, each with the fractions that stand in it."""
+    out: dict[str, str] = {}
+    for n in program.nodes:
+        if n.op not in PLACEHOLDERS:
+            every = (*n.args, *n.kwargs.values())
+            numbers = [str(a) for a in every if isinstance(a, float)]
+            out[f"op {len(out)}"] = " ".join([str(n.op), *numbers])
+    return out
+
+
+def graph_in_words(program: Program) -> str:
+    """One text for graphs that are the same on ranks."""
+    calls = repr(_calls(program)).encode()
+    grad = "with" if torch.is_grad_enabled() else "without"
+    key = hashlib.blake2b(calls, digest_size=4).hexdigest()
+    return f"{key} of {len(program.nodes)} nodes {grad} gradients"

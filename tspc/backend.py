@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,7 +142,7 @@ def _compile(
         if refused:
             input_check.agree(place, refused.told, "after an error inside of tspc refuses")
         else:
-            input_check.agree(place, _signature(captured), "compiles a graph of")
+            input_check.agree(place, input_check.signature(captured.program), "compiles a graph of")
     device = device_name(_device(example_inputs))
     stage("decides")
     rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device, refused)
@@ -178,47 +177,6 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
         if isinstance(x, torch.Tensor):
             return x.device
     return torch.device("cpu")
-
-
-def _facts(captured: Captured) -> dict[str, str]:
-    """What every call of this graph has in common."""
-    params = [n for n in captured.program.nodes if n.op == PARAM]
-    frozen = [n.name for n in params if not n.type.requires_grad]
-    return {
-        "grad mode": "enabled" if torch.is_grad_enabled() else "disabled",
-        input_check.FROZEN: ", ".join(frozen) or "none",
-    }
-
-
-def _signature(captured: Captured) -> dict[str, str]:
-    """The graph that a rank compiles, to be compared over the axis: its inputs at their present
-    sizes, whether they want gradients, and its ops."""
-    program, out = captured.program, _facts(captured)
-    for n in program.nodes:
-        if n.op in PLACEHOLDERS:
-            shape = [evaluate(s, program.hints) for s in n.type.shape]
-            frozen = " frozen" if n.op == PARAM and not n.type.requires_grad else ""
-            out[n.name] = input_check.text(n.type.dtype, shape) + frozen
-    return {**out, **_calls(captured)}
-
-
-def _calls(captured: Captured) -> dict[str, str]:
-    """The ops of a graph, each with the fractions that stand in it."""
-    out: dict[str, str] = {}
-    for n in captured.program.nodes:
-        if n.op not in PLACEHOLDERS:
-            every = (*n.args, *n.kwargs.values())
-            numbers = [str(a) for a in every if isinstance(a, float)]
-            out[f"op {len(out)}"] = " ".join([str(n.op), *numbers])
-    return out
-
-
-def _graph_in_words(captured: Captured) -> str:
-    """One text for graphs that are the same on ranks."""
-    calls = repr(_calls(captured)).encode()
-    grad = "with" if torch.is_grad_enabled() else "without"
-    key = hashlib.blake2b(calls, digest_size=4).hexdigest()
-    return f"{key} of {len(captured.program.nodes)} nodes {grad} gradients"
 
 
 def _storage_dims(
@@ -331,7 +289,13 @@ def _function(
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     inputs = [nodes[i].name for i in plain]
     lasting = frozenset(nodes[i].name for i in plain if nodes[i].op == BUFFER)
-    told = inputs, lasting, _facts(captured), _graph_in_words(captured), names
+    told = (
+        inputs,
+        lasting,
+        input_check.facts(captured.program),
+        input_check.graph_in_words(captured.program),
+        names,
+    )
     check = input_check.Checker(place, options.check_inputs, *told)
     numbers = [s for s, (_, dim) in captured.symbols.items() if dim is None]
     indices = Indices(rewritten.lookups, device)
