@@ -152,3 +152,21 @@ def test_equals_one_device(kind: type[nn.Module], ranks: int) -> None:
     ids, labels = torch.randint(0, 17, (2, 2, 7))
     found = tspc.verify(kind().double(), (ids, labels), {}, ranks, {}, 1e-9)
     assert found.errors["gradient of"]
+
+
+class InQuarters(Chunked):
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        total: Any = 0.0
+        for some, of in zip(x.chunk(4, 1), labels.chunk(4, 1)):
+            total = total + checkpoint(self.part, some, of, use_reentrant=False)
+        return total / labels.numel()
+
+
+def test_chunks_of_a_length_that_is_a_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the analysis of the last, shorter chunk cannot treat runs replicated."""
+    monkeypatch.delenv("TSPC_STRICT_INTERNAL")
+    torch.manual_seed(0)
+    ids, labels = torch.randint(0, 17, (2, 2, 7))
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        found = tspc.verify(InQuarters().double(), (ids, labels), {}, 2, {}, 1e-9)
+    assert found.errors["gradient of"]
