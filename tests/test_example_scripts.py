@@ -20,11 +20,6 @@ RUN = str(ROOT / "tests" / "run_script.py")
 PAGE = ROOT / "docs" / "scripts.md"
 LIMIT = 600.0  # seconds
 LONG = (pytest.mark.integrations,)
-NO_AVERAGE = pytest.mark.xfail(
-    strict=True,
-    reason="an AveragedModel made before the first call holds whole tensors; its first update "
-    "copies shards into them, which DTensor refuses",
-)
 
 pytestmark = pytest.mark.dist
 
@@ -46,7 +41,7 @@ CASES = {
     "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
     "generate": Case("Inference with a cache, `generate`"),
     "siamese": Case("Two calls before one backward", 1e-9),
-    "ema_scaler": Case("An average of the weights, GradScaler", marks=(*LONG, NO_AVERAGE)),
+    "ema_scaler": Case("An average of the weights, GradScaler"),
     "muon": Case("Muon", 1e-9),
     "train_step": Case("The whole step compiled"),
     "checkpoint": Case("torch.distributed.checkpoint, written beside the training", resumes=3),
