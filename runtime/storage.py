@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from tspc import calls
 from tspc.errors import UnsupportedError
+from tspc.runtime import libraries, writing
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import PLACES, Place, chunk_rows
@@ -102,6 +103,15 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
 
 
+def _save(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """Whole tensors while a library writes them."""
+    type(self)._tspc_class._save_to_state_dict(self, destination, prefix, keep_vars)
+    libraries.adapt()
+    for n, p in self._parameters.items():
+        if isinstance(p, DTensor) and prefix + n in destination and writing.active():
+            destination[prefix + n] = writing.written(p)
+
+
 def _load(self: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     """A whole tensor in a state is cut like the parameter; every rank has the same one."""
     state = dict(state)
@@ -158,6 +168,7 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
             __qualname__=cls.__qualname__,
             __call__=_call,
             __reduce_ex__=_reduce,
+            _save_to_state_dict=_save,
             _load_from_state_dict=_load,
             _apply=_apply,
         )
@@ -184,6 +195,8 @@ def shard_parameters(
     find_nan_in_shards()
     orthogonalise_whole()
     store_on(mesh)
+    writing.guard(mesh)
+    libraries.adapt(module)
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
     made: dict[int, nn.Parameter] = {}

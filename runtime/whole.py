@@ -6,8 +6,11 @@ and no other collective is taken for this one. One whole tensor at a time is on 
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,6 +25,9 @@ from tspc.errors import PlanError, ShardedParameterError
 from tspc.runtime.failures import Lost, failure, told
 from tspc.torch_seams import default_store, storage_key, timeout_of
 
+log = logging.getLogger("tspc")
+PATIENCE = timedelta(seconds=10)  # then it is said who is waited for
+_WRITING = threading.local()
 _MEETINGS: Counter[str] = Counter()
 
 
@@ -50,7 +56,7 @@ class Sharers:
         store.set(f"{prefix}/{count}/{me}", what)
         keys = [f"{prefix}/{count}/{r}" for r in self.ranks]
         try:
-            store.wait(keys, limit)
+            self._wait(store, keys, limit, what)
         except RuntimeError as e:
             lost = Lost(e, "the other ranks: it is to be called on all of them")
             raise failure(lost, what, dist.group.WORLD) from e
@@ -62,6 +68,19 @@ class Sharers:
                     f"rank {me} is in {what}, rank {r} in {other}: both are to be called on all "
                     "ranks, in one order"
                 )
+
+    def _wait(self, store: Any, keys: list[str], limit: timedelta, what: str) -> None:
+        try:
+            store.wait(keys, min(PATIENCE, limit))
+        except RuntimeError:
+            if limit <= PATIENCE:
+                raise
+            absent = [str(r) for r, k in zip(self.ranks, keys) if not store.check([k])]
+            log.warning(
+                f"tspc: rank {dist.get_rank()} waits in {what}, which is to be called on all "
+                f"ranks, for ranks {', '.join(absent)}"
+            )
+            store.wait(keys, limit - PATIENCE)
 
     def given(self, value: Any) -> Any:
         """The first one's value, a small object."""
@@ -109,7 +128,8 @@ class Gathered:
 
     def __init__(self, among: Sharers):
         self.among = among
-        self.made: dict[Any, torch.Tensor | None] = {}
+        # with what each was made of, whose memory is then nobody else's
+        self.made: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def __call__(self, x: Any) -> Any:
         """A tensor whole, None on the other ranks; anything else as it is."""
@@ -118,15 +138,35 @@ class Gathered:
         x = x.detach()
         key = identity(x)
         if key in self.made:
-            return self.made[key]
+            return self.made[key][1]
         whole = x.full_tensor() if isinstance(x, DTensor) else x
         if not self.among.first:
-            self.made[key] = None
+            out = None
         elif whole.device.type != "cpu" or isinstance(x, DTensor) and not _replicated(x):
-            self.made[key] = whole.cpu()
+            out = whole.cpu()
         else:
-            self.made[key] = whole.clone()
-        return self.made[key]
+            out = whole.clone()
+        self.made[key] = x, out
+        return out
+
+    def known(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What was made of it before, on the first rank."""
+        return self.made.get(identity(x), (x, None))[1]
+
+
+def active() -> Gathered | None:
+    """What was gathered for a library's writer that runs now (`writing`)."""
+    return getattr(_WRITING, "take", None)
+
+
+@contextlib.contextmanager
+def shown(take: Gathered | None) -> Iterator[None]:
+    """States are made of what was gathered, or of None: of what each rank has."""
+    before, _WRITING.take = active(), take
+    try:
+        yield
+    finally:
+        _WRITING.take = before
 
 
 def identity(x: torch.Tensor) -> Any:
@@ -153,7 +193,7 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     root = root_of(model, what)
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise PlanError(f"{what}: {type(optimizer).__name__} is no optimizer")
-    with torch.no_grad():
+    with torch.no_grad(), shown(None):
         among = sharers(*root.parameters())
         among.meet(what)
         take = Gathered(among)

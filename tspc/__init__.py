@@ -20,6 +20,7 @@ from tspc.errors import (
     UnsupportedError,
 )
 from tspc.runtime.accumulate import no_sync
+from tspc.runtime.reading import load_safetensors
 from tspc.runtime.whole import full_state_dict, load_full_state_dict
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "full_state_dict",
     "load_full_state_dict",
+    "load_safetensors",
     "no_sync",
     "plan",
     "tsp",

@@ -3,11 +3,13 @@ when torch changes them."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,8 +31,10 @@ from torch._functorch import predispatch
 from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.experimental import register_sharding
 from torch.optim import _muon
+from torch.optim.optimizer import Optimizer
 
 from tspc.errors import ShardedParameterError, TspcError
 
@@ -308,3 +312,41 @@ def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
     plain.__set__(p, moved)
     p._local_tensor, p._spec = moved._local_tensor, moved._spec
     return p
+
+
+def part_of(x: DTensor) -> tuple[list[int], torch.Tensor]:
+    """Where this rank's part begins in each dim of the whole, and the part."""
+    _, starts = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return list(starts), x._local_tensor
+
+
+def refuse_pickles(instead: Callable[[DTensor], Any]) -> None:
+    """`instead(x)` is what is pickled in the place of a DTensor, or it raises. A process still
+    sends DTensors to another one of its own (a forking pickler), and copies them."""
+    if "__reduce_ex__" in DTensor.__dict__:
+        return
+    plain: Any = torch.Tensor.__reduce_ex__
+
+    def reduce(self: DTensor, protocol: Any) -> Any:
+        given = instead(self)
+        return plain(self, protocol) if given is self else given.__reduce_ex__(protocol)
+
+    DTensor.__reduce_ex__ = reduce
+    DTensor.__copy__ = lambda self: copy._reconstruct(self, None, *plain(self, 4))  # type: ignore
+    ForkingPickler.register(DTensor, lambda x: plain(x, 4))
+
+
+def cut_loaded_states(cut: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """`Optimizer.load_state_dict` stores `cut(parameter, value)` for each tensor but the steps."""
+    if hasattr(Optimizer, "_tspc_plain_policy"):
+        return
+    plain = Optimizer._process_value_according_to_param_policy
+
+    def policy(
+        param: torch.Tensor, value: torch.Tensor, param_id: int, param_groups: Any, key: Any = None
+    ) -> torch.Tensor:
+        value = plain(param, value, param_id, param_groups, key)
+        return value if key == "step" else cut(param, value)
+
+    Optimizer._tspc_plain_policy = staticmethod(plain)
+    Optimizer._process_value_according_to_param_policy = staticmethod(policy)

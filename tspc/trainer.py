@@ -12,11 +12,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-import tspc
 from tspc.errors import OptionError
 
 _NAME = "TSP"
@@ -59,7 +56,7 @@ def register(**options: Any) -> None:
 
 
 def _accelerate() -> None:
-    from accelerate import accelerator, optimizer, state
+    from accelerate import accelerator, state
     from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 
     tsp = _member(DistributedType)
@@ -93,30 +90,10 @@ def _accelerate() -> None:
             kwargs["dispatch_batches"] = False
         return do(*args, **kwargs)
 
-    def state_of(do: Callable[..., Any], self: Any, model: Any, unwrap: bool = True) -> Any:
-        if not shared():
-            return do(self, model, unwrap)
-        prefix = "" if unwrap or not hasattr(model, "_orig_mod") else "_orig_mod."
-        whole = tspc.full_state_dict(self.unwrap_model(model, keep_torch_compile=False))
-        return {prefix + n: x for n, x in whole.items()}
-
-    def moments_of(do: Callable[..., Any], self: Any) -> Any:
-        return _moments(self.optimizer) if shared() else do(self)
-
-    def load_moments(do: Callable[..., Any], self: Any, given: Any) -> None:
-        if shared() and _sharded(self.optimizer):
-            nothing = torch.nn.Module()
-            tspc.load_full_state_dict(nothing, {}, self.optimizer, given)
-        else:
-            do(self, given)
-
     _wrap(state.PartialState, "__init__", start)
     _wrap(state.PartialState, "wait_for_everyone", wait)
     _wrap(TorchDynamoPlugin, "to_kwargs", compiling)
     _wrap(accelerator, "prepare_data_loader", loader)
-    _wrap(accelerator.Accelerator, "get_state_dict", state_of)
-    _wrap(optimizer.AcceleratedOptimizer, "state_dict", moments_of)
-    _wrap(optimizer.AcceleratedOptimizer, "load_state_dict", load_moments)
 
 
 def _trainer(cls: Any, module: Any) -> None:
@@ -126,23 +103,6 @@ def _trainer(cls: Any, module: Any) -> None:
     def shared(self: Any) -> bool:
         return self.args.distributed_state.distributed_type.value == _NAME
 
-    def save(do: Callable[..., Any], self: Any, output_dir: Any = None, state_dict: Any = None):
-        if shared(self):
-            whole = tspc.full_state_dict(self.accelerator.unwrap_model(self.model, False, False))
-            state_dict = whole if state_dict is None else state_dict
-        if not shared(self) or self.args.should_save:
-            do(self, output_dir, state_dict)
-
-    def save_moments(do: Callable[..., Any], self: Any, output_dir: str) -> None:
-        if not shared(self):
-            return do(self, output_dir)
-        whole = self.optimizer.state_dict()
-        self.optimizer.state_dict = lambda: whole
-        try:
-            do(self, output_dir)
-        finally:
-            del self.optimizer.state_dict
-
     def on_writer(do: Callable[..., Any], self: Any, *args: Any) -> None:
         if not shared(self) or self.args.should_save:
             do(self, *args)
@@ -150,19 +110,8 @@ def _trainer(cls: Any, module: Any) -> None:
     def seed(do: Callable[..., Any], worker: int, num_workers: int, rank: int) -> None:
         do(worker, num_workers, 0 if PartialState().distributed_type.value == _NAME else rank)
 
-    _wrap(cls, "_save", save)
-    _wrap(cls, "_save_optimizer_and_scheduler", save_moments)
     _wrap(cls, "_save_rng_state", on_writer)
     _wrap(module, "seed_worker", seed)
-
-
-def _moments(optimizer: Any) -> Any:
-    """An optimizer's state, whole on the first rank. Collective."""
-    return tspc.full_state_dict(torch.nn.Module(), optimizer)[1]
-
-
-def _sharded(optimizer: Any) -> bool:
-    return any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
 
 
 def _wrap(owner: Any, name: str, do: Callable[..., Any]) -> None:
