@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tspc.body import evaluate
-from tspc.program import PARAM, PLACEHOLDERS, Program
 from tspc.errors import RankMismatchError
+from tspc.program import PARAM, PLACEHOLDERS, Program
 from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
 from tspc.runtime.drivers import distributed
