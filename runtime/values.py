@@ -56,7 +56,8 @@ def store_on(mesh: DeviceMesh) -> None:
     own(mesh)
     if not _INSTALLED:
         _INSTALLED.append(True)
-        dispatch_dtensors(_dispatch)
+        # called from C++: inside of a compiled step Dynamo would take it for a frame of the user's
+        dispatch_dtensors(torch.compiler.disable(_dispatch))
         read_dtensors(is_stored, whole)
 
 
