@@ -270,8 +270,6 @@ def load_full_state_dict(
     """
     what = "tspc.load_full_state_dict"
     root = root_of(model, what)
-    if (optimizer is None) != (optimizer_state is None) and sharers(*root.parameters()).first:
-        raise PlanError(f"{what}: optimizer= and optimizer_state= go together")
     among = sharers(*root.parameters())
     among.meet(what)
     sent = Sent(among)
@@ -279,6 +277,8 @@ def load_full_state_dict(
         state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
     with torch.no_grad(), told(what, dist.group.WORLD):
         found = sent.structure(state)
+        if among.given((optimizer is None) != (optimizer_state is None)):
+            raise PlanError(f"{what}: optimizer= and optimizer_state= go together")
         if not isinstance(found, Mapping):
             raise PlanError(f"{what}: the first rank has no state, but {type(found).__name__}")
         own, device = root.state_dict(), _device(root)

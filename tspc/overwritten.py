@@ -19,6 +19,13 @@ from tspc.precision import Entered
 
 ADVICE = "write into it by .data or under torch.no_grad(), and read the parameter itself after"
 DETACHING = ("detach", "detach_", "data", "_get_data_attr")
+# what gives the memory of its first argument; of others, a write that reaches a parameter is told
+# when it has happened
+VIEWS = frozenset(
+    "view view_as reshape flatten unflatten transpose swapaxes swapdims movedim permute t T mT "
+    "squeeze unsqueeze narrow select getitem diagonal expand expand_as chunk split unbind "
+    "alias".split()
+)
 
 
 class Overwriting(Entered):
@@ -57,7 +64,7 @@ class Overwriting(Entered):
         if not _may_write(n):
             return None
         chain = [n]
-        while chain[-1].args and isinstance(chain[-1].args[0], Node):
+        while _is_alias(chain[-1]) and isinstance(chain[-1].args[0], Node):
             chain.append(chain[-1].args[0])
         if chain[-1] not in self.names:
             return None
@@ -95,10 +102,22 @@ class Overwriting(Entered):
         return self.now[p].detach() + self.zero[p]
 
 
+def _op_name(n: Node) -> str:
+    return getattr(n.target, "__name__", str(n.target)).rpartition(".")[2]
+
+
+def _is_alias(n: Node) -> bool:
+    """It has the memory of its first argument."""
+    named = _op_name(n) in DETACHING or _op_name(n) in VIEWS or _may_write(n)
+    if _op_name(n) == "getattr" and len(n.args) > 1:
+        named = n.args[1] in DETACHING or n.args[1] in VIEWS
+    return bool(n.args) and named
+
+
 def _detached(n: Node) -> bool:
     """It, or what it is made of, has no gradient."""
     while isinstance(n, Node) and n.op != "placeholder":
-        if getattr(n.target, "__name__", str(n.target)).rpartition(".")[2] in DETACHING:
+        if _op_name(n) in DETACHING:
             return True
         n = n.args[0]  # type: ignore[assignment]
     return False
