@@ -98,8 +98,9 @@ def make_body(
         symbols,
         (tokens, outs, ranks, fold.schedule, hardware, save, reduce),
     )
-    if key not in BODIES:
-        BODIES[key] = Body(
+    body = BODIES.get(key)
+    if body is None:
+        body = BODIES[key] = Body(
             key,
             fold.name,
             tuple(symbols),
@@ -118,7 +119,7 @@ def make_body(
             hardware,
             reduce,
         )
-    return BODIES[key]
+    return body
 
 
 def _products(

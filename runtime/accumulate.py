@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from tspc.errors import PendingGradientError, PlanError
+from tspc.runtime.drift import steps_since
 from tspc.runtime.execute import Place
 from tspc.runtime.inputs import replicas_agree, text
 
@@ -125,6 +126,7 @@ def reduced(
     if place.replicas is not None:
         named = [*names, *(f"kept {i}" for i in range(count, len(params)))]
         made = {n: text(g.dtype, g.shape) for n, g in zip(named, grads) if g is not None}
+        made["all, after this many optimizer steps"] = steps_since(params)
         replicas_agree(place, made, "has gradients of")
     dims = [p.placements[0].dim if is_cut(p) else None for p in params]
     out = [
@@ -143,7 +145,8 @@ def _keep(place: Place, p: nn.Parameter, g: torch.Tensor) -> None:
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_refuse))
     p.grad = Kept(place, p, g)
-    _OPEN[id(p)] = weakref.ref(p)
+    key = id(p)
+    _OPEN[key] = weakref.ref(p, lambda _: _OPEN.pop(key, None))
 
 
 def _taken(p: nn.Parameter) -> torch.Tensor | None:

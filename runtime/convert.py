@@ -8,7 +8,6 @@ raises when used.
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +16,15 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tspc.errors import ShardedParameterError, UnsupportedError
 from tspc.runtime.handover import hand_over, release
 from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
-_EXCHANGED: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 _HOOKS: list[Any] = []
-_OPEN: dict[int, weakref.ref[nn.Parameter]] = {}  # no graph has said how these are to be cut
+_OPEN: Any = WeakIdKeyDictionary()  # of shards: no graph has said how these are to be cut
 
 
 class ShardedParameter(nn.Parameter):
@@ -59,9 +58,9 @@ def convert(
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
     exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
-        _EXCHANGED[id(old)] = (weakref.ref(old), new)
+        old._tspc_shard = new  # it lives as long as someone has the old one
         if id(old) not in dims:
-            _OPEN[id(new)] = weakref.ref(new)
+            _OPEN[new] = True
         grad = grads.get(id(old))
         if grad is not None:
             spec = new._spec
@@ -96,8 +95,8 @@ def rebind(optimizer: Optimizer) -> None:
     release()
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
-            old, new = _EXCHANGED.get(id(p), (None, None))
-            if old is None or new is None or old() is not p:
+            new = getattr(p, "_tspc_shard", None)
+            if new is None:
                 continue
             group["params"][i] = new
             if p in optimizer.state:
@@ -140,11 +139,11 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
 
     One with a gradient or a state in an optimizer stays as it is. Collective.
     """
-    found = [_OPEN.pop(id(p), None) for p, _ in wanted]
+    found = [_OPEN.pop(p, False) for p, _ in wanted]
     again = [
         (p, placement)
         for (p, placement), mine in zip(wanted, found)
-        if mine is not None and mine() is p and p.grad is None and p.placements[0] != placement
+        if mine and p.grad is None and p.placements[0] != placement
     ]
     if not again:
         return

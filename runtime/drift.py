@@ -52,6 +52,12 @@ class Taken:
         return [_STEPS[0] - self.steps, *changed]
 
 
+def steps_since(params: Sequence[torch.Tensor]) -> str:
+    """Optimizer steps since a graph first took the first of these, in words."""
+    first = _FIRST.get(params[0]) if params else None
+    return "unknown" if first is None else str(_STEPS[0] - first[1])
+
+
 def gradients(params: Sequence[torch.Tensor]) -> list[int]:
     """-1 without a gradient, else how often it was changed in place."""
     return [-1 if g is None else g._version for g in map(_GRAD, params)]

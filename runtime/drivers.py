@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tspc.errors import RankMismatchError
 from tspc.runtime import direct
 from tspc.runtime.direct import Received
+from tspc.runtime.ending import hold
 from tspc.runtime.failures import Lost, failure, lost
 from tspc.runtime.requests import (
     AllGather,
@@ -134,23 +135,23 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
     x, ranks, rank = request.tensor.contiguous(), axis.size, axis.rank
     if isinstance(request, Broadcast):
         source = dist.get_global_rank(group, request.source)
-        return Received([dist.broadcast(x, source, group, async_op=True)], x)
+        return _held([dist.broadcast(x, source, group, async_op=True)], x)
     if isinstance(request, AllReduce):
         out = x.clone()
-        return Received([dist.all_reduce(out, group=group, async_op=True)], out)
+        return _held([dist.all_reduce(out, group=group, async_op=True)], out)
     if isinstance(request, AllToAll):
         out = torch.empty_like(x)
         work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
-        return Received([work], out, x)
+        return _held([work], out, x)
     if isinstance(request, Exchange):
         out = x.new_empty((sum(request.received), *x.shape[1:]))
         received, sent = list(request.received), list(request.sent)
         work = dist.all_to_all_single(out, x, received, sent, group, async_op=True)
-        return Received([work], out, x)
+        return _held([work], out, x)
     if isinstance(request, Reduce):
         target = dist.get_global_rank(group, request.target)
         work = dist.reduce(x, target, group=group, async_op=True)
-        return Received([work], x if rank == request.target else None, x)
+        return _held([work], x if rank == request.target else None, x)
     if x.device.type == "cpu":
         return _issue_directly(request, x, axis, group)
     if isinstance(request, Shift):
@@ -170,6 +171,12 @@ def _issue(request: Request, axis: Axis, group: Any) -> Any:
     out = x.new_empty(x.shape[1:])
     work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
     return Received([work], out, x)
+
+
+def _held(works: list[Any], result: Any, sent: Any = None) -> Received:
+    """Of a collective that a thread of torch's runs."""
+    hold(result, sent)
+    return Received(works, result, sent)
 
 
 def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: Any) -> Any:

@@ -28,12 +28,14 @@ GENERATORS: dict[str, Callable[..., Steps]] = {}
 @dataclass(frozen=True)
 class Place:
     """A rank's place on an axis and the process groups of its links; its place among the replicas
-    of a data-parallel axis; the one-dim mesh of the axis."""
+    of a data-parallel axis; the one-dim mesh of the axis; the default group that all were made
+    over."""
 
     axis: Axis
     groups: Mapping[str, Any] = field(default_factory=dict)
     replicas: Axis | None = None
     mesh: Any = None
+    world: Any = None
 
     def from_first_replica(self, x: torch.Tensor) -> torch.Tensor:
         """The first replica's value."""

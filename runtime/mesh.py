@@ -7,7 +7,8 @@ Parameters are stored on the mesh of the axis, or of the axis and then the repli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tspc.options import Options
 from tspc.runtime.execute import PLACES, Place
 from tspc.runtime.launched import join
 from tspc.runtime.requests import Axis
-from tspc.torch_seams import timeout_of
+from tspc.torch_seams import forget_specs, timeout_of
 
 _WORLD: dict[str, DeviceMesh] = {}
 
@@ -37,6 +38,7 @@ class Axes:
 # by identity: (a mesh of two axes, the name of one) or a mesh that parameters are stored on
 _AXES: dict[Any, Axes] = {}
 _KEPT: list[DeviceMesh] = []
+_OVER: list[Any] = []  # the default group that all of these were made over
 
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
@@ -47,6 +49,7 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
             raise PlanError("a mesh was given but no process group is initialized")
         if not join(device):
             return Place(Axis("tsp", 1, 0)), None
+    _forget()
     mesh = options.mesh
     move = f"model.to({mesh.device_type!r})" if mesh is not None else "model.to(device)"
     if device.type == "meta":
@@ -63,7 +66,13 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
         raise PlanError(
             f"the model is on {device.type}, the mesh on {mesh.device_type}: {move} first"
         )
-    ranks = dist.get_process_group_ranks(axes.tsp.get_group())
+    try:
+        ranks = dist.get_process_group_ranks(axes.tsp.get_group())
+    except KeyError:
+        raise PlanError(
+            "the mesh, or what the parameters are stored on, is of a process group that was "
+            "destroyed: make the mesh and the model again, and load its state"
+        ) from None
     names = axes.tsp.mesh_dim_names
     name = f"{names[0] if names else 'tsp'}_{'_'.join(map(str, ranks))}"
     if axes.replicas is not None:
@@ -71,6 +80,36 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
     if name not in PLACES:
         PLACES[name] = _place(name, axes)
     return PLACES[name], axes.storage
+
+
+def _forget() -> None:
+    """What was made over a default group that has been destroyed."""
+    if _OVER != [dist.group.WORLD]:
+        for made in (_WORLD, _AXES, _KEPT, PLACES):
+            made.clear()
+        if _OVER:
+            forget_specs()
+        _OVER[:] = [dist.group.WORLD]
+
+
+def renew(place: Place, options: Options, stored: Sequence[Any], device: torch.device) -> None:
+    """Before a call: a place over a default group that was destroyed becomes one over that of now.
+    stored: the parameters of the call, on the mesh of now.
+
+    Collective. Raises `PlanError` where there is no group, or one of another number of ranks.
+    """
+    if place.world is dist.group.WORLD:
+        return
+    mesh = stored[0].device_mesh if stored else None
+    fresh, _ = resolve(replace(options, mesh=mesh), device)
+    if (fresh.axis.name, fresh.axis.size) != (place.axis.name, place.axis.size):
+        raise PlanError(
+            f"the model was compiled on {place.axis.size} ranks, the process group has changed: "
+            "torch._dynamo.reset(), and compile it again"
+        )
+    for f in fields(Place):
+        object.__setattr__(place, f.name, getattr(fresh, f.name))
+    PLACES[place.axis.name] = place
 
 
 def _place(name: str, axes: Axes) -> Place:
@@ -84,7 +123,7 @@ def _place(name: str, axes: Axes) -> Place:
         "checks": dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True),
     }
     if axes.replicas is None:
-        return Place(axis, groups, None, axes.tsp)
+        return Place(axis, groups, None, axes.tsp, dist.group.WORLD)
     other = axes.replicas.get_group()
     all_of_them = dist.get_process_group_ranks(other)
     groups["replicas"] = other
@@ -92,7 +131,7 @@ def _place(name: str, axes: Axes) -> Place:
         all_of_them, timeout_of(other), "gloo", use_local_synchronization=True
     )
     replicas = Axis("replicas", axes.replicas.size(), dist.get_rank(other))
-    return Place(axis, groups, replicas, axes.tsp)
+    return Place(axis, groups, replicas, axes.tsp, dist.group.WORLD)
 
 
 def _axes(mesh: DeviceMesh, axis: str | None) -> Axes:

@@ -10,6 +10,7 @@ the replicas, where there are some: whole chunks or, with `cut`, parts of them.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,8 @@ from tspc.torch_seams import (
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
-_CLASSES: dict[tuple[type, tuple[str, ...], str], type] = {}
+# a class dies with its last module
+_CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
 
 def _reading() -> bool:
@@ -158,7 +160,8 @@ def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]
 
 def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
     key = (cls, names, axis)
-    if key not in _CLASSES:
+    made = _CLASSES.get(key)
+    if made is None:
         body: dict[str, Any] = {n: _property(n, axis) for n in names}
         body.update(
             _tspc_class=cls,
@@ -172,8 +175,8 @@ def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
             _load_from_state_dict=_load,
             _apply=_apply,
         )
-        _CLASSES[key] = type(cls.__name__, (cls,), body)
-    return _CLASSES[key]
+        made = _CLASSES[key] = type(cls.__name__, (cls,), body)
+    return made
 
 
 def shard_parameters(
@@ -266,7 +269,8 @@ class Taken:
     """How one graph takes its sharded parameters.
 
     names: of the parameters. reduce: the type in which gradients add up. check: their gradients
-    are to be finite (`check_nan`). due: the names of those that must have one.
+    are to be finite (`check_nan`). due: the names of those that must have one. program: what they
+    are taken for.
     """
 
     place: Place
@@ -275,6 +279,7 @@ class Taken:
     reduce: torch.dtype | None = None
     check: bool = False
     due: frozenset[str] = frozenset()
+    program: Any = None  # a backward that outlives the model still finds the bodies of its folds
 
     @cached_property
     def wanted(self) -> list[Placement]:

@@ -44,7 +44,7 @@ from tspc.runtime.execute import Place
 from tspc.runtime.finite import check_outputs
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.lookups import Indices
-from tspc.runtime.mesh import resolve
+from tspc.runtime.mesh import renew, resolve
 from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, Taken, placed
@@ -285,7 +285,8 @@ def _function(
     names = [nodes[i].name for i in sharded]
     wanted = reached(gm, [i for i, r in enumerate(rewritten.results) if r and r.kind != "deferred"])
     due = frozenset(n for n in names if captured.positions[n] in wanted)
-    taken = Taken(place, names, maps, options.reduce_dtype, options.check_nan, due)
+    rest = options.reduce_dtype, options.check_nan, due, rewritten
+    taken = Taken(place, names, maps, *rest)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     inputs = [nodes[i].name for i in plain]
     lasting = frozenset(nodes[i].name for i in plain if nodes[i].op == BUFFER)
@@ -310,15 +311,15 @@ def _function(
         given = [None if i is None else kept[i] for i in positions]
         for i in plain:
             given[i] = dense(given[i])
-        called = [given[i] for i in plain]
+        called, stored = ([given[i] for i in at] for at in (plain, sharded))
+        renew(place, options, stored, device)
         wrong = indices(sizes, dict(zip(inputs, called)))
-        check(called, [given[i] for i in sharded], [sizes[s] for s in numbers])
+        check(called, stored, [sizes[s] for s in numbers])
         if wrong is not None:
             raise wrong
         if rewritten.draws:
             given[positions.index(None)] = seed.shared(place, device)
         if sharded:
-            stored = [given[i] for i in sharded]
             for i, local in zip(sharded, Prologue.apply(taken, *stored)):
                 given[i] = dense(local)
         given = watched(given, plain)

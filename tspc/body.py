@@ -8,6 +8,7 @@ sequence i that a step computes on.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -191,16 +192,18 @@ class Body:
         return min(self.ranks, -(-self.size // self.units))
 
 
-BODIES: dict[str, Body] = {}
+# a body lives as long as a program that folds it
+BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
 
 
 def made_again(body: Body) -> Body:
     """The body whose backward makes everything again; registered."""
     key = hashlib.sha256(f"{body.key} made again".encode()).hexdigest()[:20]
-    if key not in BODIES:
+    made = BODIES.get(key)
+    if made is None:
         steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)
-        BODIES[key] = replace(body, key=key, steps=steps, spared=0, compiled={})
-    return BODIES[key]
+        made = BODIES[key] = replace(body, key=key, steps=steps, spared=0, compiled={})
+    return made
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Any]) -> Any:

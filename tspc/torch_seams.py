@@ -30,7 +30,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
 from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, debug, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.experimental import register_sharding
 from torch.optim import _muon
@@ -240,6 +240,13 @@ def timeout_of(group: Any) -> timedelta | None:
         if found is not None:
             return found
     return None
+
+
+def forget_specs() -> None:
+    """DTensor keeps how ops are cut, and in it the mesh, which is equal to one of a new group."""
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)
+    if clear is not None:
+        clear()
 
 
 def storage_key(x: torch.Tensor) -> int:

@@ -1,0 +1,110 @@
+"""One process over several process groups and models: what was made over a group or for a model goes
+with it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from tests.world import PROCESSES
+from tspc import body
+from tspc.runtime import convert, drift, ending, execute, storage
+
+pytestmark = pytest.mark.dist
+STEPS = 2
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def _losses(model: nn.Module, fn: Any, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    out = []
+    for _ in range(steps):
+        loss = fn(torch.ones(2, 8, 16, dtype=torch.float64)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append(loss.item())
+    return out
+
+
+def _block() -> nn.Module:
+    torch.manual_seed(0)
+    return Block().double()
+
+
+def _work(rank: int, folder: str, pipe: Any) -> None:
+    """Two groups after one another; a new model over the second one, and the old one again."""
+    torch.set_num_threads(1)
+    found: list[Any] = []
+    model, fn = None, None
+    for turn in range(2):
+        store = f"file://{folder}/store{turn}"
+        dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
+        old, model = (model, fn), _block()
+        fn = torch.compile(model, backend="tsp", options={"compiler": "eager"})
+        found.append(_losses(model, fn, STEPS))
+        if old[0] is not None:
+            found.append(_losses(*old, STEPS))
+        found.append(len(execute.PLACES))
+        dist.destroy_process_group()
+    pipe.send(found)
+
+
+def test_a_group_that_is_destroyed_and_made_again(tmp_path: Path) -> None:
+    processes, pipes = [], []
+    for r in range(2):
+        mine, theirs = PROCESSES.Pipe(duplex=False)
+        p = PROCESSES.Process(target=_work, args=(r, str(tmp_path), theirs), daemon=True)
+        p.start()
+        theirs.close()
+        processes.append(p)
+        pipes.append(mine)
+    found = [pipe.recv() if pipe.poll(200) else None for pipe in pipes]
+    for p in processes:
+        p.join(20)
+        assert p.exitcode == 0
+    model = _block()
+    one = [_losses(model, model, STEPS), _losses(model, model, STEPS)]
+    for first, places, again, old, still in found:
+        assert first == again == pytest.approx(one[0], rel=1e-9)
+        assert old == pytest.approx(one[1], rel=1e-9)
+        assert places == still == 1
+
+
+def registries() -> tuple[dict[str, int], dict[str, int]]:
+    """What the registries hold before and after a model has lived."""
+
+    def sizes() -> dict[str, int]:
+        torch._dynamo.reset()
+        gc.collect()
+        made = storage._CLASSES, body.BODIES, convert._OPEN, drift._FIRST
+        shards = sum(isinstance(x, torch.distributed.tensor.DTensor) for x in gc.get_objects())
+        return {"shards": shards, **{str(i): len(m) for i, m in enumerate(made)}}
+
+    before = sizes()
+    for _ in range(2):
+        model = _block()
+        _losses(model, torch.compile(model, backend="tsp", options={"compiler": "eager"}), 1)
+    del model
+    return before, sizes()
+
+
+def test_what_is_held_is_kept_alive() -> None:
+    x = torch.zeros(3)
+    ending.hold(x, None, torch.zeros(ending.SMALL))
+    assert any(t is x for t in ending._LAST)
+    assert all(t.nbytes <= ending.SMALL for t in ending._LAST)
