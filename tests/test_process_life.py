@@ -1,9 +1,7 @@
-"""One process over several process groups and models: what was made over a group or for a model goes
-with it."""
+"""One process over several process groups: what was made over a group goes with it."""
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tests.world import PROCESSES
-from tspc import body
-from tspc.runtime import convert, drift, ending, execute, storage
+from tspc.runtime import ending, execute
 
 pytestmark = pytest.mark.dist
 STEPS = 2
@@ -83,24 +80,6 @@ def test_a_group_that_is_destroyed_and_made_again(tmp_path: Path) -> None:
         assert first == again == pytest.approx(one[0], rel=1e-9)
         assert old == pytest.approx(one[1], rel=1e-9)
         assert places == still == 1
-
-
-def registries() -> tuple[dict[str, int], dict[str, int]]:
-    """What the registries hold before and after a model has lived."""
-
-    def sizes() -> dict[str, int]:
-        torch._dynamo.reset()
-        gc.collect()
-        made = storage._CLASSES, body.BODIES, convert._OPEN, drift._FIRST
-        shards = sum(isinstance(x, torch.distributed.tensor.DTensor) for x in gc.get_objects())
-        return {"shards": shards, **{str(i): len(m) for i, m in enumerate(made)}}
-
-    before = sizes()
-    for _ in range(2):
-        model = _block()
-        _losses(model, torch.compile(model, backend="tsp", options={"compiler": "eager"}), 1)
-    del model
-    return before, sizes()
 
 
 def test_what_is_held_is_kept_alive() -> None:
