@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from tests.world import PROCESSES
-from tspc.runtime import ending, execute
+from tspc import body
+from tspc.runtime import convert, drift, ending, execute, storage
 
 pytestmark = pytest.mark.dist
 STEPS = 2
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.up, self.down = nn.Linear(16, width), nn.Linear(width, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.tanh(self.up(x)))
@@ -38,9 +42,9 @@ def _losses(model: nn.Module, fn: Any, steps: int) -> list[float]:
     return out
 
 
-def _block() -> nn.Module:
+def _block(width: int = 64) -> nn.Module:
     torch.manual_seed(0)
-    return Block().double()
+    return Block(width).double()
 
 
 def _work(rank: int, folder: str, pipe: Any) -> None:
@@ -80,6 +84,33 @@ def test_a_group_that_is_destroyed_and_made_again(tmp_path: Path) -> None:
         assert first == again == pytest.approx(one[0], rel=1e-9)
         assert old == pytest.approx(one[1], rel=1e-9)
         assert places == still == 1
+
+
+def outlived() -> list[int]:
+    """What is left of two models: shards, and entries of registries."""
+
+    def sizes() -> list[int]:
+        torch._dynamo.reset()
+        gc.collect()
+        alive = (x for x in gc.get_objects() if is_shard(x))
+        made = storage._CLASSES, body.BODIES, convert._OPEN, drift._FIRST
+        return [sum(1 for _ in alive), *map(len, made)]
+
+    def is_shard(x: Any) -> bool:
+        return isinstance(x, DTensor) and not isinstance(x._local_tensor, FakeTensor)
+
+    before = sizes()
+    for width in (32, 48, 64):
+        model = _block(width)
+        _losses(model, torch.compile(model, backend="tsp", options={"compiler": "eager"}), 1)
+    del model
+    return [a - b for a, b in zip(sizes(), before)]
+
+
+def test_nothing_outlives_a_model(world: Any) -> None:
+    for shards, classes, bodies, uncut, first in world(2).run(outlived):
+        assert shards == classes == uncut == first == 0
+        assert bodies <= 1  # torch keeps what it traced last
 
 
 def test_what_is_held_is_kept_alive() -> None:
