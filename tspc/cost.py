@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -19,6 +18,7 @@ from tspc.hardware import Hardware
 
 RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
 SAME = 1.03  # times that differ by less are a tie; ties go to the least transient memory
+KEPT = 4096  # sizes of calls whose schedule is kept
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,22 @@ def seconds(body: Body, values: Sequence[int], *rows: int) -> dict[str, float]:
     }
 
 
-@lru_cache(maxsize=4096)
 def fastest(body: Body, values: tuple[int, ...], *rows: int) -> str:
     """The schedule of least time for a training step; of those within 3% the one of least transient
     memory.
 
     values: of body.symbols. rows: of all ranks together. Rank-independent sizes only.
     """
+    known = body.compiled.setdefault("fastest", {})  # with the body: nothing else holds it
+    key = values, rows
+    if key not in known:
+        if len(known) >= KEPT:
+            known.clear()
+        known[key] = _fastest(body, values, *rows)
+    return known[key]
+
+
+def _fastest(body: Body, values: tuple[int, ...], *rows: int) -> str:
     s = sizes(body, dict(zip(body.symbols, values)), *rows)
     times = seconds(body, values, *rows)
     least = min(times.values())
