@@ -22,9 +22,33 @@ DETACHING = ("detach", "detach_", "data", "_get_data_attr")
 # what gives the memory of its first argument; of others, a write that reaches a parameter is told
 # when it has happened
 VIEWS = frozenset(
-    "view view_as reshape flatten unflatten transpose swapaxes swapdims movedim permute t T mT "
-    "squeeze unsqueeze narrow select getitem diagonal expand expand_as chunk split unbind "
-    "alias".split()
+    [
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "permute",
+        "t",
+        "T",
+        "mT",
+        "squeeze",
+        "unsqueeze",
+        "narrow",
+        "select",
+        "getitem",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "chunk",
+        "split",
+        "unbind",
+        "alias",
+    ]
 )
 
 
