@@ -101,12 +101,11 @@ def rebind(optimizer: Optimizer) -> None:
             group["params"][i] = new
             if p in optimizer.state:
                 spec = new._spec
-                optimizer.state[new] = {
-                    k: distribute_tensor(v, spec.mesh, spec.placements)
-                    if isinstance(v, torch.Tensor) and v.shape == new.shape
-                    else v
-                    for k, v in optimizer.state.pop(p).items()
-                }
+                state = optimizer.state.pop(p)  # a step that calls a closure may hold this dict
+                for k, v in state.items():
+                    if isinstance(v, torch.Tensor) and v.shape == new.shape:
+                        state[k] = distribute_tensor(v, spec.mesh, spec.placements)
+                optimizer.state[new] = state
 
 
 def convert_and_restart(
