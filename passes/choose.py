@@ -46,9 +46,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Choice:
-    """Leaves: the factors of the sequences, each with the order of its layout.
+    """What is folded, and how everything is stored.
 
-    regions: (name, region, schedule). refused: (region, reason).
+    leaves: the factors of the sequences, each with the order of its layout. regions: (name, region,
+    schedule). refused: (region, reason).
     """
 
     leaves: Mapping[Factor, str]
@@ -76,8 +77,11 @@ def choose(
     layout: str = "auto",
     told: Refused = NOTHING,
 ) -> Choice:
-    """Schedule: one name for all regions, or a dict from region name or glob. told: regions not to
-    fold, whatever they are."""
+    """Decide which regions fold, on which schedule, and how parameters are stored.
+
+    schedule: one name for all regions, or a dict from region name or glob. told: regions not to
+    fold, whatever they are.
+    """
     leaves, users = sequences(a), _users(a)
     refused: list[tuple[Region, str]] = []
 
@@ -120,8 +124,8 @@ def _order(a: Analysis, leaf: Factor) -> str:
 def _outgrown(
     regions: Regions, ranks: int, why_not: Callable[[Region, Regions], str]
 ) -> list[Region]:
-    """Regions of fewer pieces than ranks in whose stead another is evenly cut: K/V heads, for the
-    queries of each of them."""
+    """Those regions of fewer pieces than ranks in whose stead another is evenly cut: K/V heads, for
+    the queries of each of them."""
     out: dict[int, Region] = {}
     for other, clash in regions.rejected:
         size, instead = int(other.factor.size), {id(g): g for g in clash}

@@ -15,7 +15,8 @@ from tspc.program import Ref
 
 
 def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
-    """Regions that cannot each be one node: a path leads from one back into it, through others."""
+    """The regions that cannot each be one node: a path leads from one back into it, through
+    others."""
     holders: dict[int, list[int]] = {}
     for k, g in enumerate(regions):
         for i in g.ops:

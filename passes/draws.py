@@ -1,4 +1,4 @@
-"""Make every random op a function of one seed per call and of global positions (DESIGN section 7).
+"""Make every random op a function of one seed per call and of global positions.
 
 In: a normalized program. Out: an equal one, in distribution, whose random ops are those of
 `tspc.counter`; where there are any it has one placeholder more, the seed. Two runs of a node with

@@ -2,8 +2,8 @@
 W_j).
 
 In: the analysed program and the regions to fold. Out: a program in which a `fold` node stands for
-each region; its results
-are the region's exits. A bias that is added after the sum moves out of the body (DESIGN section 7).
+each region; its results are the region's exits. A bias that is added after the sum moves out of the
+body (docs/design.md, "Regions and folds").
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def outline(
     ranks: int,
     differentiable_outputs: bool = True,
 ) -> Program:
-    """Regions: (name, region, schedule).
+    """Replace the ops of each region by one fold node.
 
-    leaves: the factors of the sequence.
-        differentiable_outputs: gradients flow back from the program's outputs that a region makes.
+    regions: (name, region, schedule). leaves: the factors of the sequences.
+    differentiable_outputs: gradients flow back from the program's outputs that a region makes.
     """
     readers = _readers(analysis, [region for _, region, _ in regions])
     outputs = set(analysis.program.output.refs()) if differentiable_outputs else set()
@@ -249,7 +249,7 @@ def _group(body: Sequence[Node]) -> int:
 def _cast_before(
     body: list[Node], weights: set[str]
 ) -> tuple[tuple[Node, ...], dict[str, torch.dtype]]:
-    """Weights of which the body reads only one cast are cast before they travel."""
+    """Those weights of which the body reads only one cast are cast before they travel."""
     read: dict[str, set[torch.dtype | None]] = {}
     made: dict[Ref, Ref] = {}
     for n in body:

@@ -2,7 +2,7 @@
 K and V of one head, in one weight with all queries.
 
 In: the analysis and a region. Out: those values, and the ops that make them. They are no part of
-the fold's result: `fold` makes them apart, once (DESIGN section 7).
+the fold's result: `fold` makes them apart, once (docs/design.md, "Regions and folds").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One piece of a body: a plain function on one shard's tensors.
 
 Pads of the units are made neutral where the op needs it: -inf before a log-sum-exp and zero before
-a sum that no zero row of a weight clears (DESIGN section 7).
+a sum that no zero row of a weight clears (docs/design.md, "Storage and shard maps").
 """
 
 from __future__ import annotations

@@ -39,11 +39,10 @@ def make_body(
     save: bool,
     reduce: torch.dtype | None,
 ) -> Body:
-    """Operands: (tokens, invariants, sliced, weights) as converted.
+    """The body of a fold node, registered under its structural key.
 
-    save: the results of matrix products are kept for the backward, not made again.
-
-    Registers the body under its structural key.
+    operands: (tokens, invariants, sliced, weights) as converted. save: the results of matrix
+    products are kept for the backward, not recomputed.
     """
     leaves = tuple(typed.leaves[i] for i in typed.sequences_of(fold))
     extents = tuple(Extent(f.size, orders[f]) for f in leaves)

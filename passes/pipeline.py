@@ -205,7 +205,7 @@ PASSES = ("normalize", "attend", "masks", "draws", "windows", "fold", "propagate
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
-    """Run one pass, check and dump what it made."""
+    """Do one pass, check and dump what it made."""
     start = time.perf_counter()
     with _during(name):
         made = run(program)

@@ -1,4 +1,5 @@
-"""Decide on which ranks each value lives and insert the conversions (DESIGN section 6).
+"""Decide on which ranks each value lives and insert the conversions (docs/design.md,
+"Types on the axis").
 
 In: a program whose regions are folds, with its analysis. Out: `Typed`: the same program with
 conversion nodes, the dims of every value as factors, and its placement: "R" (equal on all ranks)

@@ -1,5 +1,5 @@
-"""What must hold after each pass: programs are well formed, placements and cotangents fit (DESIGN
-section 6)."""
+"""What must hold after each pass: programs are well formed, placements and cotangents fit
+(docs/design.md, "Types on the axis")."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 their log-sum-exp.
 
 q [b, hq, n, d]; k, v [b, hk, n, d], hq a multiple of hk. A rank's rows are chunks of the layout;
-a pad key is invalid for every query, a pad query takes the mask of the last real row (DESIGN
-section 8). Gathered K and V are never saved.
+a pad key is invalid for every query, a pad query takes the mask of the last real row
+(docs/design.md, "Layouts"). Gathered K and V are never saved.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _fused_backward(
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, b: View, scale: float) -> tuple[Tensor, Tensor]:
-    """K and V may have fewer heads than q. A query that sees none of the keys has -inf."""
+    """Keys and values may have fewer heads than queries. A query that sees none of the keys has
+    -inf."""
     groups = q.shape[1] // k.shape[1]
     if b.is_plain and _is_fused(q, v):
         if groups > 1 and not _takes_groups():
@@ -166,7 +167,8 @@ def attend(
     spec: Spec,
     given: Given = _NOTHING,
 ) -> tuple[Tensor, Tensor]:
-    """Q: the rows of `chunks`; k, v: the whole sequence in order.
+    """Attention of the local queries q, the rows of `chunks`, against the whole sequence k, v in
+    order.
 
     -> out like q, lse [b, hq, n] in fp32 or wider.
     """

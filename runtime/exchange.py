@@ -1,5 +1,5 @@
-"""Conversions between placements, embedding and weight gathers, as generators (DESIGN sections 6
-to 8).
+"""Conversions between placements, embedding and weight gathers, as generators (docs/design.md,
+"Types on the axis").
 
 A sequence dim is (dim, lead): the dim is lead * S * trail; rows (c) and length (S) tell the
 layout.
@@ -157,8 +157,8 @@ def embed(
     rows: int,
     length: int,
 ) -> Steps:
-    """Rows of a table cut along its first dim, cast: the result of each rank's tokens goes round,
-    each rank fills in the rows that it owns; it comes home last."""
+    """Look up rows of a table cut along its first dim, cast: the result of each rank's tokens goes
+    round, each rank fills in the rows that it owns; it comes home last."""
     handle = None
     width = shard.shape[1]
     for turn in range(axis.size):

@@ -60,7 +60,8 @@ class Place:
         dims: Sequence[int | None],
         reduce: torch.dtype | None = None,
     ) -> list[Any]:
-        """Gradients (None: none) averaged over the replicas; with a dim, this rank's part only."""
+        """The gradients (None: none) averaged over the replicas; with a dim, this rank's part
+        only."""
         out = list(grads)
         if self.replicas is None:
             return out

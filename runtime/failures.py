@@ -48,7 +48,7 @@ def lost(error: Exception, kind: type, link: str, peer: int | None = None) -> Ex
 
 
 def failure(lost: Lost, what: str, group: Any) -> RankFailureError:
-    """What to raise; the other ranks are told where this one waited."""
+    """The error to raise; the other ranks are told where this one waited."""
     ranks = dist.get_process_group_ranks(group)
     me = dist.get_rank()
     where = ", ".join([what, *lost.places])

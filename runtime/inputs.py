@@ -57,8 +57,7 @@ class Checker:
 
     mode: False compares nothing. names: of the inputs; lasting: those that are buffers, read again
     only when they were changed. facts: what all calls of this graph have in common. graph: what the
-    ranks run, as text; params: names of the stored
-    parameters.
+    ranks run, as text; params: names of the stored parameters.
     """
 
     place: Place
@@ -267,7 +266,7 @@ def _hash_of(numbers: Sequence[int]) -> int:
 
 
 def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:
-    """Dtype and shape: "int64[2, 8]"."""
+    """A type as messages show it: "int64[2, 8]"."""
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 

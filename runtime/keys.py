@@ -36,8 +36,10 @@ def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gather(rank: int, spans: Sequence[Span], k: Tensor, v: Tensor, spec: Spec) -> Steps:
-    """K and V of the whole sequence, pads dropped: one communication. Spans: of queries and
-    keys."""
+    """The whole sequence of keys and values, pads dropped: one communication.
+
+    spans: of queries and keys.
+    """
     both, span = _packed(k, v)[0], spans[1]
     layout, needs = span.layout, _needs(spans, spec)
     if needs is None:

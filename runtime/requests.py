@@ -21,8 +21,11 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """Tensor: what this rank sends (for Broadcast on other ranks than the source: a buffer of the
-    shape)."""
+    """One communication that a generator yields.
+
+    tensor: what this rank sends (for Broadcast on other ranks than the source: a buffer of the
+    shape).
+    """
 
     tensor: torch.Tensor
     link: str = "activations"
@@ -38,14 +41,14 @@ class Shift(Request):
 
 @dataclass(frozen=True)
 class Broadcast(Request):
-    """Result: the source's tensor (on the source the very one that was sent)."""
+    """Send from `source` to all; the result is its tensor (on the source the very one sent)."""
 
     source: int = 0
 
 
 @dataclass(frozen=True)
 class Reduce(Request):
-    """Result: the sum over ranks on `target`, None elsewhere.
+    """Add up on one rank; the result is the sum over ranks on `target`, None elsewhere.
 
     The driver may write to `tensor`.
     """
@@ -55,28 +58,28 @@ class Reduce(Request):
 
 @dataclass(frozen=True)
 class AllReduce(Request):
-    """Result: the sum over ranks."""
+    """Add up on all ranks; the result is the sum over ranks."""
 
 
 @dataclass(frozen=True)
 class AllGather(Request):
-    """Result: [D, *shape]."""
+    """Collect the tensors of all ranks; the result is [D, *shape]."""
 
 
 @dataclass(frozen=True)
 class ReduceScatter(Request):
-    """Tensor is [D, *shape]; result: the sum over ranks of block r, [*shape]."""
+    """Add up blocks: of [D, *shape] rank r gets the sum over ranks of block r, [*shape]."""
 
 
 @dataclass(frozen=True)
 class AllToAll(Request):
-    """Tensor is [D, *shape]; result [D, *shape]: block i comes from rank i's block r."""
+    """Transpose blocks over ranks: of [D, *shape], block i of the result is rank i's block r."""
 
 
 @dataclass(frozen=True)
 class Exchange(Request):
-    """Tensor is [n, *shape]: the first sent[0] rows go to rank 0, and so on; result: received[i]
-    rows from each rank i, in order."""
+    """Send rows unevenly: the first sent[0] rows of [n, *shape] go to rank 0, and so on; the result
+    is received[i] rows from each rank i, in order."""
 
     sent: tuple[int, ...] = ()
     received: tuple[int, ...] = ()

@@ -1,10 +1,9 @@
 """The fold at run time: y = sum_j body(tokens, invariants, shard j) under each schedule, forward
 and backward.
 
-Every schedule takes and returns the same tensors (DESIGN section 1): sums [local], stacks [D,
-local] by j, and saved
-attention outputs with their log-sum-exp [D, local]. Sums over j are in fp32 or wider and are cast
-once.
+Every schedule takes and returns the same tensors (docs/design.md, "The idea"): sums [local], stacks
+[D, local] by j, and saved attention outputs with their log-sum-exp [D, local]. Sums over j are in
+fp32 or wider and are cast once.
 """
 
 from __future__ import annotations

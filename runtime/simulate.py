@@ -22,7 +22,8 @@ RESHAPED = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
 
 
 def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Inputs: per rank, in placeholder order -> outputs per rank."""
+    """Run a graph on all ranks in one process; inputs of each rank, in placeholder order -> outputs
+    of each rank."""
     ranks = len(inputs)
     env: list[dict[torch.fx.Node, Any]] = [{} for _ in range(ranks)]
     uses = {n: len(n.users) for n in graph.graph.nodes}

@@ -3,8 +3,8 @@ inside a compiled root.
 
 `shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose
 properties read them. `Prologue` turns what is stored into the equal shards that the folds take,
-and gradients back (DESIGN section 9). Stored are torch's chunks over the TSP axis, and then over
-the replicas, where there are some: whole chunks or, with `cut`, parts of them.
+and gradients back. Stored are torch's chunks over the TSP axis, and then over the replicas, where
+there are some: whole chunks or, with `cut`, parts of them. See docs/design.md, "Parameters".
 """
 
 from __future__ import annotations
@@ -189,9 +189,8 @@ def shard_parameters(
     """Every parameter becomes a DTensor, by rank 0's values (of the first replica); buffers too
     come from rank 0.
 
-    -> old to new.
-        dims: id of a parameter -> the dim to cut, None to replicate; others are cut along their
-        largest dim. cut: over the replicas too, as those that are stored so already.
+    -> old to new. dims: id of a parameter -> the dim to cut, None to replicate; others are cut
+    along their largest dim. cut: over the replicas too, as those that are stored so already.
     """
     cut = cut or any(is_cut(p) for p in module.parameters() if isinstance(p, DTensor))
     assign_data_of_shards()

@@ -46,9 +46,11 @@ def local_fakes(
     rows: Sequence[int],
     types: Sequence[tuple[Type, torch.device]],
 ) -> Fakes:
-    """Rows: c of each sequence.
+    """Fake inputs of one rank's program, with symbolic sizes.
 
-    types: of each placeholder as this program is given it (parameters: their local shape)."""
+    rows: c of each sequence. types: of each placeholder as this program is given it (parameters:
+    their local shape).
+    """
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # of symbolic sizes it is made at a greater cost than it saves
@@ -73,9 +75,9 @@ def local_fakes(
 
 @dataclass(frozen=True)
 class Partitioned:
-    """Forward: inputs -> outputs, saved.
+    """What AOTAutograd makes of one rank's program.
 
-    backward: saved, tangents -> gradients of the inputs.
+    forward: inputs -> outputs, saved. backward: saved, tangents -> gradients of the inputs.
     """
 
     forward: torch.fx.GraphModule

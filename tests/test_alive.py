@@ -1,4 +1,5 @@
-"""What a rank saves for the backward and what is alive while it runs (DESIGN 11.3), over gloo."""
+"""What a rank saves for the backward and what is alive while it runs, over gloo
+(docs/design.md, "Invariants")."""
 
 from __future__ import annotations
 

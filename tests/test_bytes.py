@@ -1,5 +1,5 @@
-"""Elements of payload per rank, averaged over ranks, equal the closed forms of DESIGN section 10
-for every schedule."""
+"""Elements of payload per rank, averaged over ranks, equal the closed forms of docs/design.md,
+"Cost model", for every schedule."""
 
 from __future__ import annotations
 

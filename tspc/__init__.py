@@ -1,4 +1,4 @@
-"""Tspc: a torch.compile backend that trains an unmodified model with folded tensor and sequence
+"""A torch.compile backend that trains an unmodified model with folded tensor and sequence
 parallelism."""
 
 from tspc.api import Plan, Verification, explain, plan, verify

@@ -94,10 +94,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Attention:
-    """K and V meet the queries of all ranks.
+    """An attention between two pieces: keys and values meet the queries of all ranks.
 
-    Names of values; mask and rows are operands, whole on every rank; states: of the queries, where
-    keys are dropped with probability `dropout`. predicate, sizes, fill, score: as in
+    The fields name values; mask and rows are operands, whole on every rank; states: of the queries,
+    where keys are dropped with probability `dropout`. predicate, sizes, fill, score: as in
     `tspc.masked`.
     """
 
@@ -123,7 +123,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Out:
-    """A result: "sum" over j, or "lse"/"stack": one block per j.
+    """A result of a fold: its kind is "sum" over j, or "lse"/"stack": one block per j.
 
     dim, lead: where the sequence is.
     """
@@ -239,5 +239,5 @@ def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:
 
 
 def symbol_values(body: Body, sizes: Sequence[Any], rows: Sequence[Any]) -> dict[sympy.Symbol, Any]:
-    """Rows: of each sequence in a step."""
+    """The symbols of a body at a call; rows: of each sequence in a step."""
     return dict(zip(body.sizes, (*sizes, *rows)))

@@ -89,7 +89,7 @@ def _values(body: Body, sizes: Mapping[Any, Any]) -> dict[Any, Any]:
 def choose(
     budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Mapping[Any, Any]
 ) -> tuple[Keeping, ...]:
-    """Regions that keep nothing are left out."""
+    """Which regions keep their matrix products; those without any are left out."""
     regions = [(n, b) for n, b in regions if any(p.saves for p in b.pieces)]
     bytes_of = [kept_bytes(b, sizes) for _, b in regions]
     gain = [spared(b, sizes) / max(n, 1) for (_, b), n in zip(regions, bytes_of)]

@@ -1,10 +1,8 @@
-"""Capture: a Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept
-whole.
+"""A Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept whole.
 
 In: the graph module and example inputs that Dynamo hands to a backend. Out: `Captured`, the
-program and where each of its
-values comes from at a call. Sharded parameters (`to_local` -> `tspc::whole_weight`) appear as
-whole "param" placeholders.
+program and where each of its values comes from at a call. Sharded parameters (`to_local` ->
+`tspc::whole_weight`) appear as whole "param" placeholders.
 """
 
 from __future__ import annotations
@@ -59,9 +57,10 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True)
 class Captured:
-    """Positions: placeholder name -> index among the graph's inputs.
+    """A Dynamo graph as a program.
 
-    symbols: symbol -> (index, dim | None if a SymInt).
+    positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim |
+    None if a SymInt).
     """
 
     program: Program

@@ -2,7 +2,7 @@
 
 In: a Dynamo graph with `tag_activation_checkpoint` and `invoke_subgraph` nodes. Out: an equal graph
 with their bodies in their place; each op of a checkpoint says in its meta to which part it belongs,
-and that the backward makes it again (DESIGN section 7).
+and that the backward recomputes it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a fold costs under each schedule: elements moved, FLOPs, transient memory, and from these
 the time of a training step.
 
-Closed forms of DESIGN section 10 over a body's shapes, f = (D-1)/D included; with sympy sizes they
-are sympy expressions.
+Closed forms (docs/design.md, "Cost model") over a body's shapes, f = (D-1)/D included; with sympy
+sizes they are sympy expressions.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], *rows: Any) -> Sizes:
 
 
 def forward(s: Sizes, schedule: str, ranks: int) -> Cost:
-    """DESIGN section 10: ring and broadcast w (+ k), stationary n in and n out."""
+    """Elements moved: ring and broadcast w (+ k), stationary n in and n out (docs/design.md, "Cost
+    model")."""
     f = sympy.Rational(ranks - 1, ranks)
     flops, met = s.flops / ranks, s.steps if s.keys != 0 else 0
     if schedule == STATIONARY:

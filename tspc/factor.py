@@ -1,4 +1,4 @@
-"""Factors: named sizes with union, split (ordered product) and segments (concatenation).
+"""Named sizes with union, split (ordered product) and segments (concatenation).
 
 A dim is a tuple of factors, major first; () is size 1. A factor is a leaf, or a link to the
 factor that it was merged into, or refined once and for all: `seq` (an ordered product of factors)
@@ -195,7 +195,7 @@ class Factors:
         return segs
 
     def regroup(self, dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
-        """View: the factors of all dims, in order, cut to the new sizes; None where division is
+        """The factors of all dims, in order, cut to the new sizes; None where division is
         not exact."""
         todo, out = [f for d in dims for f in self.expand(d)], []
         for n in sizes:

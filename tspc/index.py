@@ -1,4 +1,5 @@
-"""Index expressions: what a tensor holds at index (i0, i1, ...), as sympy (DESIGN section 5).
+"""Index expressions: what a tensor holds at index (i0, i1, ...), as sympy (docs/design.md,
+"Index expressions and masks").
 
 Integers are sympy expressions, booleans sympy predicates, floats a finite `Cases` of values. Data
 is `At(node, indices)`: a

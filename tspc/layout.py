@@ -13,8 +13,8 @@ import torch
 
 @dataclass(frozen=True)
 class Layout:
-    """A sequence of S rows over `ranks`, in equal chunks of c rows padded at the end (DESIGN
-    section 8).
+    """A sequence of S rows over `ranks`, in equal chunks of c rows padded at the end
+    (docs/design.md, "Layouts").
 
     "contiguous": rank r holds chunk r of D. "zigzag": rank r holds chunks r and 2D-1-r of 2D, so
     causal work is even.
@@ -29,7 +29,7 @@ class Layout:
         return 2 if self.order == "zigzag" else 1
 
     def chunk_rows(self, length: Any) -> Any:
-        """C: rows per chunk for a sequence of `length`; at least 2, because 1 specialises
+        """Rows per chunk (c) for a sequence of `length`; at least 2, because 1 specialises
         graphs."""
         n = self.ranks * self.chunks
         return torch.sym_max(2, (length + n - 1) // n)

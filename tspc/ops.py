@@ -95,7 +95,7 @@ _CHUNKS = {"contiguous": 1, "zigzag": 2}
 
 
 def local_rows(rows: Any, order: str) -> Any:
-    """Rows per rank: chunks per rank times c."""
+    """How many rows a rank has: chunks per rank times c."""
     return _CHUNKS[order] * rows
 
 

@@ -30,30 +30,38 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Mesh: a DeviceMesh, default the world as one axis.
+    """What `options={...}` may hold.
 
-    axis: the mesh dim to fold on; the other one is data-parallel.
-        replicas: what the data-parallel axis does with parameters, gradients and optimizer state:
-        "replicate" them, or "shard" the chunks of the first axis once more (ZeRO).
-        schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or
-        glob to one.
-        outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
+    mesh: a `DeviceMesh` of one or two axes; default the world as one axis.
+    axis: the name of the mesh dim to fold on; the other one is data-parallel. Needed on a mesh of
+        two axes of which none is called "tsp".
+    replicas: what the data-parallel axis does with parameters, gradients and optimizer state:
+        "replicate" them, or "shard" the chunks of the first axis once more (ZeRO, Rajbhandari et
+        al. 2020).
+    plan: what `tspc.plan` returned, with its own options and mesh.
+    schedule: "auto", one of ring, broadcast, gather, stationary, or a dict from region name or glob
+        to one.
+    layout: of the sequence over the ranks: "zigzag" gives each rank an early and a late chunk, so
+        that causal attention is even work; "contiguous" one chunk; "auto" the first where there is
+        causal attention.
+    outputs: "auto" defers the non-scalar outputs of a program with a loss; "full" returns all
         whole; "sharded" as DTensors.
-        check_inputs: at every call the contents of all inputs, the optimizer steps taken and the
+    check_inputs: at every call the contents of all inputs, the optimizer steps taken and the
         gradients held are compared over the axis ("auto" and True), or nothing is (False).
-        check_nan: after each forward and backward of the compiled model, what is not finite is an
-        error that names it, alike on all ranks.
-        memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
-        share; "min" makes them again; a share from 0.0 to 1.0 of what "max-speed" keeps, or bytes
+    check_nan: after each forward and backward of the compiled model, what is not finite is an error
+        that names it, alike on all ranks.
+    memory_budget: "max-speed" keeps a region's matrix products for its backward, each rank its
+        share; "min" recomputes them; a share from 0.0 to 1.0 of what "max-speed" keeps, or bytes
         per rank (an int or text such as "2GiB"), lets some regions keep theirs, as many as fit at
         the sizes of the compile.
-        param_dtype: what the float parameters are cast to before they travel and are computed with;
-        stored as they are. reduce_dtype: what gradients add up in over the ranks; default fp32, or
-        theirs where it is wider.
-        hardware: the cost model's table for schedule "auto": a name of `tspc.hardware` or a dict of
-        its fields; default the device's.
-    strict: an op that would run replicated is an error. compiler: "eager" runs the rewritten
-        graphs without Inductor.
+    param_dtype: what the float parameters are cast to before they travel and are computed with;
+        stored as they are.
+    reduce_dtype: what gradients add up in over the ranks; default fp32, or theirs where it is
+        wider.
+    hardware: the cost model's table for schedule "auto": a name of `tspc.hardware` or a dict of its
+        fields; default the device's.
+    strict: an op that would run replicated is an error.
+    compiler: "inductor", or "eager" to run the rewritten graphs without it.
     """
 
     mesh: Any = None

@@ -212,7 +212,7 @@ def _evaluated(text: str, q: Any, k: Any, sizes: Sequence[Any], row: Callable[[i
 
 @dataclass(frozen=True)
 class _Row:
-    """Data [batch or 1, positions] at a tensor of positions."""
+    """Rows of data [batch or 1, positions], read at a tensor of positions."""
 
     values: Tensor
 

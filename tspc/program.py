@@ -51,8 +51,8 @@ class Ref:
 
 @dataclass(frozen=True)
 class Type:
-    """Shape (ints or sympy expressions over the program's symbols), dtype and whether autograd
-    follows the value."""
+    """A tensor's shape (ints or sympy expressions over the program's symbols), dtype and whether
+    autograd follows it."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -133,7 +133,7 @@ def map_refs(value: Any, fn: Callable[[Ref], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """Nodes in execution order: placeholders first, one output node last.
+    """A graph: nodes in execution order, placeholders first, one output node last.
 
     `hints` gives each symbol an example.
     """

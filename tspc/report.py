@@ -23,7 +23,10 @@ PER_TOKEN = "keep it to single tokens, or move it out of the compiled model"
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes: whole on each rank, at the sizes asked for."""
+    """Something that runs replicated or is gathered: where, what, how to change it.
+
+    bytes: whole on each rank, at the sizes asked for.
+    """
 
     where: str
     what: str

@@ -2,22 +2,25 @@
 
     rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
 
-Space between factors, comma between tensors, `(a b)` composite with the major first, `...` leading
-dims (right-aligned,
-broadcast). A size-1 dim matches any letter. A letter only on the right is new. Letters that vanish
-must say how:
-  reduce  summed: cutting it leaves a partial sum          whole   needed whole by every element of
-  the output
-  select  indexed by an integer operand                    exchange  met across ranks inside of the
-  op
-  lse     reduced by a log-sum-exp merge                   once=i  operand i is added after the
-  sum, so only once
-A letter only on the right that a piece cannot make has the role whole.
-A letter that stays may have:  at  the op reads its position (is_causal): a piece must know its
-offset
-  halo  a piece reads rows of others
-  scan  a piece reads the sum of all before it
-(both of ops that have a form for pieces)
+A letter is a factor, a space is between factors, a comma between tensors, `(a b)` is one dim of two
+factors with the major first, `...` are leading dims (right-aligned, broadcast). A dim of size 1
+matches any letter. A letter that is only on the left vanishes, and must say how:
+
+    reduce    summed: a cut leaves a partial sum
+    whole     needed whole by every element of the output
+    select    indexed by an integer operand
+    exchange  met across ranks inside of the op
+    lse       reduced by a merge of log-sum-exps
+
+A letter that is only on the right is new; one that a piece cannot make is `whole`. A letter that
+stays may have a role too:
+
+    at        the op reads its position (`is_causal`): a piece must know its offset
+    halo      a piece reads rows of others
+    scan      a piece reads the sum of all before it
+
+`once=i`: operand i is added after the sum, so only once. `halo` and `scan` are of ops that have a
+form for pieces. See docs/design.md, "Factors".
 """
 
 from __future__ import annotations
@@ -289,7 +292,7 @@ def apply(r, op):
 
 
 def replace(F, dim, leaves):
-    """Dim with these leaves replaced by their images."""
+    """The dim with these leaves replaced by their images."""
     out = []
     for f in F.expand(dim):
         if f in leaves:

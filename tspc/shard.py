@@ -13,8 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Rows[j][i]: source row of `dim` at place i of shard j, -1 for zeros; real[j][i]: not a pad.
+    """Which rows of a whole weight each shard of a fold holds.
 
+    rows[j][i]: source row of `dim` at place i of shard j, -1 for zeros. real[j][i]: it is no pad.
     All shards are equally long. A pad that repeats a row has that row as its source; its gradient
     is discarded.
     """

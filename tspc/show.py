@@ -30,9 +30,10 @@ def show(
     schedules: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """Schedules: by region name, as chosen for some sizes; else what the options ask for.
+    """The rewritten program as text, one line a node.
 
-    notes: lines that come after the sequence's.
+    schedules: by region name, as chosen for some sizes; else what the options ask for. notes: lines
+    that come after the sequence's.
     """
     names = _symbol_names(rewritten)
     lines = [

@@ -13,7 +13,7 @@ tspc = torch.ops.tspc
 
 @computed(tspc.dropout.default, tspc.uniform.default, tspc.normal.default)
 def drawn(op: Op) -> list:
-    """Operands: the value, the state, the index of every dim."""
+    """The operands are the value, the state, the index of every dim."""
     return [indexed(op, list(op.ins[0]))]
 
 

@@ -245,7 +245,7 @@ def pad(op: Op) -> list:
 
 @computed(aten.index.Tensor)
 def index(op: Op) -> list:
-    """X[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
+    """Rule of x[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
     place."""
     pos = [k for k, r in enumerate(op.args["indices"]) if r is not None]
     given = [i for i in range(1, len(op.ins)) if op.ins[i] is not None]
