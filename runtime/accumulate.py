@@ -34,12 +34,13 @@ _MESSAGE = (
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backwards inside send no gradients of the model to the other replicas; the next one outside
-    averages them together with its own.
+    """A context for accumulation: backwards inside send no gradients of the model to the other
+    replicas; the next one outside averages them together with its own.
 
     model: the module, or what `torch.compile` made of it. Until then each rank keeps a gradient of
     its chunk of the TSP axis, also where parameters are cut over the replicas too, and `.grad` can
-    only be cleared. Without replicas nothing changes.
+    only be cleared: any other use raises `PendingGradientError`. Without replicas nothing changes.
+    Raises `PlanError` for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"no_sync takes a module, compiled or not, and was given {type(model)}")

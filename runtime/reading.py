@@ -25,8 +25,8 @@ PREFIX = "_orig_mod."  # of a compiled module
 def load_safetensors(
     model: nn.Module, path: str | os.PathLike[str], strict: bool = True
 ) -> _IncompatibleKeys:
-    """Read a checkpoint of whole tensors into a model, compiled or not, sharded or not; on each
-    rank that has a part of it.
+    """Read a checkpoint of whole tensors into a model, compiled or not, sharded or not: each rank
+    reads its slices only. Nothing is sent; call it on each rank that has a part of the model.
 
     path: a file, or a folder with one file, with parts and their index, or with several files. A
     tensor that the library left out because it is tied to another is no missing one. -> the

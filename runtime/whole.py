@@ -185,9 +185,10 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     """The whole state of a model, compiled or not, sharded or not, on the CPU of the first rank;
     on the other ranks an empty dict. A collective: call it on all ranks, then save on rank 0.
 
-    The keys are those of the plain module's `state_dict()`. With an optimizer a pair: the model's
-    state, and the optimizer's as the `load_state_dict` of a plain process takes it. Raises
-    `RankFailureError` if a rank does not come.
+    The keys and shapes are those of the plain module's `state_dict()`; one whole tensor is gathered
+    at a time. With an optimizer a pair: the model's state, and the optimizer's as the
+    `load_state_dict` of a plain process takes it. Raises `PlanError` for what is no model or
+    optimizer, `RankFailureError` if a rank does not come.
     """
     what = "tspc.full_state_dict"
     root = root_of(model, what)

@@ -51,9 +51,12 @@ from tspc.usage import (
 
 @dataclass(frozen=True)
 class Plan:
-    """What tspc will do with a model on `ranks` ranks.
+    """What tspc will do with a model on `ranks` ranks: print it before you run.
 
-    Print it before you run.
+    ranks: of the TSP axis. The text has a line for each sequence, for what is kept for the backward
+    (bytes a rank) and what runs replicated, then one a value of the rewritten program: shape
+    ("@tsp": cut over the ranks, "+tsp": partial sums, "~tsp": equal, with a partial gradient), op,
+    the model's file and line.
     """
 
     ranks: int
@@ -66,7 +69,10 @@ class Plan:
         return _text(self.rewritten, self.ranks, self.sizes)
 
     def origin(self, name: str) -> str:
-        """Why a region, parameter or value of the printed plan is as it is. Raises `PlanError`."""
+        """Why a region, parameter or value of the printed plan is as it is, one decision a line.
+
+        name: as printed. Raises `PlanError` for one that is not in the plan.
+        """
         check_name("plan.origin(...)", name)
         return origin(self.rewritten, name, self.sizes)
 
@@ -76,11 +82,12 @@ class Plan:
 
     def apply(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
         """Shard the parameters in place as DTensors, by rank 0's values; live optimizers are
-        rebound.
+        rebound. Collective.
 
-        On meta nothing is sent: the parameters become shards on meta, for `model.to_empty` and
-        then `init` or a checkpoint. Raises `PlanError` if the axis has another number of ranks
-        than the plan.
+        mesh: default the one of the options, else the world. On meta nothing is sent: the
+        parameters become shards on meta, for `model.to_empty` and then `init` or a checkpoint.
+        Raises `PlanError` if the axis has another number of ranks than the plan, or the model other
+        parameters.
         """
         where = "plan.apply(...)"
         check_module(where, model)
@@ -105,12 +112,13 @@ class Plan:
         init_fn: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         """Give the parameters and buffers of an applied model the values of one device's under
-        the same `torch.manual_seed` (rank 0's).
+        the same `torch.manual_seed` (rank 0's), bit for bit. Collective.
 
         build: the constructor, run again with one whole parameter at a time in memory; what a
         Hugging Face model does by default, from its config. init_fn(model): initialises in place.
         Default otherwise: `model.init_weights()`, or `reset_parameters()` of each module in order.
-        Raises `PlanError` naming a parameter or buffer that nothing initialises.
+        Raises `PlanError` for a model that is not sharded and for a parameter or buffer that
+        nothing initialises, by name.
         """
         where = "plan.init(...)"
         check_module(where, model)
@@ -129,13 +137,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Verification:
-    """Relative errors by kind and name, and the graphs that ran."""
+    """What `tspc.verify` returns: how far the ranks were from one device.
+
+    errors: kind ("output", "gradient of", "input gradient",
+    "parameter", "buffer") -> name -> the relative error, without unit,
+    |x - x1| / max(|x1|, 1e-3 |X1|) in 2-norms: x1 one device's tensor, X1 all of the kind together.
+    graphs: the compiled graphs that ran.
+    """
 
     errors: dict[str, dict[str, float]]
     graphs: tuple[Simulated, ...] = field(repr=False)
 
     @property
     def worst(self) -> float:
+        """The largest of the errors, 0.0 where nothing was compared."""
         return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
 
 
@@ -158,9 +173,14 @@ def plan(
     mesh: DeviceMesh | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Trace the model on these inputs and decide; nothing runs, so meta tensors will do.
+    """Trace the model on these inputs and decide; nothing runs, so meta tensors will do. No process
+    group is needed.
 
-    Raises `PlanError` without `ranks` or `mesh`, `CaptureError` if the model does not trace.
+    model: a module or a function. args, kwargs: of one call, whole (not this rank's part). ranks:
+    of the TSP axis, or mesh: the `DeviceMesh` that has it. options: as in
+    `torch.compile(options=...)`. -> the `Plan` of the first graph. Raises `PlanError` without
+    `ranks` or `mesh`, `CaptureError` if the model does not trace, `OptionError` for a bad argument
+    or option, `UnsupportedError` for what would be wrong, with the model's file and line.
     """
     where = "plan(...)"
     check_called(where, model, args, kwargs)
@@ -242,11 +262,12 @@ def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[
 
 
 def explain(model: Any, name: str | None = None) -> str:
-    """The rewritten programs of a compiled model, with the schedules of the last call's sizes;
-    after the first call.
+    """The rewritten programs of a compiled model as text, with the schedules of the last call's
+    sizes; after the first call.
 
-    name: of a region, parameter or value in them: where the decisions about it come from. Raises
-    `PlanError` before the first call and for an unknown name.
+    model: what `torch.compile` made, or the module in it. name: of a region, parameter or value in
+    them; then the text says where the decisions about it come from. Raises `PlanError` before the
+    first call, on one rank (which runs plain Inductor), and for an unknown name.
     """
     check_module("explain(...)", model)
     if name is not None:
@@ -293,12 +314,14 @@ def verify(
     options: Mapping[str, Any] | None = None,
     tolerance: float = 1e-5,
 ) -> Verification:
-    """Run the model on one device and on `ranks` simulated ranks; compare outputs and all
-    gradients.
+    """Run the model on one device and on `ranks` simulated ranks in this process; compare outputs,
+    all gradients, and what the forward wrote into parameters and buffers.
 
-    A scalar output gets the cotangent 1, every other differentiable output a fixed random one
-    unless there is a scalar. Raises `ParityError` naming what differs by more than `tolerance`
-    (relative, as `relative_errors`).
+    model: a module with whole parameters; they are left as they were. args, kwargs: of one call.
+    options: as in `torch.compile(options=...)`. A scalar output gets the cotangent 1, every other
+    differentiable output a fixed random one unless there is a scalar. tolerance: a relative error
+    as in `Verification`. Raises `ParityError` naming what differs by more, `OptionError` for a bad
+    argument.
     """
     where = "verify(...)"
     check_called(where, model, args, kwargs, module=True)

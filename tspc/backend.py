@@ -78,10 +78,18 @@ def tsp(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph for this rank of the TSP axis; on one rank this is plain Inductor.
+    """The backend: compile a graph for this rank of the TSP axis; on one rank this is plain
+    Inductor. `torch.compile(model, backend="tsp")` calls it. Collective.
 
-    Raises `OptionError`, `PlanError`, `UnsupportedError` for what cannot run, with the place in
-    the model.
+    gm, example_inputs: as Dynamo gives them. options: `tspc.options.Options` by name. mode: as of
+    `torch.compile`, on one rank only. -> a function of the graph's inputs. Raises `OptionError`,
+    `PlanError`, `UnsupportedError` for what cannot run, with the place in the model, and
+    `RankMismatchError` where the ranks' graphs differ.
+
+    Source: the folded schedules are those of Shyam, Golubeva, Anthony, "Folding Tensor and Sequence
+    Parallelism for Memory-Efficient Transformer Training & Inference" (arXiv:2604.26294);
+    `stationary` is Megatron's tensor with sequence parallelism (arXiv:2205.05198), `gather` what
+    FSDP with context parallelism does.
     """
     chosen = parse(options)
     mode_options(mode)

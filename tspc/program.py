@@ -67,7 +67,7 @@ class Type:
 class Node:
     """One operation.
 
-    `args` may nest tuples; tensors are `Ref`s, sizes are ints or sympy expressions.     param,
+    `args` may nest tuples; tensors are `Ref`s, sizes are ints or sympy expressions. param,
     buffer, input: no args. constant: kwargs["value"] is a nested list. output: args are the
     returned values.
     """
