@@ -9,7 +9,7 @@ export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules mutants graphs scripts wide integrations soak clean
+.PHONY: demo test quick check dist bench profile zoo rules docs mutants graphs scripts wide integrations soak clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ zoo: $(READY)
 
 rules: $(READY)
 	$(BIN)/python -m pytest tests/test_samples.py tests/test_example_scripts.py -k "not curves" --update-golden
+
+docs: $(READY)
+	$(BIN)/python -m docs.picture
+	$(BIN)/python -m docs.reference
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants

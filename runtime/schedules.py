@@ -102,8 +102,8 @@ def _results(body: Body, sums: Sums, stacks: Values) -> tuple[list[Tensor], list
 
 
 def backward(call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Steps:
-    """Cotangents of body.outs (None: zero) -> gradients of tokens, invariants and this rank's
-    shards, None without."""
+    """From the cotangents of body.outs (None: zero) to the gradients of tokens, invariants and this
+    rank's shards, None without."""
     if call.schedule == STATIONARY:
         return (yield from stationary_backward(call, saved, cotangents))
     fixed = {**call.local_tokens(), **call.invariant_values()}

@@ -75,7 +75,8 @@ def stationary_forward(call: Call) -> Steps:
 def stationary_backward(
     call: Call, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> Steps:
-    """Cotangents of body.outs (None: zero) -> gradients of tokens, invariants and shards."""
+    """From the cotangents of body.outs (None: zero) to the gradients of tokens, invariants and
+    shards."""
     body, axis = call.body, call.axis
     values = yield from _gather_tokens(call)
     values.update(call.invariant_values())

@@ -264,10 +264,10 @@ def load_full_state_dict(
     """Load a state of whole tensors, as `full_state_dict` and one device give it, into a model
     that may be sharded, and into its optimizer. A collective: call it on all ranks.
 
-    The first rank's state is taken and sent one tensor at a time; the others' is not looked at
-    and may be None. Keys may have the prefix of a compiled module. -> what
-    `model.load_state_dict(..., strict)` returns; raises what it raises, on all ranks, and
-    `RankFailureError` if a rank does not come.
+    state, and with an optimizer optimizer_state: the first rank's are taken and sent one tensor at
+    a time, the others' are not looked at and may be None. Keys may have the prefix of a compiled
+    module. -> what `model.load_state_dict(..., strict)` returns; raises what it raises, on all
+    ranks, and `RankFailureError` if a rank does not come.
     """
     what = "tspc.load_full_state_dict"
     root = root_of(model, what)

@@ -139,9 +139,9 @@ class Plan:
 class Verification:
     """What `tspc.verify` returns: how far the ranks were from one device.
 
-    errors: kind ("output", "gradient of", "input gradient",
-    "parameter", "buffer") -> name -> the relative error, without unit,
-    |x - x1| / max(|x1|, 1e-3 |X1|) in 2-norms: x1 one device's tensor, X1 all of the kind together.
+    errors: kind ("output", "gradient of", "input gradient", "parameter", "buffer") -> name -> the
+    relative error, without unit: |x - x1| / max(|x1|, 1e-3 |X1|) in 2-norms, x1 one device's
+    tensor, X1 all of the kind together.
     graphs: the compiled graphs that ran.
     """
 
