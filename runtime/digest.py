@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 BLOCK = 1 << 15  # words that are mixed at a time: they stay in a core's cache
+ARRAYS = (torch.int64, torch.int32, torch.float32, torch.float64, torch.bool)
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
 def digest(x: torch.Tensor) -> int:
     """Of a tensor on the CPU."""
-    data = _bytes(x).numpy()
+    data = _numpy(x)
     whole = len(data) & ~7
     found = int.from_bytes(data[whole:].tobytes(), "little") * GOLDEN
     words, weights, mixed = data[:whole].view(np.uint64), *_tables()
@@ -47,6 +48,12 @@ def digest_there(x: torch.Tensor) -> torch.Tensor:
 def is_plain(x: torch.Tensor) -> bool:
     """Its contents are there to be read, the same on all ranks."""
     return type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided
+
+
+def _numpy(x: torch.Tensor) -> np.ndarray:
+    if x.dtype in ARRAYS and x.is_contiguous() and not x.is_neg():
+        return x.detach().numpy().reshape(-1).view(np.uint8)
+    return _bytes(x).numpy()
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ never waited for."""
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,7 +261,8 @@ def _hash(data: bytes) -> int:
 
 
 def _hash_of(numbers: Sequence[int]) -> int:
-    return _hash(array("q", numbers).tobytes())
+    """Python's own of a tuple: of integers, it is the same in every process."""
+    return hash(tuple(numbers))
 
 
 def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:

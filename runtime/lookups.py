@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -25,6 +26,29 @@ ADVICE = (
 )
 
 
+@dataclass(frozen=True)
+class Lengthwise:
+    """What is done for calls of the same lengths: ops that make the indices, what is checked."""
+
+    ops: Sequence[tuple[str, Any, Sequence[Any], Mapping[str, Any]]]
+    checks: Sequence[tuple[Lookup, int]]
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """By name; an op's operands are values, or as they are."""
+        values = dict(given)
+        for name, op, args, kwargs in self.ops:
+            filled = {k: _filled(a, values) for k, a in kwargs.items()}
+            values[name] = op(*[_filled(a, values) for a in args], **filled)
+        return values
+
+
+def _filled(a: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(a, Ref):
+        value = values[a.name]
+        return value[a.item or 0] if isinstance(value, (list, tuple)) else value
+    return [_filled(x, values) for x in a] if isinstance(a, list) else a
+
+
 class Indices:
     """Called with the sizes of a call and its inputs by name; -> what to raise, if anything.
 
@@ -34,51 +58,59 @@ class Indices:
 
     def __init__(self, lookups: Lookups, device: torch.device):
         self.lookups, self.device = lookups, device
-        self.good: set[tuple[int, ...]] = set()
+        self.known: dict[tuple[int, ...], Lengthwise] = {}
 
     def __call__(
         self, sizes: Mapping[Any, int], given: Mapping[str, Any]
     ) -> IndexRangeError | None:
         lengths = tuple(sizes.values())
-        known, values = lengths in self.good, dict(given)
+        known = self.known.get(lengths)
+        plan = known or self._plan(sizes, given, self.lookups.found)
         with torch.no_grad():
-            for lookup in self.lookups.found:
-                count = math.prod(int(evaluate(n, sizes)) for n in lookup.shape)
-                small = 0 < count <= LARGE or lookup.own
-                if not small or not count or (known and not lookup.of):
-                    continue
-                index = self._value(lookup.index, sizes, values)
-                wrong = self._check(lookup, index, int(evaluate(lookup.size, sizes)))
+            values = plan.values(given)
+            for lookup, size in plan.checks:
+                wrong = self._check(lookup, _filled(lookup.index, values), size)
                 if wrong is not None:
                     return wrong
-        if len(self.good) >= KEPT:
-            self.good.clear()
-        self.good.add(lengths)
+        if known is None:
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            again = [lookup for lookup, _ in plan.checks if lookup.of]
+            self.known[lengths] = self._plan(sizes, given, again)
         return None
 
-    def _value(self, ref: Ref, sizes: Mapping[Any, int], values: dict[str, Any]) -> Any:
-        if ref.name not in values:
-            node = self.lookups.nodes[ref.name]
-            assert node.op not in PLACEHOLDERS, f"{ref.name} is not given"
-            if node.op == CONSTANT:
-                made = torch.tensor(
-                    node.kwargs["value"], dtype=node.type.dtype, device=self.device
-                ).reshape([int(n) for n in node.type.shape])
-            else:
-                args = [self._argument(a, sizes, values) for a in node.args]
-                kwargs = {k: self._argument(a, sizes, values) for k, a in node.kwargs.items()}
-                # the clone that made it viewable may be gone
-                made = args[0].reshape(args[1]) if node.op in VIEWS else node.op(*args, **kwargs)
-            values[ref.name] = made
-        made = values[ref.name]
-        return made[ref.item or 0] if isinstance(made, (list, tuple)) else made
+    def _plan(
+        self, sizes: Mapping[Any, int], given: Mapping[str, Any], found: Sequence[Lookup]
+    ) -> Lengthwise:
+        checks, ops = [], {}
+        for lookup in found:
+            count = math.prod(int(evaluate(n, sizes)) for n in lookup.shape)
+            if count and (count <= LARGE or lookup.own):
+                checks.append((lookup, int(evaluate(lookup.size, sizes))))
+                self._add(lookup.index, sizes, given, ops)
+        return Lengthwise(list(ops.values()), checks)
 
-    def _argument(self, a: Any, sizes: Mapping[Any, int], values: dict[str, Any]) -> Any:
-        if isinstance(a, Ref):
-            return self._value(a, sizes, values)
-        if isinstance(a, (tuple, list)):
-            return [self._argument(x, sizes, values) for x in a]
-        return evaluate(a, sizes) if isinstance(a, sympy.Expr) else a
+    def _add(
+        self, ref: Ref, sizes: Mapping[Any, int], given: Mapping[str, Any], ops: dict[str, Any]
+    ) -> None:
+        """The ops that make a value, operands first."""
+        if ref.name in given or ref.name in ops:
+            return
+        node = self.lookups.nodes[ref.name]
+        assert node.op not in PLACEHOLDERS, f"{ref.name} is not given"
+        if node.op == CONSTANT:
+            value = torch.tensor(
+                node.kwargs["value"], dtype=node.type.dtype, device=self.device
+            ).reshape([int(n) for n in node.type.shape])
+            ops[ref.name] = ref.name, torch.clone, [value], {}
+            return
+        for operand in node.refs():
+            self._add(operand, sizes, given, ops)
+        args = [_sized(a, sizes) for a in node.args]
+        kwargs = {k: _sized(a, sizes) for k, a in node.kwargs.items()}
+        # the clone that made it viewable may be gone
+        op, kept = (torch.reshape, args[:2]) if node.op in VIEWS else (node.op, args)
+        ops[ref.name] = ref.name, op, kept, kwargs
 
     def _check(self, lookup: Lookup, index: torch.Tensor, size: int) -> IndexRangeError | None:
         first = -size if lookup.wraps else 0
@@ -96,6 +128,12 @@ class Indices:
             f"{_told(lookup, size)} is given {value} on rank {_rank()}, at {at} of an index {of}. "
             f"Do this: {ADVICE}"
         )
+
+
+def _sized(a: Any, sizes: Mapping[Any, int]) -> Any:
+    if isinstance(a, (tuple, list)):
+        return [_sized(x, sizes) for x in a]
+    return evaluate(a, sizes) if isinstance(a, sympy.Expr) else a
 
 
 def _rank() -> int:
