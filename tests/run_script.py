@@ -1,8 +1,10 @@
 """Runs a script as `python` does, with the backend's pieces uncompiled (Inductor takes minutes for
-what lasts seconds) and in float64 (with --bf16: float32): `run_script.py SCRIPT ARGUMENTS`."""
+what lasts seconds; $COMPILER says otherwise) and in float64 (with --bf16: float32): `run_script.py
+SCRIPT ARGUMENTS`."""
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from typing import Any
@@ -14,10 +16,10 @@ from tspc import backend, options
 if __name__ == "__main__":
     parse = options.parse
 
-    def eager(given: Any) -> options.Options:
-        return parse({"compiler": "eager", **(given or {})})
+    def compiled_by(given: Any) -> options.Options:
+        return parse({"compiler": os.environ.get("COMPILER", "eager"), **(given or {})})
 
-    backend.parse = eager
+    backend.parse = compiled_by
     if "--bf16" not in sys.argv:  # autocast leaves float64 alone
         torch.set_default_dtype(torch.float64)
     del sys.argv[0]

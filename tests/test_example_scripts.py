@@ -53,10 +53,12 @@ CASES = {
 }
 
 
-def start(ranks: int, script: Path, *args: str, folder: Path) -> subprocess.Popen[str]:
+def start(
+    ranks: int, script: Path, *args: str, folder: Path, compiler: str = "eager"
+) -> subprocess.Popen[str]:
     """Under torchrun, or by python where ranks is 0."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COMPILER": compiler}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks else []), RUN, str(script), *args]
     folder.mkdir(exist_ok=True)
@@ -86,11 +88,13 @@ def parameters() -> list[Any]:
     return [pytest.param(name, marks=case.marks, id=name) for name, case in CASES.items()]
 
 
-def both(script: Path, *args: str, folder: Path) -> tuple[list[float], list[float]]:
+def both(
+    script: Path, *args: str, folder: Path, compiler: str = "eager"
+) -> tuple[list[float], list[float]]:
     """What it prints on one device, and with the one line on two ranks."""
     runs = [
         start(0, script, *args, folder=folder / "plain"),
-        start(2, script, "--tsp", *args, folder=folder / "on_ranks"),
+        start(2, script, "--tsp", *args, folder=folder / "on_ranks", compiler=compiler),
     ]
     try:
         one, many = [curve(r) for r in runs]
@@ -111,6 +115,13 @@ def test_curves_are_equal(name: str, tmp_path: Path) -> None:
         again = curve(start(case.resumes, script, "--tsp", "--resume", folder=folder))
         assert len(again) > 2
         assert again == pytest.approx(one[-len(again) :], rel=case.tolerance, abs=0.0)
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("name", ["nanogpt", "generate", "accelerate_loop"])
+def test_curves_are_equal_under_inductor(name: str, tmp_path: Path) -> None:
+    one, many = both(SCRIPTS / f"{name}.py", folder=tmp_path, compiler="inductor")
+    assert many == pytest.approx(one, rel=CASES[name].tolerance, abs=0.0)
 
 
 @pytest.mark.integrations

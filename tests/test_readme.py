@@ -28,12 +28,25 @@ def test_code_runs(
         assert "{blocks.1.mlp}" in capsys.readouterr().out
 
 
+STRIDED = """
+import torch
+from tests.models import strided
+for name in ("randn", "randint"):
+    def draw(*args, real=getattr(torch, name), **kwargs):
+        return strided(real(*args, **kwargs))
+    setattr(torch, name, draw)
+"""
+
+
 @pytest.mark.dist
 @pytest.mark.integrations
+@pytest.mark.parametrize("before", ["", STRIDED], ids=["as-written", "strided"])
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_runs_on_ranks(number: int, tmp_path: Path) -> None:
-    (tmp_path / "block.py").write_text(BLOCKS[number])
-    _, errors, code = finished(start(2, tmp_path / "block.py", folder=tmp_path))
+def test_code_runs_on_ranks(number: int, before: str, tmp_path: Path) -> None:
+    (tmp_path / "block.py").write_text(before + BLOCKS[number])
+    _, errors, code = finished(
+        start(2, tmp_path / "block.py", folder=tmp_path, compiler="inductor")
+    )
     assert code == 0, errors
 
 
