@@ -142,16 +142,16 @@ def moved(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps:
 def carry(axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool) -> Steps:
     """Of one element per tile: the sum of those of the tiles before it, or behind it."""
     handle = yield AllGather(x.movedim(dim, 0).contiguous())
-    every = handle.wait().to(summing(x.dtype))
-    every = every.unflatten(1, (lead, layout.chunks)).transpose(0, 1).flatten(1, 2)
-    shape, ordered = every.shape, layout.in_order(every, 1, 1).flatten(0, 1)
+    totals = handle.wait().to(summing(x.dtype))
+    totals = totals.unflatten(1, (lead, layout.chunks)).transpose(0, 1).flatten(1, 2)
+    shape, ordered = totals.shape, layout.in_order(totals, 1, 1).flatten(0, 1)
     if after:
         ordered = ordered.flip(0)
     before = torch.cat([torch.zeros_like(ordered[:1]), ordered[:-1]]).cumsum(0)
     if after:
         before = before.flip(0)
-    mine = before.view(shape)[:, layout.chunk_ids(axis.rank)].flatten(0, 1)
-    return mine.to(x.dtype).movedim(0, dim).contiguous()
+    local = before.view(shape)[:, layout.chunk_ids(axis.rank)].flatten(0, 1)
+    return local.to(x.dtype).movedim(0, dim).contiguous()
 
 
 def _by_tile(x: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -173,8 +173,8 @@ def convolution(
     tiles: int,
 ) -> torch.Tensor:
     """Of each tile, without pads."""
-    given = (_by_tile(x, tiles), weight, bias, 1, 0, dilation, groups)
-    return _side_by_side(torch.nn.functional.conv1d(*given), tiles).contiguous()
+    operands = (_by_tile(x, tiles), weight, bias, 1, 0, dilation, groups)
+    return _side_by_side(torch.nn.functional.conv1d(*operands), tiles).contiguous()
 
 
 def convolution_backward(
@@ -188,9 +188,9 @@ def convolution_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are wanted of x, the weight and the bias."""
     bias = [weight.shape[0]] if wanted[2] else None
-    rest = ([1], [0], [dilation], False, [0], groups, wanted)
-    given = (_by_tile(g, tiles).contiguous(), _by_tile(x, tiles), weight)
-    made = list(torch.ops.aten.convolution_backward(*given, bias, *rest))
+    settings = ([1], [0], [dilation], False, [0], groups, wanted)
+    operands = (_by_tile(g, tiles).contiguous(), _by_tile(x, tiles), weight)
+    gradients = list(torch.ops.aten.convolution_backward(*operands, bias, *settings))
     if wanted[0]:
-        made[0] = _side_by_side(made[0], tiles)
-    return [t.contiguous() for t, w in zip(made, wanted) if w]
+        gradients[0] = _side_by_side(gradients[0], tiles)
+    return [t.contiguous() for t, w in zip(gradients, wanted) if w]

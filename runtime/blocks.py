@@ -196,10 +196,10 @@ def _checks(
     """The predicates to evaluate on a block, None where it is empty."""
     out = []
     for text in spec.texts:
-        found = truth(text, queries, keys, spec.sizes, bounds)
-        if found is False:
+        answer = truth(text, queries, keys, spec.sizes, bounds)
+        if answer is False:
             return None
-        if found is None:
+        if answer is None:
             out.append(text)
     return tuple(out)
 
@@ -221,17 +221,17 @@ class Blocks:
     """The runs of one attention on one rank."""
 
     spec: Spec
-    given: Given
+    masking: Given
     chunks: tuple[int, ...]
     device: torch.device
 
     def runs(self) -> Iterator[tuple[Run, Tensor | None]]:
         """Each run, and what is taken off its scores, if anything is."""
-        spec, masked = self.spec, self.given.mask is not None
+        spec, masked = self.spec, self.masking.mask is not None
         if not spec.predicate and not (spec.causal and masked) and not spec.fill:
             runs = _plain(spec, self.chunks)
-        elif self.given.data is not None:
-            runs = _looked_at(spec, self.chunks, _edge(spec), _bounds(self.given.data))
+        elif self.masking.data is not None:
+            runs = _looked_at(spec, self.chunks, _edge(spec), _bounds(self.masking.data))
         else:
             runs = _known(spec, self.chunks, _edge(spec))
         for run in runs:
@@ -240,7 +240,7 @@ class Blocks:
 
     def view(self, run: Run, b: Block, top: Tensor | None, wide: torch.dtype) -> View:
         """Of one block."""
-        factors, states, p = None, self.given.states, self.spec.dropout
+        factors, states, p = None, self.masking.states, self.spec.dropout
         if states is not None:
             kept = kept_keys(states[:, :, b.q0 : b.q1], b.k0, b.k1, p)
             factors = kept.to(wide) * (1.0 / (1.0 - p) if p < 1 else 0.0)
@@ -265,12 +265,12 @@ class Blocks:
         q = torch.arange(b.q0 - run.q0, b.q1 - run.q0, device=self.device) + run.first
         q = q.clamp(max=self.spec.length - 1)
         k = torch.arange(b.k0, b.k1, device=self.device)
-        parts = [mask(t, q, k, self.spec.sizes, self.given.data) for t in b.checks]
+        parts = [mask(t, q, k, self.spec.sizes, self.masking.data) for t in b.checks]
         return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
     def _operand(self, b: Block) -> Tensor | None:
         """The mask tensor on a block."""
-        whole = self.given.mask
+        whole = self.masking.mask
         return None if whole is None else b.of(whole)
 
     def _total(self, keep: Tensor | None, operand: Tensor | None) -> Tensor:
@@ -287,7 +287,7 @@ class Blocks:
     @cached_property
     def _is_low(self) -> bool:
         """The mask tensor alone may be all that a query sees of a score."""
-        x = self.given.mask
+        x = self.masking.mask
         if x is None or x.dtype == torch.bool:
             return x is not None
         return bool((x <= LOW).any())

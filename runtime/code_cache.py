@@ -72,16 +72,16 @@ def _written(folder: Path) -> Iterator[Path]:
 def unfinished(folder: Path) -> list[Path]:
     """Libraries in the cache that end before what their header announces, and that nobody is
     compiling now."""
-    found = []
+    files = []
     for file in folder.glob("*/*.so"):
         try:
             if not _whole(file):
                 with FileLock(_lock(file), timeout=0):
                     pass
-                found.append(file)
+                files.append(file)
         except (OSError, TimeoutError):  # another process removed or compiles it
             continue
-    return found
+    return files
 
 
 def _lock(file: Path) -> str:

@@ -21,15 +21,15 @@ def digest(x: torch.Tensor) -> int:
     """Of a tensor on the CPU."""
     data = _numpy(x)
     whole = len(data) & ~7
-    found = int.from_bytes(data[whole:].tobytes(), "little") * GOLDEN
+    value = int.from_bytes(data[whole:].tobytes(), "little") * GOLDEN
     words, weights, mixed = data[:whole].view(np.uint64), *_tables()
     for start in range(0, len(words), BLOCK):
         block = words[start : start + BLOCK]
         out = mixed[: len(block)]
         np.right_shift(block, np.uint64(32), out=out)
         np.bitwise_xor(block, out, out=out)
-        found = found * GOLDEN + int(out.dot(weights[: len(block)]))
-    return (found & _MASK) - (1 << 63)
+        value = value * GOLDEN + int(out.dot(weights[: len(block)]))
+    return (value & _MASK) - (1 << 63)
 
 
 def digest_there(x: torch.Tensor) -> torch.Tensor:

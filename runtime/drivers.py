@@ -216,15 +216,15 @@ def lockstep(generators: Sequence[Steps]) -> list[Any]:
 
 
 def _compare(requests: Sequence[Request]) -> None:
-    def told(q: Request) -> tuple[Any, ...]:
+    def described(q: Request) -> tuple[Any, ...]:
         peer = getattr(q, "source", getattr(q, "target", None))
         shape = tuple(q.tensor.shape)[isinstance(q, Exchange) :]  # rows differ by rank
         return type(q).__name__, q.link, shape, q.tensor.dtype, peer
 
-    first = told(requests[0])
+    first = described(requests[0])
     for r, q in enumerate(requests):
-        if told(q) != first:
-            raise RankMismatchError(f"rank 0 issues {first}, rank {r} issues {told(q)}")
+        if described(q) != first:
+            raise RankMismatchError(f"rank 0 issues {first}, rank {r} issues {described(q)}")
 
 
 def _answers(requests: Sequence[Request]) -> list[Any]:

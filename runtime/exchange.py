@@ -142,10 +142,10 @@ def gather_weight_backward(
     blocks = g.reshape(axis.size, units, *g.shape[1:]).contiguous()
     if partial:
         handle = yield ReduceScatter(blocks.to(summing(g.dtype, reduce)), "weights")
-        mine = handle.wait()
+        block = handle.wait()
     else:
-        mine = blocks[axis.rank].clone()
-    return mine.to(dtype).movedim(0, dim).contiguous()
+        block = blocks[axis.rank].clone()
+    return block.to(dtype).movedim(0, dim).contiguous()
 
 
 def embed(
@@ -165,13 +165,13 @@ def embed(
         target = (axis.rank - 1 - turn) % axis.size
         local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
         places, index = _owned(local, axis.rank, shard.shape[0])
-        mine = shard.index_select(0, index).to(dtype)
+        looked_up = shard.index_select(0, index).to(dtype)
         shape = (*local.shape, width)
-        found = handle.wait() if handle else shard.new_zeros(shape, dtype=dtype)
-        found.view(-1, width).index_copy_(0, places, mine)
+        rows_so_far = handle.wait() if handle else shard.new_zeros(shape, dtype=dtype)
+        rows_so_far.view(-1, width).index_copy_(0, places, looked_up)
         if turn + 1 == axis.size:
-            return found
-        handle = yield Shift(found)
+            return rows_so_far
+        handle = yield Shift(rows_so_far)
 
 
 def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torch.Tensor]:

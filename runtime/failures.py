@@ -53,11 +53,11 @@ def failure(lost: Lost, what: str, group: Any) -> RankFailureError:
     me = dist.get_rank()
     where = ", ".join([what, *lost.places])
     peer = None if lost.peer is None else ranks[lost.peer]
-    mine = f"waits in {where} for {lost.collective}"
-    told = _others(me, ranks, mine if peer is None else f"{mine} with rank {peer}")
-    silent = [r for r in ranks if r != me and r not in told]
+    here = f"waits in {where} for {lost.collective}"
+    others = _others(me, ranks, here if peer is None else f"{here} with rank {peer}")
+    silent = [r for r in ranks if r != me and r not in others]
     missing = [peer] if peer in silent else silent
-    facts = [f"rank {r} {text}" for r, text in sorted(told.items())]
+    facts = [f"rank {r} {text}" for r, text in sorted(others.items())]
     if missing:
         facts.insert(0, f"missing: {', '.join(f'rank {r}' for r in missing)}")
     reason = str(lost.cause).strip().splitlines()[0]
@@ -73,29 +73,29 @@ def told(what: str, group: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        found = lost(e, dist.ProcessGroup, "torch")
-        if not isinstance(found, Lost):
+        loss = lost(e, dist.ProcessGroup, "torch")
+        if not isinstance(loss, Lost):
             raise
-        found.collective = "a collective of torch's"
-        raise failure(found, what, group) from e
+        loss.collective = "a collective of torch's"
+        raise failure(loss, what, group) from e
 
 
-def _others(me: int, ranks: Sequence[int], mine: str) -> dict[int, str]:
+def _others(me: int, ranks: Sequence[int], here: str) -> dict[int, str]:
     """Rank -> where it waits, of those that say so in time."""
-    found: dict[int, str] = {}
+    waits: dict[int, str] = {}
     try:
         store = default_store()
         before, left = store.timeout, time.monotonic() + GRACE
         store.set_timeout(timedelta(seconds=GRACE))
         try:
-            store.set(f"{KEY}{me}", mine)
-            while len(found) < len(ranks) - 1 and time.monotonic() < left:
+            store.set(f"{KEY}{me}", here)
+            while len(waits) < len(ranks) - 1 and time.monotonic() < left:
                 for r in ranks:
-                    if r != me and r not in found and store.check([f"{KEY}{r}"]):
-                        found[r] = store.get(f"{KEY}{r}").decode()
+                    if r != me and r not in waits and store.check([f"{KEY}{r}"]):
+                        waits[r] = store.get(f"{KEY}{r}").decode()
                 time.sleep(0.05)
         finally:
             store.set_timeout(before)
     except RuntimeError:  # the rank that holds the store is gone too
         pass
-    return found
+    return waits

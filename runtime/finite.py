@@ -20,24 +20,24 @@ LISTED = 4
 WHAT = "the check for NaN"
 
 
-def check_outputs(place: Place, outputs: Named, given: Named) -> None:
-    """given: parameters and inputs, searched if an output is wrong. Collective; raises
+def check_outputs(place: Place, outputs: Named, inputs: Named) -> None:
+    """inputs: parameters and inputs, searched if an output is wrong. Collective; raises
     `NonFiniteError` on all ranks."""
     wrong = _wrong(place, outputs, True)
     if wrong:
-        raise NonFiniteError(f"{_listed(wrong)} after the forward; {_blame(place, given)}")
+        raise NonFiniteError(f"{_listed(wrong)} after the forward; {_blame(place, inputs)}")
 
 
-def check_gradients(place: Place, gradients: Named, given: Named) -> None:
+def check_gradients(place: Place, gradients: Named, inputs: Named) -> None:
     """The same after a backward."""
     wrong = _wrong(place, gradients, False)
     if wrong:
-        told = _listed([(f"the gradient of {n}", r) for n, r in wrong])
-        raise NonFiniteError(f"{told} after the backward; {_blame(place, given)}")
+        listed = _listed([(f"the gradient of {n}", r) for n, r in wrong])
+        raise NonFiniteError(f"{listed} after the backward; {_blame(place, inputs)}")
 
 
-def _blame(place: Place, given: Named) -> str:
-    wrong = _wrong(place, given, False)
+def _blame(place: Place, inputs: Named) -> str:
+    wrong = _wrong(place, inputs, False)
     if wrong:
         return f"already what the call was given is not finite: {_listed(wrong)}"
     return "all parameters and float inputs are finite, so it arises on the way"
@@ -48,12 +48,12 @@ def _wrong(place: Place, values: Named, outputs: bool) -> list[tuple[str, list[i
     if not values:
         return []
     flags = torch.tensor([_is_wrong(x, outputs) for _, x in values], dtype=torch.int8)
-    found = distributed(_gather(flags, "checks"), place.axis, place.groups, WHAT)
+    counts = distributed(_gather(flags, "checks"), place.axis, place.groups, WHAT)
     if place.replicas is not None:
         groups = {"activations": place.groups["replica checks"]}
-        steps = _gather(found, "activations")
-        found = distributed(steps, place.replicas, groups, WHAT).amax(0)
-    ranks = [r.nonzero().flatten().tolist() for r in found.T]
+        steps = _gather(counts, "activations")
+        counts = distributed(steps, place.replicas, groups, WHAT).amax(0)
+    ranks = [r.nonzero().flatten().tolist() for r in counts.T]
     return [(n, r) for (n, _), r in zip(values, ranks) if r]
 
 
@@ -73,5 +73,5 @@ def _gather(x: torch.Tensor, link: str) -> Steps:
 def _listed(wrong: Sequence[tuple[str, list[int]]]) -> str:
     name, ranks = wrong[0]
     more = ", ".join(n for n, _ in wrong[1 : 1 + LISTED])
-    rest = f" (so are {len(wrong) - 1} more: {more})" if more else ""
-    return f"{name} is not finite on ranks {ranks}{rest}"
+    others = f" (so are {len(wrong) - 1} more: {more})" if more else ""
+    return f"{name} is not finite on ranks {ranks}{others}"

@@ -74,9 +74,9 @@ class Wholes(TorchDispatchMode):
         used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self.bring([k for x in used if (k := self.kept.get(storage_key(x))) is not None])
         for i, a in enumerate(func._schema.arguments):
-            given = args[i] if i < len(args) else kwargs.get(a.name)
+            value = args[i] if i < len(args) else kwargs.get(a.name)
             if a.alias_info is not None and a.alias_info.is_write:
-                for x in tree_leaves(given):
+                for x in tree_leaves(value):
                     self.wrote(x)
         return func(*args, **kwargs)
 
@@ -103,20 +103,20 @@ class Wholes(TorchDispatchMode):
             if not k.resident:
                 self._return(k)
 
-    def store(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
+    def store(self, part: torch.Tensor, whole: torch.Tensor) -> None:
         """Copy this rank's part of a tensor that is not needed any more."""
         k = self.kept.get(storage_key(whole))
         if k is not None:
             self.bring([k])
-        _part(mine, whole)
+        _part(part, whole)
         if k is not None:
             self.drop(whole)
 
     def _leave(self, k: _Kept) -> None:
         axis, n = self.place.axis, k.tensor.numel()
         rows = -(-n // axis.size)
-        mine = k.tensor[min(axis.rank * rows, n) : min((axis.rank + 1) * rows, n)]
-        k.chunk = torch.cat([mine, mine.new_zeros(rows - mine.numel())])
+        part = k.tensor[min(axis.rank * rows, n) : min((axis.rank + 1) * rows, n)]
+        k.chunk = torch.cat([part, part.new_zeros(rows - part.numel())])
         k.tensor.untyped_storage().resize_(0)
         k.resident = False
 
@@ -196,28 +196,32 @@ def _rebuild(model: nn.Module, place: Place, build: Callable[[], nn.Module]) -> 
     )
     try:
         with wholes, torch.device(device):
-            made = build()
+            built = build()
     finally:
         hook.remove()
-    given = dict(made.named_parameters()) | dict(made.named_buffers())
-    for name, mine in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in given or given[name].shape != mine.shape:
-            found = tuple(given[name].shape) if name in given else "nothing of that name"
+    built_tensors = dict(built.named_parameters()) | dict(built.named_buffers())
+    for name, stored in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in built_tensors or built_tensors[name].shape != stored.shape:
+            shape = (
+                tuple(built_tensors[name].shape)
+                if name in built_tensors
+                else "nothing of that name"
+            )
             raise PlanError(
-                f"{name} is {tuple(mine.shape)}, what was built has {found}: build= makes the "
+                f"{name} is {tuple(stored.shape)}, what was built has {shape}: build= makes the "
                 "model that was planned"
             )
-        wholes.store(mine, given[name])
+        wholes.store(stored, built_tensors[name])
 
 
-def _part(mine: torch.Tensor, whole: torch.Tensor) -> None:
+def _part(stored: torch.Tensor, whole: torch.Tensor) -> None:
     """This rank's part of a whole tensor; no communication."""
     whole = whole.detach()
-    if isinstance(mine, DTensor):
-        part = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
-        mine.to_local().copy_(part.to_local())
+    if isinstance(stored, DTensor):
+        part = distribute_tensor(whole, stored.device_mesh, stored.placements, src_data_rank=None)
+        stored.to_local().copy_(part.to_local())
     else:
-        mine.copy_(whole)
+        stored.copy_(whole)
 
 
 def _in_place(model: nn.Module, place: Place, init_fn: Callable[[nn.Module], Any] | None) -> None:
@@ -244,33 +248,33 @@ def _in_place(model: nn.Module, place: Place, init_fn: Callable[[nn.Module], Any
                 "reset_parameters that writes it. Pass the constructor, plan.init(model, "
                 "build=lambda: Model(...)), or a function, plan.init(model, init_fn=...)"
             )
-        for mine, p in pairs:
-            wholes.store(mine, p)
+        for stored, p in pairs:
+            wholes.store(stored, p)
 
 
 @contextlib.contextmanager
 def _whole(model: nn.Module, wholes: Wholes) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
     """The model with a whole parameter, without memory, in the place of each shard."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    by_id: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for m in model.modules():
         for n, p in m._parameters.items():
             if p is None:
                 continue
-            if isinstance(p, DTensor) and id(p) not in made:
+            if isinstance(p, DTensor) and id(p) not in by_id:
                 data = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                made[id(p)] = p, nn.Parameter(data, requires_grad=p.requires_grad)
-                wholes.keep(made[id(p)][1])
-                wholes.drop(made[id(p)][1])
+                by_id[id(p)] = p, nn.Parameter(data, requires_grad=p.requires_grad)
+                wholes.keep(by_id[id(p)][1])
+                wholes.drop(by_id[id(p)][1])
             elif not isinstance(p, DTensor):
                 wholes.keep(p, stays=True)
-            if id(p) in made:
+            if id(p) in by_id:
                 places.append((m._parameters, n, p))
-                m._parameters[n] = made[id(p)][1]
+                m._parameters[n] = by_id[id(p)][1]
     for b in model.buffers():
         wholes.keep(b, stays=True)
     try:
-        yield list(made.values())
+        yield list(by_id.values())
     finally:
         for parameters, n, p in places:
             parameters[n] = p

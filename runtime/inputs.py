@@ -46,7 +46,7 @@ class Section:
     """What a rank tells of one thing, in words, if another rank tells otherwise."""
 
     verb: str
-    told: Mapping[str, str]
+    facts: Mapping[str, str]
     advice: str
 
 
@@ -67,7 +67,7 @@ class Checker:
     graph: str
     params: Sequence[str]
     calls: int = 0
-    known: dict[Any, list[int]] = field(default_factory=dict)
+    hashes: dict[Any, list[int]] = field(default_factory=dict)
     kept: dict[str, tuple[Any, int]] = field(default_factory=dict)
     taken: drift.Taken = field(default_factory=drift.Taken)
 
@@ -81,16 +81,16 @@ class Checker:
             return
         arrived()
         self.calls += 1
-        given = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
-        read = {n: x for n, x in given.items() if is_plain(x)}
+        named = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
+        read = {n: x for n, x in named.items() if is_plain(x)}
         here = {n: self._digest(n, x) for n, x in read.items() if not _is_late(x)}
         steps = [self.calls, *self.taken.since(params)]
         grads = drift.gradients(params)
-        words = list(self._words(given, numbers))
+        words = list(self._words(named, numbers))
         words += [_hash_of(x) for x in (list(here.values()), steps, grads)]
 
         def sections() -> list[Section]:
-            shapes = {n: text(x.dtype, x.shape) for n, x in given.items()}
+            shapes = {n: text(x.dtype, x.shape) for n, x in named.items()}
             shapes = {**self.facts, **shapes}
             contents = {n: f"{h & (1 << 64) - 1:016x}" for n, h in here.items()}
             return [
@@ -107,19 +107,19 @@ class Checker:
             self._send(late)
 
     def _graph(self, numbers: Sequence[int]) -> dict[str, str]:
-        given = {f"number {i}": str(n) for i, n in enumerate(numbers)}
-        return {"the graph": self.graph, **given}
+        numbered = {f"number {i}": str(n) for i, n in enumerate(numbers)}
+        return {"the graph": self.graph, **numbered}
 
-    def _words(self, given: Mapping[str, torch.Tensor], numbers: Sequence[int]) -> list[int]:
+    def _words(self, named: Mapping[str, torch.Tensor], numbers: Sequence[int]) -> list[int]:
         """Of the shapes and of the graph with its numbers; kept for the next call like this."""
-        key = (tuple(numbers), *((n, x.dtype, x.shape) for n, x in given.items()))
-        if key not in self.known:
-            shapes = [(n, text(x.dtype, x.shape)) for n, x in given.items()]
-            if len(self.known) >= KEPT:
-                self.known.clear()
-            told = repr((self.facts, shapes)), repr(self._graph(numbers))
-            self.known[key] = [_hash(t.encode()) for t in told]
-        return self.known[key]
+        key = (tuple(numbers), *((n, x.dtype, x.shape) for n, x in named.items()))
+        if key not in self.hashes:
+            shapes = [(n, text(x.dtype, x.shape)) for n, x in named.items()]
+            if len(self.hashes) >= KEPT:
+                self.hashes.clear()
+            described = repr((self.facts, shapes)), repr(self._graph(numbers))
+            self.hashes[key] = [_hash(t.encode()) for t in described]
+        return self.hashes[key]
 
     def _digest(self, name: str, x: torch.Tensor) -> int:
         if name not in self.lasting or x.is_inference():
@@ -131,12 +131,14 @@ class Checker:
 
     def _send(self, late: Mapping[str, torch.Tensor]) -> None:
         """The digests of what is on an accelerator, made and compared there."""
-        found = torch.stack([digest_there(x) for x in late.values()])
-        told = distributed(_gather(found, "activations"), self.place.axis, self.place.groups, CHECK)
-        same = (told == told[:1]).all(0).to("cpu", non_blocking=True)
+        digests = torch.stack([digest_there(x) for x in late.values()])
+        gathered = distributed(
+            _gather(digests, "activations"), self.place.axis, self.place.groups, CHECK
+        )
+        same = (gathered == gathered[:1]).all(0).to("cpu", non_blocking=True)
         event = None
-        if found.device.type != "cpu":
-            event = torch.Event(found.device)
+        if digests.device.type != "cpu":
+            event = torch.Event(digests.device)
             event.record()
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(lambda *_: arrived()))
@@ -178,9 +180,9 @@ def arrived() -> None:
 
 
 def _steps_in_words(steps: Sequence[int], params: Sequence[str]) -> dict[str, str]:
-    calls, made, *changed = steps
-    told = {"calls of this graph": str(calls), "optimizer steps": str(made)}
-    return told | {f"changes in place of {n}": str(k) for n, k in zip(params, changed)}
+    calls, taken, *changed = steps
+    facts = {"calls of this graph": str(calls), "optimizer steps": str(taken)}
+    return facts | {f"changes in place of {n}": str(k) for n, k in zip(params, changed)}
 
 
 def _gradients_in_words(grads: Sequence[int], params: Sequence[str]) -> dict[str, str]:
@@ -189,24 +191,24 @@ def _gradients_in_words(grads: Sequence[int], params: Sequence[str]) -> dict[str
     return {f"as gradient of {n}": w for n, w in zip(params, words)}
 
 
-def agree(place: Place, told: Mapping[str, str], verb: str) -> None:
+def agree(place: Place, facts: Mapping[str, str], verb: str) -> None:
     """Compare what each rank of the TSP axis tells, by name; collective.
 
     Raises `RankMismatchError` on all ranks, with what differs.
     """
-    _agree(place.axis, place.groups["checks"], told, verb, ADVICE)
+    _agree(place.axis, place.groups["checks"], facts, verb, ADVICE)
 
 
-def replicas_agree(place: Place, told: Mapping[str, str], verb: str) -> None:
+def replicas_agree(place: Place, facts: Mapping[str, str], verb: str) -> None:
     """The same over the replicas, if there are any."""
     if place.replicas is not None:
-        _agree(place.replicas, place.groups["replica checks"], told, verb, SAME_GRAPHS)
+        _agree(place.replicas, place.groups["replica checks"], facts, verb, SAME_GRAPHS)
 
 
-def _agree(axis: Axis, group: Any, told: Mapping[str, str], verb: str, advice: str) -> None:
-    word = _hash(repr((verb, sorted(told.items()))).encode())
+def _agree(axis: Axis, group: Any, facts: Mapping[str, str], verb: str, advice: str) -> None:
+    word = _hash(repr((verb, sorted(facts.items()))).encode())
     words = [word, *[0] * (WORDS - 1)]
-    _compare(axis, group, words, lambda: [Section(verb, told, advice)])
+    _compare(axis, group, words, lambda: [Section(verb, facts, advice)])
 
 
 def _compare(
@@ -214,14 +216,14 @@ def _compare(
 ) -> None:
     """Each word is of one section; the first section that differs is told."""
     steps = _gather(torch.tensor(words), "checks")
-    found = distributed(steps, axis, {"checks": group}, CHECK).tolist()
-    if all(f == found[0] for f in found):
+    hashes = distributed(steps, axis, {"checks": group}, CHECK).tolist()
+    if all(f == hashes[0] for f in hashes):
         return
     said: list[Any] = [None] * axis.size
     with failures.told(CHECK, group):
         dist.all_gather_object(said, sections(), group)
-    k = next(i for i in range(WORDS) if any(f[i] != found[0][i] for f in found))
-    wrong = [r for r, f in enumerate(found) if f[k] != found[0][k]]
+    k = next(i for i in range(WORDS) if any(f[i] != hashes[0][i] for f in hashes))
+    wrong = [r for r, f in enumerate(hashes) if f[k] != hashes[0][k]]
     here = [s[min(k, len(s) - 1)] for s in said]
     lines = "; ".join(f"rank {r} {_differs(here, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(
@@ -232,22 +234,22 @@ def _compare(
 
 def _differs(said: Sequence[Section], rank: int) -> str:
     """What this rank tells otherwise than some other rank."""
-    verb, mine = said[rank].verb, said[rank].told
-    common = [n for n, v in mine.items() if any(o.told.get(n, v) != v for o in said)]
-    alone = [n for n in mine if any(n not in o.told for o in said)]
+    verb, facts = said[rank].verb, said[rank].facts
+    common = [n for n, v in facts.items() if any(o.facts.get(n, v) != v for o in said)]
+    alone = [n for n in facts if any(n not in o.facts for o in said)]
     names = (common or alone)[:LISTED]
-    listed = ", ".join(f"{n}: {_shown(n, mine[n], [o.told for o in said])}" for n in names)
+    listed = ", ".join(f"{n}: {_shown(n, facts[n], [o.facts for o in said])}" for n in names)
     return f"{verb} {listed or 'nothing'}"
 
 
-def _shown(name: str, value: str, told: Sequence[Mapping[str, str]]) -> str:
+def _shown(name: str, value: str, sections: Sequence[Mapping[str, str]]) -> str:
     """Of the frozen parameters only those that are not frozen on all ranks."""
     if name != FROZEN:
         return value
-    every = [set(o.get(name, "").split(", ")) for o in told]
-    mine = [n for n in value.split(", ") if not all(n in e for e in every)]
-    more = f" and {len(mine) - LISTED} more" if len(mine) > LISTED else ""
-    return ", ".join(mine[:LISTED]) + more if mine else "those of all ranks"
+    others = [set(o.get(name, "").split(", ")) for o in sections]
+    parts = [n for n in value.split(", ") if not all(n in e for e in others)]
+    more = f" and {len(parts) - LISTED} more" if len(parts) > LISTED else ""
+    return ", ".join(parts[:LISTED]) + more if parts else "those of all ranks"
 
 
 def _gather(x: torch.Tensor, link: str) -> Steps:
@@ -256,8 +258,8 @@ def _gather(x: torch.Tensor, link: str) -> Steps:
 
 
 def _hash(data: bytes) -> int:
-    made = hashlib.blake2b(data, digest_size=8).digest()
-    return int.from_bytes(made, "little", signed=True)
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _hash_of(numbers: Sequence[int]) -> int:
@@ -297,8 +299,8 @@ def _calls(program: Program) -> dict[str, str]:
     out: dict[str, str] = {}
     for n in program.nodes:
         if n.op not in PLACEHOLDERS:
-            every = (*n.args, *n.kwargs.values())
-            numbers = [str(a) for a in every if isinstance(a, float)]
+            arguments = (*n.args, *n.kwargs.values())
+            numbers = [str(a) for a in arguments if isinstance(a, float)]
             out[f"op {len(out)}"] = " ".join([str(n.op), *numbers])
     return out
 

@@ -49,11 +49,11 @@ def gather(rank: int, spans: Sequence[Span], k: Tensor, v: Tensor, spec: Spec) -
         whole = both.new_zeros((span.length, *both.shape[1:]))
         theirs = [needs[to][rank] if to != rank else () for to in range(layout.ranks)]
         sent, counts = _cut(both, theirs)
-        mine = [needs[rank][r] if r != rank else () for r in range(layout.ranks)]
-        handle = yield Exchange(sent, "activations", counts, _counts(mine))
+        wanted = [needs[rank][r] if r != rank else () for r in range(layout.ranks)]
+        handle = yield Exchange(sent, "activations", counts, _counts(wanted))
         _place(whole, both, needs[rank][rank])
         got = handle.wait()
-        for ranges, part in zip(mine, got.split(_counts(mine))):
+        for ranges, part in zip(wanted, got.split(_counts(wanted))):
             done = 0
             for first, last, at in ranges:
                 whole[at : at + last - first] = part[done : done + last - first]
@@ -69,23 +69,23 @@ def scatter(rank: int, spans: Sequence[Span], dk: Tensor, dv: Tensor, spec: Spec
     if needs is None:
         blocks = layout.blocks(both, 0, span.rows)
         handle = yield ReduceScatter(blocks.unflatten(0, (layout.ranks, -1)))
-        mine = handle.wait()
+        local = handle.wait()
     else:
         theirs = [needs[rank][r] if r != rank else () for r in range(layout.ranks)]
         parts = [both[at : at + b - a] for ranges in theirs for a, b, at in ranges]
         sent = torch.cat(parts) if parts else both[:0]
-        own = [needs[to][rank] if to != rank else () for to in range(layout.ranks)]
-        handle = yield Exchange(sent, "activations", _counts(theirs), _counts(own))
-        mine = both.new_zeros((layout.chunks * span.rows, *both.shape[1:]))
+        ranges_here = [needs[to][rank] if to != rank else () for to in range(layout.ranks)]
+        handle = yield Exchange(sent, "activations", _counts(theirs), _counts(ranges_here))
+        local = both.new_zeros((layout.chunks * span.rows, *both.shape[1:]))
         for a, b, at in needs[rank][rank]:
-            mine[a:b] += both[at : at + b - a]
+            local[a:b] += both[at : at + b - a]
         got, done = handle.wait(), 0
-        for ranges in own:
+        for ranges in ranges_here:
             for a, b, _ in ranges:
-                mine[a:b] += got[done : done + b - a]
+                local[a:b] += got[done : done + b - a]
                 done += b - a
-    mine = mine.permute(1, 2, 0, 3)
-    return mine[..., : dk.shape[-1]], mine[..., dk.shape[-1] :]
+    local = local.permute(1, 2, 0, 3)
+    return local[..., : dk.shape[-1]], local[..., dk.shape[-1] :]
 
 
 def _place(whole: Tensor, local: Tensor, ranges: Ranges) -> None:

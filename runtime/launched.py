@@ -57,15 +57,15 @@ def join(device: torch.device) -> bool:
 def _own_device(kind: str, device: torch.device) -> torch.device:
     """This process's accelerator, made the current one."""
     local = os.environ.get("LOCAL_RANK") or str(_number("RANK") % torch.accelerator.device_count())
-    own = torch.device(kind, int(local))
-    if device.index not in (None, own.index):
+    device_here = torch.device(kind, int(local))
+    if device.index not in (None, device_here.index):
         raise PlanError(
-            f"the model is on {device}, the device of LOCAL_RANK {local} is {own}: call "
+            f"the model is on {device}, the device of LOCAL_RANK {local} is {device_here}: call "
             f"torch.accelerator.set_device_index({local}) before the model is moved, or "
             f"model.to(f\"{kind}:{{os.environ['LOCAL_RANK']}}\")"
         )
-    torch.accelerator.set_device_index(own.index)
-    return own
+    torch.accelerator.set_device_index(device_here.index)
+    return device_here
 
 
 def _number(name: str) -> int:

@@ -33,9 +33,9 @@ class Lengthwise:
     ops: Sequence[tuple[str, Any, Sequence[Any], Mapping[str, Any]]]
     checks: Sequence[tuple[Lookup, int]]
 
-    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """By name; an op's operands are values, or as they are."""
-        values = dict(given)
+        values = dict(inputs)
         for name, op, args, kwargs in self.ops:
             filled = {k: _filled(a, values) for k, a in kwargs.items()}
             values[name] = op(*[_filled(a, values) for a in args], **filled)
@@ -58,43 +58,43 @@ class Indices:
 
     def __init__(self, lookups: Lookups, device: torch.device):
         self.lookups, self.device = lookups, device
-        self.known: dict[tuple[int, ...], Lengthwise] = {}
+        self.plans: dict[tuple[int, ...], Lengthwise] = {}
 
     def __call__(
-        self, sizes: Mapping[Any, int], given: Mapping[str, Any]
+        self, sizes: Mapping[Any, int], inputs: Mapping[str, Any]
     ) -> IndexRangeError | None:
         lengths = tuple(sizes.values())
-        known = self.known.get(lengths)
-        plan = known or self._plan(sizes, given, self.lookups.found)
+        planned = self.plans.get(lengths)
+        plan = planned or self._plan(sizes, inputs, self.lookups.found)
         with torch.no_grad():
-            values = plan.values(given)
+            values = plan.values(inputs)
             for lookup, size in plan.checks:
                 wrong = self._check(lookup, _filled(lookup.index, values), size)
                 if wrong is not None:
                     return wrong
-        if known is None:
-            if len(self.known) >= KEPT:
-                self.known.clear()
+        if planned is None:
+            if len(self.plans) >= KEPT:
+                self.plans.clear()
             again = [lookup for lookup, _ in plan.checks if lookup.of]
-            self.known[lengths] = self._plan(sizes, given, again)
+            self.plans[lengths] = self._plan(sizes, inputs, again)
         return None
 
     def _plan(
-        self, sizes: Mapping[Any, int], given: Mapping[str, Any], found: Sequence[Lookup]
+        self, sizes: Mapping[Any, int], inputs: Mapping[str, Any], lookups: Sequence[Lookup]
     ) -> Lengthwise:
         checks, ops = [], {}
-        for lookup in found:
+        for lookup in lookups:
             count = math.prod(int(evaluate(n, sizes)) for n in lookup.shape)
             if count and (count <= LARGE or lookup.own):
                 checks.append((lookup, int(evaluate(lookup.size, sizes))))
-                self._add(lookup.index, sizes, given, ops)
+                self._add(lookup.index, sizes, inputs, ops)
         return Lengthwise(list(ops.values()), checks)
 
     def _add(
-        self, ref: Ref, sizes: Mapping[Any, int], given: Mapping[str, Any], ops: dict[str, Any]
+        self, ref: Ref, sizes: Mapping[Any, int], inputs: Mapping[str, Any], ops: dict[str, Any]
     ) -> None:
         """The ops that make a value, operands first."""
-        if ref.name in given or ref.name in ops:
+        if ref.name in inputs or ref.name in ops:
             return
         node = self.lookups.nodes[ref.name]
         assert node.op not in PLACEHOLDERS, f"{ref.name} is not given"
@@ -105,7 +105,7 @@ class Indices:
             ops[ref.name] = ref.name, torch.clone, [value], {}
             return
         for operand in node.refs():
-            self._add(operand, sizes, given, ops)
+            self._add(operand, sizes, inputs, ops)
         args = [_sized(a, sizes) for a in node.args]
         kwargs = {k: _sized(a, sizes) for k, a in node.kwargs.items()}
         # the clone that made it viewable may be gone

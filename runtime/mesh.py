@@ -85,8 +85,8 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
 def _forget() -> None:
     """What was made over a default group that has been destroyed."""
     if _OVER != [dist.group.WORLD]:
-        for made in (_WORLD, _AXES, _KEPT, PLACES):
-            made.clear()
+        for registry in (_WORLD, _AXES, _KEPT, PLACES):
+            registry.clear()
         if _OVER:
             forget_specs()
         _OVER[:] = [dist.group.WORLD]

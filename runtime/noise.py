@@ -33,16 +33,16 @@ def of_first_rank(mesh: DeviceMesh, generator: Any) -> Iterator[None]:
         yield
         return
     of: Any = torch.cuda if mesh.device_type == "cuda" else torch.random
-    mine = of.get_rng_state()
-    state = mine.to(mesh.device_type, copy=True)
+    state_here = of.get_rng_state()
+    state = state_here.to(mesh.device_type, copy=True)
     for k in range(mesh.ndim):
         group = mesh.get_group(k)
         with told(WHAT, group):
             dist.broadcast(state, dist.get_global_rank(group, 0), group)
-    alike = torch.equal(state.cpu(), mine)
+    alike = torch.equal(state.cpu(), state_here)
     of.set_rng_state(state.cpu())
     try:
         yield
     finally:
         if not alike:
-            of.set_rng_state(mine)
+            of.set_rng_state(state_here)

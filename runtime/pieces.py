@@ -32,8 +32,8 @@ class EagerPieces:
         """What the piece writes and saves."""
         piece = self._piece(index)
         with torch.no_grad():
-            made = piece.run(symbols, step, {n: values[n] for n in piece.reads}, {})
-        return {n: made[n] for n in (*piece.writes, *piece.saves)}
+            results = piece.run(symbols, step, {n: values[n] for n in piece.reads}, {})
+        return {n: results[n] for n in (*piece.writes, *piece.saves)}
 
     def again(
         self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
@@ -42,8 +42,8 @@ class EagerPieces:
         piece = self._piece(index)
         kept = {n: values[n] for n in piece.saves}
         with torch.no_grad():
-            made = piece.run(symbols, step, {n: values[n] for n in piece.reads}, kept)
-        return {n: made[n] for n in piece.writes}
+            results = piece.run(symbols, step, {n: values[n] for n in piece.reads}, kept)
+        return {n: results[n] for n in piece.writes}
 
     def backward(
         self,
@@ -60,14 +60,14 @@ class EagerPieces:
         kept = {n: values[n] for n in piece.saves}
         with torch.enable_grad():
             reads = {n: leaves.get(n, values[n]) for n in piece.reads}
-            made = piece.run(symbols, step, reads, kept)
-        outs = [n for n in cotangents if made[n].requires_grad]
+            results = piece.run(symbols, step, reads, kept)
+        outs = [n for n in cotangents if results[n].requires_grad]
         if not outs or not wanted:
             return {}
         grads = torch.autograd.grad(
-            [made[n] for n in outs],
+            [results[n] for n in outs],
             [leaves[n] for n in wanted],
-            [cotangents[n].to(made[n].dtype) for n in outs],
+            [cotangents[n].to(results[n].dtype) for n in outs],
             allow_unused=True,
         )
         return {n: g for n, g in zip(wanted, grads) if g is not None}
@@ -123,27 +123,27 @@ class InductorPieces:
         wanted = [n for n in piece.reads if body.values[n].requires_grad]
         names: list[str] = []
 
-        def forward(*given: Any) -> list[torch.Tensor]:
-            symbols, step, tensors = self._split(given, piece.reads)
-            made = piece.run(symbols, step, tensors, {})
-            return [made[n] for n in (*piece.writes, *piece.saves)]
+        def forward(*inputs: Any) -> list[torch.Tensor]:
+            symbols, step, tensors = self._split(inputs, piece.reads)
+            results = piece.run(symbols, step, tensors, {})
+            return [results[n] for n in (*piece.writes, *piece.saves)]
 
-        def again(*given: Any) -> list[torch.Tensor]:
-            symbols, step, tensors = self._split(given, (*piece.reads, *piece.saves))
+        def again(*inputs: Any) -> list[torch.Tensor]:
+            symbols, step, tensors = self._split(inputs, (*piece.reads, *piece.saves))
             kept = {n: tensors.pop(n) for n in piece.saves}
-            made = piece.run(symbols, step, tensors, kept)
-            return [made[n] for n in piece.writes]
+            results = piece.run(symbols, step, tensors, kept)
+            return [results[n] for n in piece.writes]
 
-        def backward(*given: Any) -> list[torch.Tensor]:
+        def backward(*inputs: Any) -> list[torch.Tensor]:
             names_of = (*piece.reads, *piece.saves, *(f"cotangent of {n}" for n in cotangents))
-            symbols, step, tensors = self._split(given, names_of)
+            symbols, step, tensors = self._split(inputs, names_of)
             gs = [tensors.pop(f"cotangent of {n}") for n in cotangents]
             kept = {n: tensors.pop(n) for n in piece.saves}
             leaves = {n: tensors[n].detach().requires_grad_() for n in wanted}
             with torch.enable_grad():
-                made = piece.run(symbols, step, {**tensors, **leaves}, kept)
+                results = piece.run(symbols, step, {**tensors, **leaves}, kept)
                 grads = torch.autograd.grad(
-                    [made[n] for n in cotangents], list(leaves.values()), gs, allow_unused=True
+                    [results[n] for n in cotangents], list(leaves.values()), gs, allow_unused=True
                 )
             names[:] = [n for n, g in zip(wanted, grads) if g is not None]
             return [g for g in grads if g is not None]
@@ -158,11 +158,11 @@ class InductorPieces:
             self.backwards[index] = lowered, names, cotangents
 
     def _split(
-        self, given: Sequence[Any], names: Sequence[str]
+        self, inputs: Sequence[Any], names: Sequence[str]
     ) -> tuple[dict[Any, Any], torch.Tensor, Values]:
         count = len(self.body.sizes)
-        symbols = dict(zip(self.body.sizes, given[:count]))
-        return symbols, given[count], dict(zip(names, given[count + 1 :]))
+        symbols = dict(zip(self.body.sizes, inputs[:count]))
+        return symbols, inputs[count], dict(zip(names, inputs[count + 1 :]))
 
     def _lower(
         self,
@@ -177,16 +177,16 @@ class InductorPieces:
             v = self.body.values[n]
             types.append((Type(v.shape, v.dtype), device))
         fakes = local_fakes(self.body.sizes, sizes, (), types)
-        given = [*fakes.symbols.values(), *fakes.tensors]
+        inputs = [*fakes.symbols.values(), *fakes.tensors]
         with tracing(TracingContext(fakes.mode)), fakes.mode, torch.no_grad():
-            gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*given)
+            gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*inputs)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
         context = tracing(TracingContext(fakes.mode))
         with V.set_fake_mode(fakes.mode), context, torch.no_grad():
-            compiled = compile_fx_inner(gm, given, is_backward=is_backward)
+            compiled = compile_fx_inner(gm, inputs, is_backward=is_backward)
         named = {v.node.expr: s for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)}
         self.guards += [g.expr.xreplace(named) for g in fakes.env.guards]
         return compiled
@@ -203,8 +203,8 @@ class InductorPieces:
         """What the piece writes and saves."""
         piece = self.body.steps[index]
         assert isinstance(piece, Piece)
-        given = self._given(symbols, step, [values[n] for n in piece.reads])
-        return dict(zip((*piece.writes, *piece.saves), self.forwards[index](given)))
+        inputs = self._given(symbols, step, [values[n] for n in piece.reads])
+        return dict(zip((*piece.writes, *piece.saves), self.forwards[index](inputs)))
 
     def again(
         self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
@@ -214,8 +214,8 @@ class InductorPieces:
         assert isinstance(piece, Piece)
         if index not in self.agains:
             return self.forward(index, symbols, step, values)
-        given = self._given(symbols, step, [values[n] for n in (*piece.reads, *piece.saves)])
-        return dict(zip(piece.writes, self.agains[index](given)))
+        inputs = self._given(symbols, step, [values[n] for n in (*piece.reads, *piece.saves)])
+        return dict(zip(piece.writes, self.agains[index](inputs)))
 
     def backward(
         self,
@@ -239,7 +239,7 @@ class InductorPieces:
             else:
                 shape = [evaluate(s, symbols) for s in v.shape]
                 gs.append(torch.zeros(shape, dtype=v.dtype, device=step.device))
-        given = self._given(
+        inputs = self._given(
             symbols, step, [*(values[n] for n in (*piece.reads, *piece.saves)), *gs]
         )
-        return dict(zip(names, compiled(given)))
+        return dict(zip(names, compiled(inputs)))

@@ -35,49 +35,51 @@ def load_safetensors(
     """
     root = root_of(model, "tspc.load_safetensors")
     files = _files(os.fspath(path))
-    own = {n: x for n, x in root.state_dict().items() if isinstance(x, torch.Tensor)}
+    tensors = {n: x for n, x in root.state_dict().items() if isinstance(x, torch.Tensor)}
     shapes = _shapes(files)
-    missing, unexpected, wrong = _compared(own, shapes)
-    told = [f"{n} is {list(own[n].shape)}, the file has {shapes[n][1]}" for n in wrong]
+    missing, unexpected, wrong = _compared(tensors, shapes)
+    differences = [f"{n} is {list(tensors[n].shape)}, the file has {shapes[n][1]}" for n in wrong]
     if strict:
-        told += [f"{n} is not in the files" for n in missing]
-        told += [f"{n} is not in the model" for n in unexpected]
-    on_meta = [n for n in shapes if n in own and own[n].is_meta]
+        differences += [f"{n} is not in the files" for n in missing]
+        differences += [f"{n} is not in the model" for n in unexpected]
+    on_meta = [n for n in shapes if n in tensors and tensors[n].is_meta]
     if on_meta:
-        told.append(f"{on_meta[0]} is on meta: model.to_empty(device=...) first")
-    if told:
-        listed = "; ".join(told[:8]) + (f"; and {len(told) - 8} more" if len(told) > 8 else "")
+        differences.append(f"{on_meta[0]} is on meta: model.to_empty(device=...) first")
+    if differences:
+        listed = "; ".join(differences[:8]) + (
+            f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        )
         raise PlanError(f"{os.fspath(path)} does not fit the model: {listed}")
     with torch.no_grad():
         for file in files:
             with _open(file) as f:
                 for key in sorted(f.keys()):
                     name = key.removeprefix(PREFIX)
-                    if name in own:
-                        _read(f, key, own[name])
+                    if name in tensors:
+                        _read(f, key, tensors[name])
     return _IncompatibleKeys(missing, unexpected)
 
 
-def _read(f: Any, key: str, own: torch.Tensor) -> None:
+def _read(f: Any, key: str, target: torch.Tensor) -> None:
     """This rank's part, or a tensor that every rank has all of."""
-    if not own.dim():
-        own = own._local_tensor if isinstance(own, DTensor) else own
-        own.copy_(f.get_tensor(key))
+    if not target.dim():
+        target = target._local_tensor if isinstance(target, DTensor) else target
+        target.copy_(f.get_tensor(key))
         return
-    starts, local = part_of(own) if isinstance(own, DTensor) else ([0] * own.dim(), own)
+    starts, local = part_of(target) if isinstance(target, DTensor) else ([0] * target.dim(), target)
     if local.numel():
         at = tuple(slice(s, s + n) for s, n in zip(starts, local.shape))
         local.copy_(f.get_slice(key)[at])
 
 
 def _compared(
-    own: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[str, list[int]]]
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[str, list[int]]]
 ) -> tuple[list[str], list[str], list[str]]:
     """Names that are missing, unexpected, of other shapes."""
-    read = {identity(x) for n, x in own.items() if n in shapes}
-    missing = [n for n, x in own.items() if n not in shapes and identity(x) not in read]
-    unexpected = [n for n in shapes if n not in own]
-    wrong = [n for n, (_, s) in shapes.items() if n in own and list(own[n].shape) != s]
+    read = {identity(x) for n, x in tensors.items() if n in shapes}
+    missing = [n for n, x in tensors.items() if n not in shapes and identity(x) not in read]
+    unexpected = [n for n in shapes if n not in tensors]
+    wrong = [n for n, (_, s) in shapes.items() if n in tensors and list(tensors[n].shape) != s]
     return missing, unexpected, wrong
 
 

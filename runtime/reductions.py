@@ -75,8 +75,8 @@ def reduce(op: Any, args: Any, kwargs: Any) -> Any:
     if named.get("dtype") is not None:
         local = local.to(named["dtype"])
     local = local.float() if low else local
-    mine = _part(name, local, dims, keep, named)
-    out = KINDS[name](parts(mine, x._spec))
+    part = _part(name, local, dims, keep, named)
+    out = KINDS[name](parts(part, x._spec))
     if name == "mean":
         out = out / math.prod(x.shape[d] for d in dims)
     return out.to(wanted) if low else out
@@ -116,10 +116,10 @@ def _along(op: Any, args: Any, kwargs: Any, x: DTensor, dims: list[int], keep: b
     for k, d in cuts(x._spec):
         placements[k] = type(placements[k])(to[d])  # pyright: ignore
     shape = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
-    made = op(x._local_tensor, *args[1:], **kwargs)
-    if isinstance(made, tuple):
-        return tuple(wrap(m, x._spec, placements, shape) for m in made)
-    return wrap(made, x._spec, placements, shape)
+    out = op(x._local_tensor, *args[1:], **kwargs)
+    if isinstance(out, tuple):
+        return tuple(wrap(m, x._spec, placements, shape) for m in out)
+    return wrap(out, x._spec, placements, shape)
 
 
 def _spread(name: str, x: DTensor, dims: list[int], named: Any, keep: bool) -> Any:
@@ -147,22 +147,22 @@ def norms(op: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """`_foreach_norm`: one exchange for all of them."""
     named = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
     order = named.get("ord", 2)
-    given, rest = list(args[0]), {"dtype": named.get("dtype")}
-    cut = [i for i, x in enumerate(given) if isinstance(x, DTensor) and is_cut(x)]
-    out: list[Any] = [None] * len(given)
+    tensors, settings = list(args[0]), {"dtype": named.get("dtype")}
+    cut = [i for i, x in enumerate(tensors) if isinstance(x, DTensor) and is_cut(x)]
+    out: list[Any] = [None] * len(tensors)
     groups: dict[Any, list[int]] = {}
     for i in cut:
-        x = given[i]
+        x = tensors[i]
         where = tuple(k for k, _ in cuts(x._spec))
         groups.setdefault((x._spec.mesh, where, x.dtype), []).append(i)
     for members in groups.values():
-        xs = [given[i] for i in members]
-        made = _norms(xs, float(order), None, False, rest["dtype"])
-        for i, x in zip(members, made):
+        xs = [tensors[i] for i in members]
+        of_group = _norms(xs, float(order), None, False, settings["dtype"])
+        for i, x in zip(members, of_group):
             out[i] = x
-    for i, x in enumerate(given):
+    for i, x in enumerate(tensors):
         if out[i] is None:
-            out[i] = torch.linalg.vector_norm(whole(x), order, **rest)
+            out[i] = torch.linalg.vector_norm(whole(x), order, **settings)
     return out
 
 
@@ -172,7 +172,7 @@ def _norms(
     """Norms of tensors that are cut over the same dims of one mesh; with dims, of one."""
     asked = dtype or xs[0].dtype
     exact = torch.float32 if asked in _LOW else asked
-    mine = []
+    norms_here = []
     for x in xs:
         local = x._local_tensor
         if not local.numel():
@@ -180,9 +180,9 @@ def _norms(
             local = local.new_full([max(1, n) for n in local.shape], 0.0)
             if order < 0:
                 local = local + math.inf
-        mine.append(torch.linalg.vector_norm(local, order, dims, keepdim=keep, dtype=exact))
-    shapes = [m.shape for m in mine]
-    found = parts(torch.cat([m.reshape(-1) for m in mine]), xs[0]._spec, everyone=True)
-    one = found.sum(0) if order == 0 else torch.linalg.vector_norm(found, order, 0)
+        norms_here.append(torch.linalg.vector_norm(local, order, dims, keepdim=keep, dtype=exact))
+    shapes = [m.shape for m in norms_here]
+    gathered = parts(torch.cat([m.reshape(-1) for m in norms_here]), xs[0]._spec, everyone=True)
+    one = gathered.sum(0) if order == 0 else torch.linalg.vector_norm(gathered, order, 0)
     sizes = [s.numel() for s in shapes]
     return [v.reshape(s).to(asked) for v, s in zip(one.split(sizes), shapes)]

@@ -23,19 +23,19 @@ def gather(
 ) -> Steps:
     """This rank's parts, cut along `dims` -> the chunks of `sizes` rows."""
     out: list[torch.Tensor] = [x.new_empty(0) for x in parts]
-    given = [
+    parts_along = [
         _padded(x.movedim(dim, 0), -(-size // axis.size))
         for x, dim, size in zip(parts, dims, sizes)
     ]
-    for members in _buckets(given):
-        flat = torch.cat([given[i].reshape(-1) for i in members])
+    for members in _buckets(parts_along):
+        flat = torch.cat([parts_along[i].reshape(-1) for i in members])
         blocks = flat.new_empty((axis.size, 0))
         if flat.numel():
             handle = yield AllGather(flat, LINK)
             blocks = handle.wait()
-        for i, block in zip(members, blocks.split([given[i].numel() for i in members], 1)):
-            rows, *rest = given[i].shape
-            chunk = block.reshape(axis.size * rows, *rest)[: sizes[i]]
+        for i, block in zip(members, blocks.split([parts_along[i].numel() for i in members], 1)):
+            rows, *trailing = parts_along[i].shape
+            chunk = block.reshape(axis.size * rows, *trailing)[: sizes[i]]
             out[i] = chunk.movedim(0, dims[i]).contiguous()
     return out
 
@@ -49,17 +49,17 @@ def scatter_mean(
     """Gradients of the chunks -> the means of this rank's parts of them."""
     out: list[torch.Tensor] = [g.new_empty(0) for g in grads]
     for members in _buckets(grads):
-        given = [grads[i].movedim(dims[i], 0) for i in members]
-        rows = [-(-g.shape[0] // axis.size) for g in given]
-        flat = [_padded(g, axis.size * n).reshape(axis.size, -1) for g, n in zip(given, rows)]
+        moved = [grads[i].movedim(dims[i], 0) for i in members]
+        rows = [-(-g.shape[0] // axis.size) for g in moved]
+        flat = [_padded(g, axis.size * n).reshape(axis.size, -1) for g, n in zip(moved, rows)]
         blocks = torch.cat(flat, 1)
-        mine = blocks[axis.rank]
+        block = blocks[axis.rank]
         if blocks.numel():
             handle = yield ReduceScatter(blocks.to(summing(blocks.dtype, reduce)), LINK)
-            mine = handle.wait().div_(axis.size)
-        for i, g, n, part in zip(members, given, rows, mine.split([f.shape[1] for f in flat])):
-            own = max(0, min(n, g.shape[0] - axis.rank * n))
-            part = part.view(n, *g.shape[1:])[:own].to(g.dtype)
+            block = handle.wait().div_(axis.size)
+        for i, g, n, part in zip(members, moved, rows, block.split([f.shape[1] for f in flat])):
+            length = max(0, min(n, g.shape[0] - axis.rank * n))
+            part = part.view(n, *g.shape[1:])[:length].to(g.dtype)
             out[i] = part.movedim(0, dims[i]).clone(memory_format=torch.contiguous_format)
     return out
 

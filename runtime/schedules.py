@@ -137,9 +137,9 @@ def _turn_back(
     if j * body.units >= body.size:
         return j, {}
     values = {**fixed, **shards, **{n: t[j] for n, t in stored.items()}}
-    given = _given(body, cotangents, lambda t: t[j])
+    of_outs = _given(body, cotangents, lambda t: t[j])
     symbols = call.symbols()
-    return j, (yield from step_backward(call, symbols, j, values, given, exchange))
+    return j, (yield from step_backward(call, symbols, j, values, of_outs, exchange))
 
 
 def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Values:
@@ -159,5 +159,5 @@ def choose(body: Body, ranks: int, sizes: Sequence[int], rows: Sequence[int]) ->
         return folded(body)
     if body.schedule != "auto":
         return body.schedule
-    every = (e.layout(ranks).chunks * c * ranks for e, c in zip(body.extents, rows))
-    return fastest(body, tuple(sizes), *every)
+    totals = (e.layout(ranks).chunks * c * ranks for e, c in zip(body.extents, rows))
+    return fastest(body, tuple(sizes), *totals)

@@ -27,10 +27,10 @@ def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]])
     ranks = len(inputs)
     env: list[dict[torch.fx.Node, Any]] = [{} for _ in range(ranks)]
     uses = {n: len(n.users) for n in graph.graph.nodes}
-    given = [iter(x) for x in inputs]
+    streams = [iter(x) for x in inputs]
     for n in graph.graph.nodes:
         if n.op == "placeholder":
-            values = [next(g) for g in given]
+            values = [next(g) for g in streams]
         elif n.op == "get_attr":
             values = [getattr(graph, n.target)] * ranks
         elif n.op == "output":

@@ -82,18 +82,18 @@ def stationary_backward(
     values.update(call.invariant_values())
     values.update(call.own())
     values.update(call.restored(saved))
-    given: Values = {}
+    of_outs: Values = {}
     for o, g in zip(body.outs, cotangents):
         if g is None:
             continue
         handle = yield AllGather(g) if o.kind == "sum" else AllToAll(g)
-        given[o.name] = join(handle.wait(), o.dim, call.lead(o.lead))
+        of_outs[o.name] = join(handle.wait(), o.dim, call.lead(o.lead))
     symbols = call.symbols(axis.size)
     real = axis.rank * body.units < body.size
     grads: Values = {}
     if real:
         exchange = Resident(call)
-        grads = yield from step_backward(call, symbols, axis.rank, values, given, exchange)
+        grads = yield from step_backward(call, symbols, axis.rank, values, of_outs, exchange)
     total: Values = {}
     for spec in body.tokens:
         if not body.values[spec.name].requires_grad:

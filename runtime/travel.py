@@ -47,8 +47,8 @@ class Weights:
 
     def broadcast(self, j: int) -> Broadcast:
         call = self.call
-        mine = call.flat() if j == call.axis.rank else call.buffer()
-        return Broadcast(mine, "weights", source=j)
+        flat = call.flat() if j == call.axis.rank else call.buffer()
+        return Broadcast(flat, "weights", source=j)
 
 
 class Gradients:

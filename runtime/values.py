@@ -63,43 +63,43 @@ def store_on(mesh: DeviceMesh) -> None:
 
 def _dispatch(instead: Any, op: Any, args: Any, kwargs: Any) -> Any:
     if _WAYS.get(op) is _each and not kwargs:
-        spec, given = _alike(args)
+        spec, replicated = _alike(args)
         if spec is not None and not op.is_view:
-            local = op(*given)
+            local = op(*replicated)
             if op._schema.name.endswith("_"):
                 return args[0]
             return wrap(local, spec) if isinstance(local, torch.Tensor) else _wraps(local, spec)
-    found = tensors(args) + (tensors(kwargs.values()) if kwargs else [])
-    mine = [x for x in found if isinstance(x, DTensor)]
-    if not mine or not all(map(is_stored, mine)) or is_traced(mine[0]):
+    operands = tensors(args) + (tensors(kwargs.values()) if kwargs else [])
+    shards = [x for x in operands if isinstance(x, DTensor)]
+    if not shards or not all(map(is_stored, shards)) or is_traced(shards[0]):
         return instead(op, args, kwargs)
-    if torch.is_grad_enabled() and len(mine) < len(found):
-        for x in found:
+    if torch.is_grad_enabled() and len(shards) < len(operands):
+        for x in operands:
             if x.requires_grad and not isinstance(x, DTensor):
                 gradients.stays_plain(x)
     way = _WAYS.get(op)
     if way is None:
         way = _WAYS[op] = _way(op)
-    return way(op, args, kwargs, mine, found)
+    return way(op, args, kwargs, shards, operands)
 
 
 def _alike(args: Any) -> tuple[Any, list[Any]]:
     """What an elementwise op takes on a rank, where all is cut in one way; else None first."""
-    spec, given = None, []
+    spec, arguments = None, []
     for x in args:
         if isinstance(x, DTensor):
             if spec is None:
                 spec = x._spec
                 if not is_ours(spec.mesh) or is_traced(x):
-                    return None, given
+                    return None, arguments
             elif spec.placements != x._spec.placements or spec.shape != x._spec.shape:
-                return None, given
-            given.append(x._local_tensor)
+                return None, arguments
+            arguments.append(x._local_tensor)
         elif isinstance(x, (torch.Tensor, list, tuple)):
-            return None, given
+            return None, arguments
         else:
-            given.append(x)
-    return spec, given
+            arguments.append(x)
+    return spec, arguments
 
 
 def _wraps(local: Any, spec: Any) -> Any:
@@ -107,13 +107,13 @@ def _wraps(local: Any, spec: Any) -> Any:
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
-    found = []
+    out = []
     for x in values:
         if isinstance(x, torch.Tensor):
-            found.append(x)
+            out.append(x)
         elif isinstance(x, (list, tuple)):
-            found += [y for y in x if isinstance(y, torch.Tensor)]
-    return found
+            out += [y for y in x if isinstance(y, torch.Tensor)]
+    return out
 
 
 def _way(op: Any) -> Ways:
@@ -158,35 +158,35 @@ def fit(x: Any, lead: DTensor) -> Any:
     return chunk(whole(x), lead._spec)
 
 
-def _each(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _each(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Elementwise: each rank does its part."""
     if op._schema.name.endswith("_"):
         lead = args[0]
         if not isinstance(lead, DTensor):
-            return _plainly(op, args, kwargs, mine, found)
+            return _plainly(op, args, kwargs, shards, operands)
         op(*[fit(x, lead) for x in args], **{k: fit(x, lead) for k, x in kwargs.items()})
         return lead
-    lead = _lead(mine, found)
+    lead = _lead(shards, operands)
     if lead is None:
-        return _plainly(op, args, kwargs, mine, found)
+        return _plainly(op, args, kwargs, shards, operands)
     local = op(*[fit(x, lead) for x in args], **{k: fit(x, lead) for k, x in kwargs.items()})
-    made = _wraps(local, lead._spec)
-    return return_and_correct_aliasing(op, args, kwargs, made) if op.is_view else made
+    result = _wraps(local, lead._spec)
+    return return_and_correct_aliasing(op, args, kwargs, result) if op.is_view else result
 
 
-def _lead(mine: Sequence[DTensor], found: Sequence[torch.Tensor]) -> DTensor | None:
+def _lead(shards: Sequence[DTensor], operands: Sequence[torch.Tensor]) -> DTensor | None:
     """Which tensor's cut the result of an elementwise op has; None: it is plain."""
-    if len(found) == 1:
-        return mine[0]
-    shape = torch.broadcast_shapes(*[x.shape for x in found])
-    alike = [x for x in mine if x.shape == shape]
+    if len(operands) == 1:
+        return shards[0]
+    shape = torch.broadcast_shapes(*[x.shape for x in operands])
+    alike = [x for x in shards if x.shape == shape]
     lead = next((x for x in alike if is_cut(x)), None)
-    plain = [x for x in found if not isinstance(x, DTensor)]
+    plain = [x for x in operands if not isinstance(x, DTensor)]
     if lead is None:
-        return alike[0] if alike and not plain and not any(map(is_cut, mine)) else None
+        return alike[0] if alike and not plain and not any(map(is_cut, shards)) else None
     # between replicas a plain tensor that a loss comes from may differ: nothing cuts it
-    own = lead._spec.mesh.ndim > 1 and any(x.dim() or x.requires_grad for x in plain)
-    return None if own and _graphs() else lead
+    is_ours = lead._spec.mesh.ndim > 1 and any(x.dim() or x.requires_grad for x in plain)
+    return None if is_ours and _graphs() else lead
 
 
 def _graphs() -> bool:
@@ -194,13 +194,13 @@ def _graphs() -> bool:
     return torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
 
 
-def _plainly(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _plainly(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Whole on every rank; what it writes into goes back to where it is stored.
 
     Of what is nowhere cut, the result is a DTensor too.
     """
     back: dict[int, DTensor] = {}
-    cut = any(map(is_cut, mine))
+    cut = any(map(is_cut, shards))
     name = str(op._overloadpacket).removeprefix("aten.")
 
     def get(x: Any) -> Any:
@@ -210,35 +210,35 @@ def _plainly(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
         back[id(full)] = x
         return full
 
-    given, named = tree_map(get, (tuple(args), dict(kwargs)))
-    out = op(*given, **named)
+    whole_args, named = tree_map(get, (tuple(args), dict(kwargs)))
+    out = op(*whole_args, **named)
     for i, a in enumerate(op._schema.arguments):
         if a.alias_info is None or not a.alias_info.is_write:
             continue
-        value = given[i] if i < len(given) else named.get(a.name)
+        value = whole_args[i] if i < len(whole_args) else named.get(a.name)
         for x in tree_leaves(value):
             if id(x) in back and is_cut(back[id(x)]):
                 put(back[id(x)], x)
-    alone = not cut and len(mine) == len(found)
-    like = mine[0]._spec
+    alone = not cut and len(shards) == len(operands)
+    like = shards[0]._spec
 
     def give(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
         if id(x) in back:
             return back[id(x)]
-        scalar = x.dim() == 0 and max(y.dim() for y in mine) > 0
+        scalar = x.dim() == 0 and max(y.dim() for y in shards) > 0
         return wrap(x, like, shape=x.shape) if alone and not scalar else x
 
     if op.is_view and cut and not (args[0].requires_grad and args[0].is_leaf and _graphs()):
-        return parts_of(args[0], given[0], out)
-    made = tree_map(give, out)
-    if op.is_view and alone and isinstance(made, DTensor):
-        return return_and_correct_aliasing(op, args, kwargs, made)
-    return made
+        return parts_of(args[0], whole_args[0], out)
+    result = tree_map(give, out)
+    if op.is_view and alone and isinstance(result, DTensor):
+        return return_and_correct_aliasing(op, args, kwargs, result)
+    return result
 
 
-def _lists(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _lists(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Ops on lists: each place by itself."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and tensors([a])]
     writes = op._schema.name.endswith("_")
@@ -254,7 +254,7 @@ def _lists(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
         for x in lists
         for i, lead in enumerate(leads)
     ):
-        return _plainly(op, args, kwargs, mine, found)
+        return _plainly(op, args, kwargs, shards, operands)
 
     def local(a: Any) -> Any:
         if any(a is x for x in lists):
@@ -267,60 +267,60 @@ def _lists(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
     return out
 
 
-def _new(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _new(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Made like another: cut where its shape is the same, else plain."""
-    x, size, *rest = args
+    x, size, *trailing = args
     if not isinstance(x, DTensor):
-        return _plainly(op, args, kwargs, mine, found)
+        return _plainly(op, args, kwargs, shards, operands)
     if tuple(size) != tuple(x.shape):
-        return op(x._local_tensor, size, *map(whole, rest), **kwargs)
+        return op(x._local_tensor, size, *map(whole, trailing), **kwargs)
     if op is aten.new_empty_strided.default:
-        op, rest = aten.new_empty.default, []
-    return wrap(op(x._local_tensor, x._local_tensor.shape, *rest, **kwargs), x._spec)
+        op, trailing = aten.new_empty.default, []
+    return wrap(op(x._local_tensor, x._local_tensor.shape, *trailing, **kwargs), x._spec)
 
 
-def _moved(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _moved(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Dims that change places, and ranges of those that are not cut."""
     x = args[0]
-    if len(found) > 1 or not cuts(x._spec):
-        return _plainly(op, args, kwargs, mine, found)
+    if len(operands) > 1 or not cuts(x._spec):
+        return _plainly(op, args, kwargs, shards, operands)
     named = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
     to = places(op._schema.name.removeprefix("aten::"), x, named)
     if any(d not in to for _, d in cuts(x._spec)):
-        return _plainly(op, args, kwargs, mine, found)
+        return _plainly(op, args, kwargs, shards, operands)
     meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    given = list(args)
+    arguments = list(args)
     if "size" in named:  # the sizes of this rank
         sizes = list(x._local_tensor.shape)
-        given[1] = [*named["size"][: len(named["size"]) - len(sizes)], *sizes]
+        arguments[1] = [*named["size"][: len(named["size"]) - len(sizes)], *sizes]
     shape = op(meta, *args[1:], **kwargs).shape
-    local = op(x._local_tensor, *given[1:], **kwargs)
+    local = op(x._local_tensor, *arguments[1:], **kwargs)
     placements = list(x._spec.placements)
     for k, d in cuts(x._spec):
         placements[k] = type(placements[k])(to[d])  # pyright: ignore
-    made = wrap(local, x._spec, placements, shape)
-    return return_and_correct_aliasing(op, args, kwargs, made) if op.is_view else made
+    result = wrap(local, x._spec, placements, shape)
+    return return_and_correct_aliasing(op, args, kwargs, result) if op.is_view else result
 
 
-def _reduce(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
-    if len(found) == 1 and isinstance(args[0], DTensor) and is_cut(args[0]):
-        made = reductions.reduce(op, args, kwargs)
-        if made is not None:
-            return made
-    return _plainly(op, args, kwargs, mine, found)
+def _reduce(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(args[0], DTensor) and is_cut(args[0]):
+        result = reductions.reduce(op, args, kwargs)
+        if result is not None:
+            return result
+    return _plainly(op, args, kwargs, shards, operands)
 
 
-def _noise(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
-    with noise.of_first_rank(mine[0]._spec.mesh, kwargs.get("generator")):
+def _noise(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+    with noise.of_first_rank(shards[0]._spec.mesh, kwargs.get("generator")):
         lead = args[0]
-        if isinstance(lead, DTensor) and len(found) == 1 and noise.ignores_values(op):
+        if isinstance(lead, DTensor) and len(operands) == 1 and noise.ignores_values(op):
             full = torch.empty(lead.shape, dtype=lead.dtype, device=lead.device)
-            made = op(full, *args[1:], **kwargs)
+            result = op(full, *args[1:], **kwargs)
             if op._schema.name.endswith("_"):
                 put(lead, full)
                 return lead
-            return wrap(chunk(made, lead._spec).clone(), lead._spec)
-        made = _plainly(op, args, kwargs, mine, found)
+            return wrap(chunk(result, lead._spec).clone(), lead._spec)
+        result = _plainly(op, args, kwargs, shards, operands)
 
     def cut(x: Any) -> Any:
         plain = isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
@@ -328,50 +328,50 @@ def _noise(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
             return wrap(chunk(x, lead._spec).clone(), lead._spec)
         return x
 
-    return tree_map(cut, made)
+    return tree_map(cut, result)
 
 
-def _scalar(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _scalar(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     return whole(args[0]).item()
 
 
-def _equal(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
-    lead = mine[0]
-    if found[0].shape != found[1].shape:
+def _equal(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+    lead = shards[0]
+    if operands[0].shape != operands[1].shape:
         return False
     mine_is = torch.tensor(torch.equal(fit(args[0], lead), fit(args[1], lead)), device=lead.device)
     return bool(parts(mine_is, lead._spec, everyone=True).all())
 
 
-def _allclose(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _allclose(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     return bool(torch.isclose(*args, **kwargs).all())
 
 
-def _unscale(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _unscale(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     """Gradients of a GradScaler: what one rank finds infinite, all find."""
     grads, found_inf, scale = args
     op([getattr(g, "_local_tensor", g) for g in grads], found_inf, whole(scale))
-    cut = next((g for g in mine if is_cut(g)), None)
+    cut = next((g for g in shards if is_cut(g)), None)
     if cut is not None:
         found_inf.copy_(parts(found_inf, cut._spec, everyone=True).amax(0))
 
 
-def _no_storage(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _no_storage(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     x, size, stride = args[:3]
     if (tuple(size), tuple(stride)) == (tuple(x.shape), x.stride()):
         return aten.alias.default(x)
     if x.is_contiguous():
-        return _plainly(op, args, kwargs, mine, found)
+        return _plainly(op, args, kwargs, shards, operands)
     raise ShardedParameterError(
         "as_strided of a sharded tensor that is not contiguous: call full_tensor() first"
     )
 
 
-def _same_size(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _same_size(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     return args[0].shape == args[1].shape
 
 
-def _pinned(op: Any, args: Any, kwargs: Any, mine: Any, found: Any) -> Any:
+def _pinned(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     return args[0]._local_tensor.is_pinned()
 
 
@@ -383,6 +383,6 @@ _OWN: dict[str, Ways] = {
     "as_strided": _no_storage,
     "is_same_size": _same_size,
     "is_pinned": _pinned,
-    "_foreach_norm": lambda op, args, kwargs, mine, found: reductions.norms(op, args, kwargs),
-    "_foreach_max": lambda op, args, kwargs, mine, found: [x.max() for x in args[0]],
+    "_foreach_norm": lambda op, args, kwargs, shards, operands: reductions.norms(op, args, kwargs),
+    "_foreach_max": lambda op, args, kwargs, shards, operands: [x.max() for x in args[0]],
 }

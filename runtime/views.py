@@ -38,7 +38,7 @@ class Part(torch.Tensor):
             self.version = self.base._local_tensor._version
         return self.inner
 
-    def __repr__(self, **rest: Any) -> str:
+    def __repr__(self, **settings: Any) -> str:
         return repr(self.fresh())
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
@@ -47,8 +47,8 @@ class Part(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.fresh().clone().__reduce_ex__(protocol)
 
-    def numpy(self, **rest: Any) -> Any:
-        return self.fresh().detach().requires_grad_(self.requires_grad).numpy(**rest)
+    def numpy(self, **settings: Any) -> Any:
+        return self.fresh().detach().requires_grad_(self.requires_grad).numpy(**settings)
 
     def tolist(self) -> Any:
         return self.fresh().tolist()
@@ -62,8 +62,10 @@ class Part(torch.Tensor):
                 f"{func} writes into a part of a sharded tensor that has a gradient: make it by "
                 "torch.where or torch.cat, or write under torch.no_grad()"
             )
-        given, named = tree_map(lambda x: x.fresh() if isinstance(x, Part) else x, (args, kwargs))
-        out = func(*given, **named)
+        whole_args, named = tree_map(
+            lambda x: x.fresh() if isinstance(x, Part) else x, (args, kwargs)
+        )
+        out = func(*whole_args, **named)
         for x in written:
             put(x.base, x.full)
             x.version = x.base._local_tensor._version
@@ -82,12 +84,12 @@ def parts_of(base: DTensor, full: torch.Tensor, out: Any) -> Any:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Part]:
-    found = []
+    parts = []
     for i, a in enumerate(func._schema.arguments):
         if a.alias_info is not None and a.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(a.name)
-            found += [x for x in tree_leaves(value) if isinstance(x, Part)]
-    return found
+            parts += [x for x in tree_leaves(value) if isinstance(x, Part)]
+    return parts
 
 
 def places(name: str, x: DTensor, named: dict[str, Any]) -> dict[int, int]:

@@ -97,8 +97,8 @@ def _tile_conv_fake(x, weight, bias, dilation, groups, tiles, axis):
 
 @torch.library.register_fake("tspc::tile_conv_backward", lib=LIB)
 def _tile_conv_backward_fake(g, x, weight, dilation, groups, tiles, wanted, axis):
-    made = (x.shape, weight.shape, weight.shape[:1])
-    return [g.new_empty(s) for s, w in zip(made, wanted) if w]
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return [g.new_empty(s) for s, w in zip(shapes, wanted) if w]
 
 
 def _tile_conv_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,8 +109,8 @@ def _tile_conv_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _tile_conv_grad(ctx: Any, g: Tensor) -> Any:
     wanted = list(ctx.needs_input_grad[:3])
     args = (g, *ctx.saved_tensors, *ctx.rest, wanted, ctx.axis)
-    made = iter(torch.ops.tspc.tile_conv_backward(*args))
-    return (*(next(made) if w else None for w in wanted), *[None] * 4)
+    gradients = iter(torch.ops.tspc.tile_conv_backward(*args))
+    return (*(next(gradients) if w else None for w in wanted), *[None] * 4)
 
 
 torch.library.register_autograd(
@@ -127,8 +127,8 @@ def _extend_grad(ctx: Any, g: Tensor) -> Any:
 
 
 def _carry_grad(ctx: Any, g: Tensor) -> Any:
-    dim, lead, after, *rest = ctx.rest
-    return (torch.ops.tspc.carry(g, dim, lead, not after, *rest), *(None for _ in ctx.rest))
+    dim, lead, after, *geometry = ctx.rest
+    return (torch.ops.tspc.carry(g, dim, lead, not after, *geometry), *(None for _ in ctx.rest))
 
 
 torch.library.register_autograd("tspc::extend", _extend_grad, setup_context=_keep, lib=LIB)

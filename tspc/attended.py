@@ -21,7 +21,7 @@ CAT = torch.ops.aten.cat.default
 def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> list[str]:
     """One of all attentions along one sequence under one predicate."""
     typed = rewritten.typed
-    found: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     nodes = {n.name: n for n in typed.program.nodes}
     for n in nodes.values():
         fold = n.kwargs["fold"] if n.op == FOLD else None
@@ -30,12 +30,12 @@ def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> list[st
             i = typed.sequence(records[a.name].ins[0]) if a.op in ATTENTIONS else None
             if i is not None:
                 name = a.name if fold is None else fold.name
-                found.setdefault((i, *_told(a, nodes)), []).append(name)
+                groups.setdefault((i, *_told(a, nodes)), []).append(name)
     out = []
-    for (i, causal, text, shown, given), names in found.items():
+    for (i, causal, text, shown, numbers), names in groups.items():
         if not shown:
             continue
-        values = tuple(int(evaluate(s, sizes)) for s in given)
+        values = tuple(int(evaluate(s, sizes)) for s in numbers)
         extent = rewritten.choice.extents[i]
         layout, rows = extent.layout(ranks), int(extent.chunk_rows(ranks, sizes))
         length = int(evaluate(extent.length, sizes))

@@ -98,10 +98,10 @@ def tsp(
     if chosen.mesh is None:
         chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
-    for given in meshes if mesh is not None else ():
-        if given.shape != mesh.shape:
+    for theirs in meshes if mesh is not None else ():
+        if theirs.shape != mesh.shape:
             raise PlanError(
-                f"the parameters are stored on a mesh of {tuple(given.shape)} ranks, the options "
+                f"the parameters are stored on a mesh of {tuple(theirs.shape)} ranks, the options "
                 f"give one of {tuple(mesh.shape)}: compile with the mesh of plan.apply"
             )
     if mesh is None or (place.axis.size == 1 and place.replicas is None):
@@ -154,8 +154,8 @@ def _compile(
     device = device_name(_device(example_inputs))
     stage("decides")
     rewritten = captured.rewritten(place.axis.size, place.axis.name, chosen, device, refused)
-    found = reports(rewritten)
-    costly = [r for r in found if r.replicated]
+    findings = reports(rewritten)
+    costly = [r for r in findings if r.replicated]
     if chosen.strict and costly:
         raise UnsupportedError(f"{costly[0]}, or allow it by strict=False")
     if any(
@@ -170,7 +170,7 @@ def _compile(
     except Exception as e:
         refused = rewritten.refused.after(e, captured.program, chosen.strict)
         return _compile(captured, chosen, gm, example_inputs, place, mesh, refused)
-    for line in warnings(found) if place.axis.rank == 0 else ():
+    for line in warnings(findings) if place.axis.rank == 0 else ():
         log.warning(line)
     for root in compiled_roots(gm):
         GRAPHS.setdefault(root, []).append(compiled)
@@ -203,8 +203,8 @@ def _wanted(
     nodes = [n for n in rewritten.typed.program.nodes if n.op == PARAM]
     storages = rewritten.choice.storages
     maps = [storages[n.name].map if n.name in storages else None for n in nodes]
-    found = zip(captured.given(nodes, example_inputs, None), maps)
-    return [(x, placed(m)) for x, m in found if isinstance(x, DTensor)]
+    stored = zip(captured.given(nodes, example_inputs, None), maps)
+    return [(x, placed(m)) for x, m in stored if isinstance(x, DTensor)]
 
 
 def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
@@ -293,19 +293,19 @@ def _function(
     names = [nodes[i].name for i in sharded]
     wanted = reached(gm, [i for i, r in enumerate(rewritten.results) if r and r.kind != "deferred"])
     due = frozenset(n for n in names if captured.positions[n] in wanted)
-    rest = options.reduce_dtype, options.check_nan, due, rewritten
-    taken = Taken(place, names, maps, *rest)
+    context = options.reduce_dtype, options.check_nan, due, rewritten
+    taken = Taken(place, names, maps, *context)
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     inputs = [nodes[i].name for i in plain]
     lasting = frozenset(nodes[i].name for i in plain if nodes[i].op == BUFFER)
-    told = (
+    facts = (
         inputs,
         lasting,
         input_check.facts(captured.program),
         input_check.graph_in_words(captured.program),
         names,
     )
-    check = input_check.Checker(place, options.check_inputs, *told)
+    check = input_check.Checker(place, options.check_inputs, *facts)
     numbers = [s for s, (_, dim) in captured.symbols.items() if dim is None]
     indices = Indices(rewritten.lookups, device)
 
@@ -316,26 +316,26 @@ def _function(
         rows = [int(c) for c in _rows(compiled, sizes)]
         check_apart(captured.writes, args, captured.names)
         kept = before_writes(captured.writes, args)
-        given = [None if i is None else kept[i] for i in positions]
+        values = [None if i is None else kept[i] for i in positions]
         for i in plain:
-            given[i] = dense(given[i])
-        called, stored = ([given[i] for i in at] for at in (plain, sharded))
+            values[i] = dense(values[i])
+        called, stored = ([values[i] for i in at] for at in (plain, sharded))
         renew(place, options, stored, device)
         wrong = indices(sizes, dict(zip(inputs, called)))
         check(called, stored, [sizes[s] for s in numbers])
         if wrong is not None:
             raise wrong
         if rewritten.draws:
-            given[positions.index(None)] = seed.shared(place, device)
+            values[positions.index(None)] = seed.shared(place, device)
         if sharded:
             for i, local in zip(sharded, Prologue.apply(taken, *stored)):
-                given[i] = dense(local)
-        given = watched(given, plain)
+                values[i] = dense(local)
+        values = watched(values, plain)
         with off():
-            outs = run_local(*(sizes[s] for s in rewritten.symbols), *rows, *given)
+            outs = run_local(*(sizes[s] for s in rewritten.symbols), *rows, *values)
         if options.check_nan:
             named = zip(_output_names(captured, len(outs)), outs)
-            check_outputs(place, [*named], [(n.name, x) for n, x in zip(nodes, given)])
+            check_outputs(place, [*named], [(n.name, x) for n, x in zip(nodes, values)])
         return written(captured.writes, captured.same, args, _results(compiled, outs, sizes, rows))
 
     return run
@@ -348,9 +348,9 @@ def _output_names(captured: Captured, count: int) -> list[str]:
 
 
 def _results(
-    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], every: Sequence[int]
+    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], rows_of_each: Sequence[int]
 ) -> list[Any]:
-    """every: c of each sequence."""
+    """rows_of_each: c of each sequence."""
     place, extents = compiled.place, compiled.rewritten.choice.extents
     out = []
     for x, r in zip(outs, compiled.rewritten.results):
@@ -358,11 +358,11 @@ def _results(
             out.append(x if r is None else r.given(x, sizes))
             continue
         shape = tuple(evaluate(s, sizes) for s in r.shape)
-        extent, rows = extents[r.sequence], every[r.sequence]
+        extent, rows = extents[r.sequence], rows_of_each[r.sequence]
         layout, length = extent.layout(place.axis.size), int(evaluate(extent.length, sizes))
         if r.kind == "sharded":
-            rest = (layout, r.dim, rows, length, shape)
-            out.append(sharded(x, place, place.mesh, *rest))
+            place_of_rows = (layout, r.dim, rows, length, shape)
+            out.append(sharded(x, place, place.mesh, *place_of_rows))
             continue
 
         steps = (place.axis, layout, x, r.dim, evaluate(r.lead, sizes), rows, length, "outputs")

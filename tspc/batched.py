@@ -22,13 +22,13 @@ from tspc.torch_seams import NESTING
 Node = torch.fx.Node
 
 
-def inlined(gm: torch.fx.GraphModule, given: Sequence[Any], mode: Any) -> None:
-    """given: fake tensors and SymInts of the placeholders, of the fake mode `mode`.
+def inlined(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: Any) -> None:
+    """inputs: fake tensors and SymInts of the placeholders, of the fake mode `mode`.
 
     Raises `UnsupportedError` for a loop that turns gradients off in part or holds a function with
     a backward of its own: neither would be seen.
     """
-    values = dict(zip(gm.graph.find_nodes(op="placeholder"), given))
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs))
     for loop in list(_loops(gm.graph)):
         for n in loop:
             if "_set_grad_enabled" in str(n.target):
@@ -83,8 +83,8 @@ def _replace(
             torch.fx.Interpreter(section).run, tracing_mode="real", _allow_non_fake_inputs=True
         )(*args)
     with gm.graph.inserting_before(loop[0]):
-        made = copied(gm, traced, inputs)
-    for n, new in zip(outputs, made):
+        results = copied(gm, traced, inputs)
+    for n, new in zip(outputs, results):
         for user in [u for u in n.users if u not in inside]:
             user.args, user.kwargs = map_arg(
                 (user.args, user.kwargs), lambda a, n=n, new=new: new if a is n else a

@@ -54,9 +54,9 @@ def limit(budget: Any, most: int) -> float:
     if isinstance(budget, str):
         if budget in (MAX_SPEED, MIN):
             return most if budget == MAX_SPEED else 0
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", budget.strip().upper())
-        if found and found[2] in _UNITS:
-            return float(found[1]) * _UNITS[found[2]]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", budget.strip().upper())
+        if match and match[2] in _UNITS:
+            return float(match[1]) * _UNITS[match[2]]
     elif isinstance(budget, float) and 0 <= budget <= 1:
         return budget * most
     elif isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 and budget != 1:
@@ -105,10 +105,10 @@ def lines(keepings: Sequence[Keeping], sizes: Mapping[Any, Any]) -> list[str]:
     """For people: which regions keep, which make again, with bytes of one rank."""
     out = []
     for title, kept in (("kept for backward", True), ("made again in backward", False)):
-        mine = [(k.name, k.bytes(sizes)) for k in keepings if k.kept == kept]
-        if mine:
-            listed = ", ".join(f"{n} {_size(b)}" for n, b in mine)
-            out.append(f"{title}: {_size(sum(b for _, b in mine))} a rank: {listed}")
+        named = [(k.name, k.bytes(sizes)) for k in keepings if k.kept == kept]
+        if named:
+            listed = ", ".join(f"{n} {_size(b)}" for n, b in named)
+            out.append(f"{title}: {_size(sum(b for _, b in named))} a rank: {listed}")
     return out
 
 

@@ -62,20 +62,20 @@ def _copied(
                     "a checkpoint's context_fn (what to save of it) is ignored: all of it is made "
                     "again in the backward"
                 )
-            given = dict(
+            inputs = dict(
                 zip(body.graph.find_nodes(op="placeholder"), load(n.args[CALLS[n.target] :]))
             )
             inner = f"{path}{n.args[0].target}."
-            own = next(groups) if n.target is CHECKPOINT and not group else group
-            env[n] = _copied(body, inner, graph, given, groups, own)
+            inner_group = next(groups) if n.target is CHECKPOINT and not group else group
+            env[n] = _copied(body, inner, graph, inputs, groups, inner_group)
         elif n.target is operator.getitem and isinstance(env[n.args[0]], (tuple, list)):
             env[n] = env[n.args[0]][n.args[1]]
         else:
-            env[n] = made = graph.node_copy(n, lambda x: env[x])
-            if made.op == "get_attr":
-                made.target = f"{path}{n.target}"
+            env[n] = copy = graph.node_copy(n, lambda x: env[x])
+            if copy.op == "get_attr":
+                copy.target = f"{path}{n.target}"
             if group:
-                made.meta.update(_tag(group))
+                copy.meta.update(_tag(group))
     raise AssertionError("a graph without output")
 
 

@@ -102,12 +102,12 @@ def forward(s: Sizes, schedule: str, ranks: int) -> Cost:
     """Elements moved: ring and broadcast w (+ k), stationary n in and n out (docs/design.md, "Cost
     model")."""
     f = sympy.Rational(ranks - 1, ranks)
-    flops, met = s.flops / ranks, s.steps if s.keys != 0 else 0
+    flops, waits = s.flops / ranks, s.steps if s.keys != 0 else 0
     if schedule == STATIONARY:
         return Cost(f * (s.tokens + s.sums), 0, 2, flops)
     if schedule == GATHER:
-        return Cost(f * (s.weights + s.keys), 0, 1 + met, flops)
-    return Cost(f * s.keys, f * s.weights, 1 + met, flops, ranks - 1)
+        return Cost(f * (s.weights + s.keys), 0, 1 + waits, flops)
+    return Cost(f * s.keys, f * s.weights, 1 + waits, flops, ranks - 1)
 
 
 def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
@@ -116,13 +116,13 @@ def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
     What the forward saved is not computed again.
     """
     f = sympy.Rational(ranks - 1, ranks)
-    flops, met = (2 if s.saved else 3) * s.flops / ranks, 2 * s.steps if s.keys != 0 else 0
+    flops, waits = (2 if s.saved else 3) * s.flops / ranks, 2 * s.steps if s.keys != 0 else 0
     if schedule == STATIONARY:
         return Cost(f * (2 * s.tokens + s.sums), 0, 3, flops)
     if schedule == GATHER:
-        return Cost(2 * f * (s.weights + s.keys), 0, 2 + met, flops)
+        return Cost(2 * f * (s.weights + s.keys), 0, 2 + waits, flops)
     moved = s.weights if schedule == RING else f * s.weights  # the gradient goes home, one hop more
-    return Cost(2 * f * s.keys, f * s.weights + moved, 2 + met, flops, 2 * (ranks - 1))
+    return Cost(2 * f * s.keys, f * s.weights + moved, 2 + waits, flops, 2 * (ranks - 1))
 
 
 def transient(s: Sizes, schedule: str, ranks: int) -> Any:
@@ -161,13 +161,13 @@ def fastest(body: Body, values: tuple[int, ...], *rows: int) -> str:
 
     values: of body.symbols. rows: of all ranks together. Rank-independent sizes only.
     """
-    known = body.compiled.setdefault("fastest", {})  # with the body: nothing else holds it
+    cache = body.compiled.setdefault("fastest", {})  # with the body: nothing else holds it
     key = values, rows
-    if key not in known:
-        if len(known) >= KEPT:
-            known.clear()
-        known[key] = _fastest(body, values, *rows)
-    return known[key]
+    if key not in cache:
+        if len(cache) >= KEPT:
+            cache.clear()
+        cache[key] = _fastest(body, values, *rows)
+    return cache[key]
 
 
 def _fastest(body: Body, values: tuple[int, ...], *rows: int) -> str:

@@ -149,11 +149,11 @@ def dropout_attention(
     """`tspc::masked_attention` with keys dropped."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
-    made = weights(query, key, *rest, fill=fill, score=score)
+    masking = (attn_mask, is_causal, scale, rows, predicate, sizes)
+    shares = weights(query, key, *masking, fill=fill, score=score)
     keep = kept_keys(states, 0, key.shape[-2], dropout_p)
     factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
-    return torch.where(keep, made * factor, 0.0).to(value.dtype) @ value
+    return torch.where(keep, shares * factor, 0.0).to(value.dtype) @ value
 
 
 def _positions(seed: Tensor, size: int, stride: int) -> Tensor:

@@ -43,9 +43,9 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     gm = torch.fx.GraphModule(gm, graph)
     if reason is not None:
         object.__setattr__(gm, "compile_subgraph_reason", reason)
-    found = [n for n in gm.graph.nodes if n.target is FLEX]
+    nodes = [n for n in gm.graph.nodes if n.target is FLEX]
     masks: set[torch.fx.Node] = set()
-    for n in found:
+    for n in nodes:
         q, k, v, score, block_mask, scale, _, buffers, mask_buffers = n.args
         if any(u.target is not operator.getitem or u.args[1] for u in n.users):
             raise UnsupportedError(
@@ -55,10 +55,10 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         *blocks, mask = block_mask
         args = (q, k, v, score, mask, scale, buffers, mask_buffers)
         with gm.graph.inserting_before(n):
-            made = gm.graph.call_function(attend, args)
-        made.meta = {**n.meta, "example_value": n.meta["example_value"][0]}
+            replacement = gm.graph.call_function(attend, args)
+        replacement.meta = {**n.meta, "example_value": n.meta["example_value"][0]}
         for user in list(n.users):
-            user.replace_all_uses_with(made)
+            user.replace_all_uses_with(replacement)
             gm.graph.erase_node(user)
         gm.graph.erase_node(n)
         masks |= {b for b in blocks if isinstance(b, torch.fx.Node) and b.op != "placeholder"}
@@ -139,15 +139,15 @@ def attend(
         for d, n in enumerate(sizes)
     ]
     keep = mask_mod(*at, *mask_buffers)
-    found, grouped = _read(score_mod), q.shape[1] != k.shape[1]
-    if found is not None:
-        text, last, adds = found
+    reading, grouped = _read(score_mod), q.shape[1] != k.shape[1]
+    if reading is not None:
+        text, last, adds = reading
         mask = keep
         if adds:
             zero = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
-            known = {last: zero} if last.op != "placeholder" else None
-            given = (zero, *at, *score_buffers)
-            bias = torch.fx.Interpreter(score_mod).run(*given, initial_env=known)
+            constants = {last: zero} if last.op != "placeholder" else None
+            operands = (zero, *at, *score_buffers)
+            bias = torch.fx.Interpreter(score_mod).run(*operands, initial_env=constants)
             mask = bias.masked_fill(~keep, -torch.inf)
         mask = mask.expand([*torch.broadcast_shapes(mask.shape, (1, 1, *sizes[2:]))])
         if not text:

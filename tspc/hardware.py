@@ -38,27 +38,27 @@ HARDWARE = {
 }
 
 
-def hardware(given: Any, device: str) -> Hardware:
+def hardware(choice: Any, device: str) -> Hardware:
     """A table by name or as a dict; given None: of the device ("cpu" or an accelerator's name).
 
     Raises `OptionError` for an unknown name or field.
     """
-    if isinstance(given, Hardware):
-        return given
-    if isinstance(given, Mapping):
+    if isinstance(choice, Hardware):
+        return choice
+    if isinstance(choice, Mapping):
         names = {f.name for f in fields(Hardware)}
-        if set(given) != names:
-            raise OptionError(f"hardware={dict(given)}: a table has {', '.join(sorted(names))}")
+        if set(choice) != names:
+            raise OptionError(f"hardware={dict(choice)}: a table has {', '.join(sorted(names))}")
         try:
-            return Hardware(**{k: float(v) for k, v in given.items()})
+            return Hardware(**{k: float(v) for k, v in choice.items()})
         except (TypeError, ValueError):
-            raise OptionError(f"hardware={dict(given)}: its values are numbers") from None
-    if given is None:
-        known = [n for n in HARDWARE if n in device.lower()]
-        return HARDWARE[known[0] if known else "h100"]
-    if not isinstance(given, str) or given not in HARDWARE:
-        raise OptionError(f"hardware={given!r}; valid: {', '.join(HARDWARE)}, or a table")
-    return HARDWARE[given]
+            raise OptionError(f"hardware={dict(choice)}: its values are numbers") from None
+    if choice is None:
+        matching = [n for n in HARDWARE if n in device.lower()]
+        return HARDWARE[matching[0] if matching else "h100"]
+    if not isinstance(choice, str) or choice not in HARDWARE:
+        raise OptionError(f"hardware={choice!r}; valid: {', '.join(HARDWARE)}, or a table")
+    return HARDWARE[choice]
 
 
 def device_name(device: torch.device) -> str:

@@ -228,8 +228,8 @@ def _gather_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 
 def _gather_weight_backward(ctx: Any, g: torch.Tensor) -> Any:
-    rest = (ctx.dim, ctx.units, ctx.partial, ctx.dtype, ctx.reduce, ctx.axis)
-    return (torch.ops.tspc.gather_weight_backward(g, *rest), *[None] * 6)
+    context = (ctx.dim, ctx.units, ctx.partial, ctx.dtype, ctx.reduce, ctx.axis)
+    return (torch.ops.tspc.gather_weight_backward(g, *context), *[None] * 6)
 
 
 _register("gather_weight", _gather_weight_setup, _gather_weight_backward)
@@ -315,13 +315,15 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
-    body, given = BODIES[ctx.rest[-2]], list(ctx.saved_tensors)
+    body, operand_values = BODIES[ctx.rest[-2]], list(ctx.saved_tensors)
     operands: list[list[torch.Tensor]] = []
     for n in ctx.counts:
-        operands.append(given[:n])
-        given = given[n:]
-    rest = (ctx.sizes, *ctx.rest)
-    got = iter(torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), *operands, given, *rest))
+        operands.append(operand_values[:n])
+        operand_values = operand_values[n:]
+    context = (ctx.sizes, *ctx.rest)
+    got = iter(
+        torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), *operands, operand_values, *context)
+    )
     flat = [next(got) if body.values[n].requires_grad else None for n in _operands(body)]
     grads = []
     for n in ctx.counts:

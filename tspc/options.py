@@ -86,32 +86,32 @@ class Options:
         return self.replicas == "shard"
 
 
-def parse(given: Mapping[str, Any] | None) -> Options:
+def parse(chosen: Mapping[str, Any] | None) -> Options:
     """What is not given is the plan's, if there is one.
 
     Raises `OptionError` for an unknown name or a bad value, naming the valid ones.
     """
-    if given is not None and not isinstance(given, Mapping):
-        raise OptionError(f"options is a dict by name, not {said(given)}")
-    given = dict(given or {})
+    if chosen is not None and not isinstance(chosen, Mapping):
+        raise OptionError(f"options is a dict by name, not {said(chosen)}")
+    chosen = dict(chosen or {})
     valid = [f.name for f in fields(Options)]
-    for name in given:
+    for name in chosen:
         if name not in valid:
             close = difflib.get_close_matches(str(name), valid, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"unknown option {name!r}{hint} (valid: {', '.join(valid)})")
     for name, choices in _CHOICES.items():
-        if name in given and not _one_of(given[name], choices):
-            raise OptionError(f"{name}={given[name]!r}; valid: {', '.join(map(repr, choices))}")
-    check_mesh("options", given.get("mesh"))
-    if not isinstance(given.get("axis"), (str, type(None))):
-        raise OptionError(f"axis is the name of a dim of the mesh, not {said(given['axis'])}")
-    plan = given.get("plan")
+        if name in chosen and not _one_of(chosen[name], choices):
+            raise OptionError(f"{name}={chosen[name]!r}; valid: {', '.join(map(repr, choices))}")
+    check_mesh("options", chosen.get("mesh"))
+    if not isinstance(chosen.get("axis"), (str, type(None))):
+        raise OptionError(f"axis is the name of a dim of the mesh, not {said(chosen['axis'])}")
+    plan = chosen.get("plan")
     if plan is not None and not isinstance(getattr(plan, "options", None), Options):
         raise OptionError(f"plan is what tspc.plan(...) returns, not {said(plan)}")
-    if "memory_budget" in given:
-        budget.check(given["memory_budget"])
-    schedule = given.get("schedule", "auto")
+    if "memory_budget" in chosen:
+        budget.check(chosen["memory_budget"])
+    schedule = chosen.get("schedule", "auto")
     values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
     if isinstance(schedule, Mapping) and any(not isinstance(k, str) for k in schedule):
         raise OptionError(f"schedule by region: names or globs are strings, not {list(schedule)}")
@@ -119,12 +119,12 @@ def parse(given: Mapping[str, Any] | None) -> Options:
         if not _one_of(v, SCHEDULES):
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
     for name in ("param_dtype", "reduce_dtype"):
-        if not _one_of(given.get(name), (None, *FLOATS)):
+        if not _one_of(chosen.get(name), (None, *FLOATS)):
             valid_types = ", ".join(map(str, FLOATS))
-            raise OptionError(f"{name}={given[name]!r}; valid: None, {valid_types}")
-    if given.get("hardware") is not None:
-        hardware(given["hardware"], "")
-    return replace(getattr(plan, "options", Options()), **given)
+            raise OptionError(f"{name}={chosen[name]!r}; valid: None, {valid_types}")
+    if chosen.get("hardware") is not None:
+        hardware(chosen["hardware"], "")
+    return replace(getattr(plan, "options", Options()), **chosen)
 
 
 def mode_options(mode: Any) -> dict[str, Any]:

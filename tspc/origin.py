@@ -36,9 +36,9 @@ def origin(rewritten: Rewritten, name: str, sizes: Mapping[Any, int]) -> str:
         fold: Fold = node.kwargs["fold"]
         if any(n.name == name for n in fold.body):
             return f"%{name} is computed inside of region {fold.name}, for one shard at a time"
-    known = ", ".join(n.kwargs["fold"].name for n in rewritten.folds)
+    named = ", ".join(n.kwargs["fold"].name for n in rewritten.folds)
     raise PlanError(
-        f"no region, parameter or value {name!r} in this program; its regions are {known or 'none'}"
+        f"no region, parameter or value {name!r} in this program; its regions are {named or 'none'}"
     )
 
 
@@ -64,8 +64,13 @@ def _region(rewritten: Rewritten, node: Node, sizes: Mapping[Any, int]) -> list[
         return [*out, f"schedule {asked}, by the options"]
     rows = [int(e.rows(body.ranks, sizes)) * body.ranks for e in body.extents]
     times = seconds(body, [sizes[s] for s in body.symbols], *rows)
-    told = ", ".join(f"{n} {t * 1e3:.3g} ms" for n, t in sorted(times.items(), key=lambda x: x[1]))
-    return [*out, f"schedule of the least time a step at these sizes, by the cost model: {told}"]
+    schedules = ", ".join(
+        f"{n} {t * 1e3:.3g} ms" for n, t in sorted(times.items(), key=lambda x: x[1])
+    )
+    return [
+        *out,
+        f"schedule of the least time a step at these sizes, by the cost model: {schedules}",
+    ]
 
 
 def _parameter(rewritten: Rewritten, n: Node) -> list[str]:
@@ -90,8 +95,8 @@ def _value(rewritten: Rewritten, n: Node) -> list[str]:
     place = PLACED[typed.places.get((n.name, 0), "R")]
     out = [f"%{n.name} = {_op(n)} [{text}] {n.source}: {place}"]
     record = typed.records.get(n.name)
-    met = [record.roles.get(leaf, ()) for leaf in typed.leaves] if record is not None else []
-    out += [f"meets the sequence: {r}" for r in sorted({role for m in met for role, *_ in m})]
+    roles = [record.roles.get(leaf, ()) for leaf in typed.leaves] if record is not None else []
+    out += [f"meets the sequence: {r}" for r in sorted({role for m in roles for role, *_ in m})]
     out += [f"runs replicated: {f.why}" for f in typed.fallbacks if f.node == n.name]
     nodes = {m.name: m for m in typed.program.nodes}
     for r in dict.fromkeys(n.refs()):

@@ -13,14 +13,14 @@ def indices(factors: Factors, dim: Sequence[Factor], f: Factor, piece: Sequence[
     out = [0]
     for g in factors.expand(tuple(dim)):
         if g is f:
-            own, n = list(piece), int(g.size)
+            places, n = list(piece), int(g.size)
         elif g.cat:
-            own, n = [], 0
+            places, n = [], 0
             for d in factors.flat(g.cat):
-                own += [n + i for i in indices(factors, d, f, piece)]
+                places += [n + i for i in indices(factors, d, f, piece)]
                 n += int(factors.size(d))
         else:
             n = int(g.size)
-            own = list(range(n))
-        out = [a * n + b for a in out for b in own]
+            places = list(range(n))
+        out = [a * n + b for a in out for b in places]
     return out

@@ -28,17 +28,17 @@ def check_planned(where: str, planned: Mapping[str, str], module: nn.Module) -> 
     """
     if not planned:
         return
-    mine = parameters_of(module)
-    if mine == planned or any(parameters_of(m) == planned for m in module.children()):
+    here = parameters_of(module)
+    if here == planned or any(parameters_of(m) == planned for m in module.children()):
         return
-    wrong = [n for n in (*planned, *(n for n in mine if n not in planned))]
-    wrong = [n for n in wrong if planned.get(n) != mine.get(n)]
-    told = [
-        f"{n} is {mine.get(n, 'not there')}, {planned.get(n, 'not there')} in the plan"
+    wrong = [n for n in (*planned, *(n for n in here if n not in planned))]
+    wrong = [n for n in wrong if planned.get(n) != here.get(n)]
+    unlike = [
+        f"{n} is {here.get(n, 'not there')}, {planned.get(n, 'not there')} in the plan"
         for n in wrong[:LISTED]
     ]
     more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
     raise PlanError(
-        f"{where}: the plan is of another model than {type(module).__name__}: {'; '.join(told)}"
+        f"{where}: the plan is of another model than {type(module).__name__}: {'; '.join(unlike)}"
         f"{more}: plan this model"
     )

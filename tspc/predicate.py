@@ -185,8 +185,8 @@ def _extreme(name: str) -> Callable[..., Any]:
         a, b = _interval(a), _interval(b)
         return Interval(on_numbers(a.lo, b.lo), on_numbers(a.hi, b.hi))
 
-    def of(first: Any, *rest: Any) -> Any:
-        for x in rest:
+    def of(first: Any, *others: Any) -> Any:
+        for x in others:
             first = pair(first, x)
         return first
 
@@ -229,11 +229,11 @@ def mask(text: str, q: Tensor, k: Tensor, sizes: Sequence[Any], rows: Tensor | N
         assert rows is not None
         return _Row(rows[:, i])
 
-    made = _evaluated(text, q[:, None], k[None, :], sizes, row)
-    if not isinstance(made, Tensor):
-        made = torch.full((1, 1), bool(made), dtype=torch.bool, device=q.device)
-    made = made[None] if made.dim() == 2 else made
-    return made.expand(-1, q.shape[0], k.shape[0]).unsqueeze(1)
+    truths = _evaluated(text, q[:, None], k[None, :], sizes, row)
+    if not isinstance(truths, Tensor):
+        truths = torch.full((1, 1), bool(truths), dtype=torch.bool, device=q.device)
+    truths = truths[None] if truths.dim() == 2 else truths
+    return truths.expand(-1, q.shape[0], k.shape[0]).unsqueeze(1)
 
 
 class Bounds:

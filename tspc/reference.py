@@ -32,9 +32,9 @@ def _runner(captured: Captured, program: Program) -> Callable[..., list[Any]]:
     placeholders = [n for n in program.nodes if n.op in PLACEHOLDERS]
 
     def run(*args: Any) -> list[Any]:
-        given = captured.given(placeholders, args, draw())
+        inputs = captured.given(placeholders, args, draw())
         sizes = Sizes(Factors(), captured.sizes(args), {})
-        env = {(n.name, 0): x for n, x in zip(placeholders, given)}
+        env = {(n.name, 0): x for n, x in zip(placeholders, inputs)}
 
         def get(r: Any) -> Any:
             return env[r.name, r.item or 0] if isinstance(r, Ref) else sizes.value(r)
@@ -43,10 +43,10 @@ def _runner(captured: Captured, program: Program) -> Callable[..., list[Any]]:
             if n.op == OUTPUT:
                 return [get(a) for a in n.args]
             if n.op == CONSTANT:
-                env[n.name, 0] = constant(n, given[0].device)
+                env[n.name, 0] = constant(n, inputs[0].device)
             elif n.op not in PLACEHOLDERS:
-                made = call(n, [[]], [[]], sizes, get)
-                for i, v in enumerate(made if isinstance(made, (list, tuple)) else [made]):
+                results = call(n, [[]], [[]], sizes, get)
+                for i, v in enumerate(results if isinstance(results, (list, tuple)) else [results]):
                     t = n.types[i]
                     stops = t is not None and v.requires_grad and not t.requires_grad
                     env[n.name, i] = v.detach() if stops else v

@@ -59,10 +59,10 @@ def reports(rewritten: Rewritten, sizes: Mapping[Any, int] | None = None) -> lis
     return _merged([*_ops(rewritten, at), *_weights(rewritten, at), *_outputs(rewritten, at)])
 
 
-def _merged(found: Sequence[Report]) -> list[Report]:
+def _merged(all_reports: Sequence[Report]) -> list[Report]:
     """The same line of the model again, in other layers, is told once."""
     alike: dict[tuple[str, str], list[Report]] = {}
-    for r in found:
+    for r in all_reports:
         alike.setdefault((r.where, r.what), []).append(r)
     return [
         replace(
@@ -74,18 +74,18 @@ def _merged(found: Sequence[Report]) -> list[Report]:
     ]
 
 
-def warnings(found: Sequence[Report]) -> list[str]:
+def warnings(all_reports: Sequence[Report]) -> list[str]:
     """What to log of a compile: each that an error inside of tspc is the cause of, and one line for
     all others."""
-    told = [str(r) for r in found if r.internal]
-    rest = [r for r in found if not r.internal]
-    return [*told, *([warning(rest)] if rest else [])]
+    internal = [str(r) for r in all_reports if r.internal]
+    others = [r for r in all_reports if not r.internal]
+    return [*internal, *([warning(others)] if others else [])]
 
 
-def warning(found: Sequence[Report]) -> str:
+def warning(all_reports: Sequence[Report]) -> str:
     """One line for all of them: the largest, and how many there are."""
-    first = max(found, key=lambda r: r.bytes)
-    more = len(found) - 1
+    first = max(all_reports, key=lambda r: r.bytes)
+    more = len(all_reports) - 1
     return f"{first} (and {more} more: tspc.explain lists them)" if more else str(first)
 
 
@@ -127,8 +127,8 @@ def _ops(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
         size = 0
         if name in nodes:
             gathered = (nodes[r.name] for r in set(nodes[name].refs()))
-            made = [t for n in gathered if n.op == WHOLE for t in n.types] + [*nodes[name].types]
-            size = sum(_bytes(t, sizes) for t in made)
+            types = [t for n in gathered if n.op == WHOLE for t in n.types] + [*nodes[name].types]
+            size = sum(_bytes(t, sizes) for t in types)
         change = ADVICE.get(reason, PER_TOKEN)
         source = original.node(name).source
         change = ADVISED if internal else change
@@ -140,12 +140,12 @@ def _weights(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
     """Weights of regions that are not folded, unless a region has them all the same."""
     program, storages = rewritten.analysis.program, rewritten.choice.storages
     users = {r.name: n.source for n in reversed(program.nodes) for r in n.refs()}
-    out, told = [], set()
+    out, seen = [], set()
     for region, why in rewritten.choice.refused:
         weights = [w for w in sorted(region.weights) if storages[w].kind == "gather"]
-        if told.issuperset(weights):
+        if seen.issuperset(weights):
             continue
-        told.update(weights)
+        seen.update(weights)
         size = sum(_bytes(program.node(w).type, sizes) for w in weights)
         internal = bool(rewritten.refused.region(region.weights))
         why = f"an error inside of tspc: {why}" if internal else why
@@ -160,25 +160,25 @@ def _outputs(rewritten: Rewritten, sizes: Mapping[Any, int]) -> list[Report]:
     """Outputs cut along the sequence that leave whole; at a graph break all of them."""
     typed = rewritten.typed
     nodes = {n.name: n for n in typed.program.nodes}
-    found = []
+    large = []
     for a, result in zip(typed.program.output.args, rewritten.results):
         whole = result is None or result.kind == "whole"
         if isinstance(a, Ref) and whole and typed.places[a.name, a.item or 0] == "S":
             n = nodes[a.name]
-            found.append((n.source, _bytes(n.types[a.item or 0], sizes), n.types[a.item or 0]))
+            large.append((n.source, _bytes(n.types[a.item or 0], sizes), n.types[a.item or 0]))
     if rewritten.graph_break:
-        if not found:
+        if not large:
             return []
-        count = f"{len(found)} activation" + "s" * (len(found) > 1)
+        count = f"{len(large)} activation" + "s" * (len(large) > 1)
         what = f"a graph break, at which {count} cut along the sequence are gathered"
         change = "remove the break (TORCH_LOGS=graph_breaks tells its cause)"
-        size = sum(size for _, size, _ in found)
+        size = sum(size for _, size, _ in large)
         return [Report(rewritten.graph_break, what, size, change, False)]
     change = 'return only the loss, or compile with options={"outputs": "sharded"}'
     return [
         Report(
             where, f"an output {list(t.shape)} is gathered along the sequence", size, change, False
         )
-        for where, size, t in found
+        for where, size, t in large
         if size >= LARGE
     ]

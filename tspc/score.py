@@ -46,8 +46,8 @@ def applied(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int
         )
     ):
         return None
-    rest = [a for i, a in enumerate(args) if i != at] + list(kwargs.values())
-    if not all(a is None or isinstance(a, (bool, int, float, str)) for a in rest):
+    constants = [a for i, a in enumerate(args) if i != at] + list(kwargs.values())
+    if not all(a is None or isinstance(a, (bool, int, float, str)) for a in constants):
         return None
     shown = [a if i == at else repr(a) for i, a in enumerate(args)]
     shown += [f"{name}={value!r}" for name, value in kwargs.items()]
@@ -81,8 +81,8 @@ def pulled_back(text: str, scores: Tensor, cotangent: Tensor) -> Tensor:
         return cotangent
     with torch.enable_grad():
         before = scores.detach().requires_grad_()
-        (found,) = torch.autograd.grad(modified(text, before), before, cotangent)
-    return found
+        (gradient,) = torch.autograd.grad(modified(text, before), before, cotangent)
+    return gradient
 
 
 def shown(text: str) -> str:

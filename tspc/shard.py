@@ -23,7 +23,7 @@ class ShardMap:
     dim: int
     rows: tuple[tuple[int, ...], ...]
     real: tuple[tuple[bool, ...], ...]
-    known: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
+    answers: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -54,17 +54,21 @@ class ShardMap:
 
     def is_chunked(self, size: int) -> bool:
         """The real rows of shard j are torch's chunk j of `size` rows, first in the shard."""
-        if size not in self.known:
-            self.known[size] = self._is_chunked(size)
-        return self.known[size]
+        if size not in self.answers:
+            self.answers[size] = self._is_chunked(size)
+        return self.answers[size]
 
     def _is_chunked(self, size: int) -> bool:
         n = -(-size // len(self.rows))
         if self.length != n:
             return False
         for j, (rows, real) in enumerate(zip(self.rows, self.real)):
-            own = tuple(range(min(j * n, size), min((j + 1) * n, size)))
-            if rows[: len(own)] != own or any(real[len(own) :]) or not all(real[: len(own)]):
+            chunk = tuple(range(min(j * n, size), min((j + 1) * n, size)))
+            if (
+                rows[: len(chunk)] != chunk
+                or any(real[len(chunk) :])
+                or not all(real[: len(chunk)])
+            ):
                 return False
         return True
 

@@ -56,13 +56,13 @@ def show(
 
 
 def _symbol_names(rewritten: Rewritten) -> dict[sympy.Symbol, sympy.Symbol]:
-    """S for the sequence, then B, and letters for the rest: stable over compiles."""
+    """S for the sequence, then B, and letters for the unnamed: stable over compiles."""
     out: dict[sympy.Symbol, sympy.Symbol] = {}
     leaf = rewritten.choice.leaf
     if leaf is not None and isinstance(leaf.size, sympy.Symbol):
         out[leaf.size] = sympy.Symbol("S")
-    rest = [s for s in rewritten.symbols if s not in out]
-    for s, letter in zip(rest, ["B", *(f"n{i}" for i in range(len(rest)))]):
+    unnamed = [s for s in rewritten.symbols if s not in out]
+    for s, letter in zip(unnamed, ["B", *(f"n{i}" for i in range(len(unnamed)))]):
         out[s] = sympy.Symbol(letter)
     return out
 

@@ -45,8 +45,8 @@ def sink_attention(
     assert not dropout_p, "attention with sinks has no dropout"
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    rest = (attn_mask, is_causal, scale, rows, predicate, sizes)
-    scores = scores_of(query, key, *rest, score=score)
+    masking = (attn_mask, is_causal, scale, rows, predicate, sizes)
+    scores = scores_of(query, key, *masking, score=score)
     beside = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, beside], -1), -1)[..., :-1]
     return weights.to(value.dtype) @ value

@@ -13,14 +13,14 @@ from tspc.runtime import storage
 def source_line(node: torch.fx.Node) -> str:
     """ "file:line" of the innermost frame of the model's own code."""
     trace = node.meta.get("stack_trace") or ""
-    own = [
+    frames = [
         (file, line)
         for file, line, function in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace)
         if "/torch/" not in file and file != storage.__file__ and function != "__torch_function__"
     ]
-    if not own:
+    if not frames:
         return ""
-    file, line = own[-1]
+    file, line = frames[-1]
     package = file.split("site-packages/")
     file = package[1] if len(package) > 1 else file.rsplit("/", 1)[-1]
     return f"{file}:{line}"

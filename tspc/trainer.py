@@ -36,8 +36,8 @@ def register(**options: Any) -> None:
             "tspc.trainer.register takes a mesh of one axis, all ranks: replicas are for scripts "
             "with a loop of their own"
         )
-    made = state.PartialState._shared_state.get("num_processes", 1)
-    if made > 1 and _NAME not in _DONE:
+    processes = state.PartialState._shared_state.get("num_processes", 1)
+    if processes > 1 and _NAME not in _DONE:
         raise OptionError(
             "an Accelerator or TrainingArguments was made before tspc.trainer.register(): its "
             "state takes each rank for a replica; call register() first"

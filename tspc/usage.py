@@ -66,9 +66,9 @@ def check_name(where: str, name: Any) -> None:
         )
 
 
-def check_function(where: str, name: str, given: Callable[..., Any] | None) -> None:
-    if given is not None and not callable(given):
-        raise OptionError(f"{where}: {name} is a function, not {said(given)}")
+def check_function(where: str, name: str, fn: Callable[..., Any] | None) -> None:
+    if fn is not None and not callable(fn):
+        raise OptionError(f"{where}: {name} is a function, not {said(fn)}")
 
 
 def check_tolerance(where: str, tolerance: Any) -> None:

@@ -24,9 +24,9 @@ ADVICE = (
 
 def check_wrapped(root: Any) -> None:
     """Called where a compiled module or function is called. Raises `PlanError`."""
-    found = _caller() or (_inside(root) if isinstance(root, nn.Module) else "")
-    if found:
-        raise PlanError(f"backend='tsp' and {found} do not go together: {ADVICE}")
+    wrapper = _caller() or (_inside(root) if isinstance(root, nn.Module) else "")
+    if wrapper:
+        raise PlanError(f"backend='tsp' and {wrapper} do not go together: {ADVICE}")
 
 
 def _caller() -> str:

@@ -372,6 +372,6 @@ def diff(
     e, before = r.env[x], r.env[prepend]
     if any(isinstance(v, Cases) or is_predicate(v) for v in (e, before)):
         return None
-    rest = sympy.expand(e - substitute(e, {k: k - 1}))
+    change = sympy.expand(e - substitute(e, {k: k - 1}))
     first = sympy.expand(substitute(e, {k: sympy.Integer(0)}) - before)
-    return rest if rest == first else None
+    return change if change == first else None
