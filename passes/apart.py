@@ -24,17 +24,17 @@ Run = Callable[[Node, Sizes, Callable[[Ref], Any]], list[Any]]
 def run_apart(n: Node, sizes: Sizes, get: Callable[[Ref], Any]) -> list[Any]:
     """The values that leave, in order."""
     fold: Fold = n.kwargs["fold"]
-    own = replace(sizes, cut={**sizes.cut, fold.factor: fold.units})
+    sizes_of_rank = replace(sizes, cut={**sizes.cut, fold.factor: fold.units})
     names = (*fold.tokens, *fold.invariants, *fold.sliced, *map(Ref, fold.weights))
     env = {old: get(new) for old, new in zip(names, refs_in(n.args))}
     for ref in fold.sliced:
-        env[ref] = _first_units(fold, ref, env[ref], own)
+        env[ref] = _first_units(fold, ref, env[ref], sizes_of_rank)
     for w, dtype in fold.casts.items():
         env[Ref(w)] = env[Ref(w)].to(dtype)
     for m in fold.body:
         record = fold.records[m.name]
-        made = call(m, record.ins, record.outs, own, lambda r: env[r])
-        for item, value in enumerate(made if isinstance(made, (list, tuple)) else [made]):
+        results = call(m, record.ins, record.outs, sizes_of_rank, lambda r: env[r])
+        for item, value in enumerate(results if isinstance(results, (list, tuple)) else [results]):
             env[Ref(m.name, item)] = value
             env.setdefault(Ref(m.name), value)
     return [env[e.ref] for e in fold.exits]

@@ -21,31 +21,31 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
     for k, g in enumerate(regions):
         for i in g.ops:
             holders.setdefault(i, []).append(-1 - k)
-    made = {r.node.name: holders.get(r.index, [r.index]) for r in recs}
+    holders_of = {r.node.name: holders.get(r.index, [r.index]) for r in recs}
     makers = [{recs[i].node.name: recs[i] for i in g.ops} for g in regions]
 
     def sources(x: Ref | None) -> list[int]:
         """What a value waits for: of one that is made apart, what it is made of."""
         out: list[int] = []
-        for source in made.get(x.name, []) if x is not None else []:
+        for source in holders_of.get(x.name, []) if x is not None else []:
             k = -1 - source
             if x is None or k < 0 or not is_independent(x, makers[k], regions[k]):
                 out.append(source)
                 continue
             for r in makers_of(x, makers[k], regions[k].factor):
                 outside = [y for y in r.refs if y is not None and y.name not in makers[k]]
-                out += [n for y in outside for n in made.get(y.name, [])]
+                out += [n for y in outside for n in holders_of.get(y.name, [])]
         return out
 
     after: dict[int, set[int]] = defaultdict(set)
     before: dict[int, set[int]] = defaultdict(set)
     for r in recs:
         for x in r.refs:
-            found = sources(x)
+            reached = sources(x)
             for to in holders.get(r.index, [r.index]):
-                if to in found:  # it reads what it makes itself
+                if to in reached:  # it reads what it makes itself
                     continue
-                for source in found:
+                for source in reached:
                     after[source].add(to)
                     before[to].add(source)
     left = {*after, *before}

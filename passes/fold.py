@@ -79,7 +79,7 @@ def outline(
     ]
     inside = {name for f in folds for name in f.records}
     moved: dict[Ref, Ref] = {}
-    made: list[Node] = []
+    new_nodes: list[Node] = []
     for k, fold in enumerate(folds):
         node_name = f"fold_{k}"
         params = tuple(Ref(w) for w in fold.weights)
@@ -101,37 +101,39 @@ def outline(
                 extra.append(added)
                 moved[e.ref] = Ref(added.name)
         if fold.apart:
-            made.append(_apart(analysis, node_name, fold, leaves, ranks))
-            moved |= {e.ref: Ref(made[-1].name, i) for i, e in enumerate(fold.apart)}
+            new_nodes.append(_apart(analysis, node_name, fold, leaves, ranks))
+            moved |= {e.ref: Ref(new_nodes[-1].name, i) for i, e in enumerate(fold.apart)}
         operands = (fold.tokens, fold.invariants, fold.sliced, params)
         source = fold.body[0].source
         kwargs = {"fold": fold}
-        made.append(Node(node_name, FOLD, operands, kwargs, tuple(types), source, fold.recompute))
-        made += extra
+        new_nodes.append(
+            Node(node_name, FOLD, operands, kwargs, tuple(types), source, fold.recompute)
+        )
+        new_nodes += extra
     kept = [n for n in analysis.program.nodes if n.name not in inside]
 
     def rename(r: Ref) -> Ref:
         plain = Ref(r.name) if r.item == 0 else r
         return moved.get(r, moved.get(plain, r))
 
-    nodes = [n.map_refs(rename) for n in kept + made]
+    nodes = [n.map_refs(rename) for n in kept + new_nodes]
     return replace(analysis.program, nodes=_sorted(nodes)).without_dead_nodes()
 
 
 def _apart(a: Analysis, name: str, fold: Fold, leaves: frozenset[Factor], ranks: int) -> Node:
     """The node that makes what the factor does not touch, of one shard."""
     ops = {r.index for e in fold.apart for r in makers_of(e.ref, fold.records, fold.factor)}
-    own = _fold(a, fold.name, Region(fold.factor, [], ops), "", leaves, ranks, None)
-    own = replace(own, exits=fold.apart)
-    operands = (own.tokens, own.invariants, own.sliced, tuple(map(Ref, own.weights)))
-    types = tuple(e.type for e in own.exits)
-    source = own.body[0].source
-    return Node(f"{name}.apart", APART, operands, {"fold": own}, types, source, own.recompute)
+    alone = _fold(a, fold.name, Region(fold.factor, [], ops), "", leaves, ranks, None)
+    alone = replace(alone, exits=fold.apart)
+    operands = (alone.tokens, alone.invariants, alone.sliced, tuple(map(Ref, alone.weights)))
+    types = tuple(e.type for e in alone.exits)
+    source = alone.body[0].source
+    return Node(f"{name}.apart", APART, operands, {"fold": alone}, types, source, alone.recompute)
 
 
 def _readers(a: Analysis, regions: Sequence[Region]) -> list[set[Ref]]:
     """Of each region: what others read, but for what they make themselves too."""
-    made = {r.node.name: r.index for r in a.records}
+    index_of = {r.node.name: r.index for r in a.records}
     holders: dict[int, list[int]] = {}
     for k, g in enumerate(regions):
         for i in g.ops:
@@ -140,10 +142,10 @@ def _readers(a: Analysis, regions: Sequence[Region]) -> list[set[Ref]]:
     for x in a.records:
         if x.node.op == OUTPUT:
             continue
-        own = holders.get(x.index, [])
+        inside = holders.get(x.index, [])
         for ref in x.node.refs():
-            makers = holders.get(made.get(ref.name, -1), [])
-            if makers and not all(k in makers for k in own or [-1]):
+            makers = holders.get(index_of.get(ref.name, -1), [])
+            if makers and not all(k in makers for k in inside or [-1]):
                 for k in makers:
                     out[k].add(ref)
     return out
@@ -251,7 +253,7 @@ def _cast_before(
 ) -> tuple[tuple[Node, ...], dict[str, torch.dtype]]:
     """Those weights of which the body reads only one cast are cast before they travel."""
     read: dict[str, set[torch.dtype | None]] = {}
-    made: dict[Ref, Ref] = {}
+    casts_of: dict[Ref, Ref] = {}
     for n in body:
         for r in n.refs():
             if r.name in weights:
@@ -261,9 +263,9 @@ def _cast_before(
     kept = []
     for n in body:
         if n.op in CASTS and n.args[0].name in casts:
-            made[Ref(n.name)] = n.args[0]
+            casts_of[Ref(n.name)] = n.args[0]
         else:
-            kept.append(n.map_refs(lambda r: made.get(r, r)))
+            kept.append(n.map_refs(lambda r: casts_of.get(r, r)))
     return tuple(kept), casts
 
 
@@ -305,5 +307,5 @@ def _sorted(nodes: list[Node]) -> tuple[Node, ...]:
             out.append(n)
             stack.pop()
     placeholders = [n for n in out if n.op in (PARAM, "buffer", "input")]
-    rest = [n for n in out if n.op not in (PARAM, "buffer", "input", OUTPUT)]
-    return (*placeholders, *rest, by_name[OUTPUT])
+    calls = [n for n in out if n.op not in (PARAM, "buffer", "input", OUTPUT)]
+    return (*placeholders, *calls, by_name[OUTPUT])

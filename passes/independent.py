@@ -31,26 +31,26 @@ def is_independent(ref: Ref, makers: Mapping[str, Record], g: Region) -> bool:
     for x in makers_of(ref, makers, f):
         if x.node.op in ATTENTIONS or f in x.roles:
             return False
-        for given, carried in zip(x.refs, x.carried_in):
-            known = given is None or given.name in makers or given.name in g.weights
-            if not known and f in carried:
+        for operand, carried in zip(x.refs, x.carried_in):
+            is_inside = operand is None or operand.name in makers or operand.name in g.weights
+            if not is_inside and f in carried:
                 return False
     return True
 
 
 def makers_of(ref: Ref, makers: Mapping[str, Record], f: Factor) -> list[Record]:
     """The ops with the factor behind a value, in order."""
-    found: dict[int, Record] = {}
+    reached: dict[int, Record] = {}
     todo = [ref.name]
     while todo:
         r = makers.get(todo.pop())
-        if r is None or r.index in found:
+        if r is None or r.index in reached:
             continue
         if not any(f in c for c in (*r.carried_in, *r.carried_out)):
             continue
-        found[r.index] = r
+        reached[r.index] = r
         todo += [x.name for x in r.refs if x is not None]
-    return [found[i] for i in sorted(found)]
+    return [reached[i] for i in sorted(reached)]
 
 
 def makers_in(a: Analysis, g: Region) -> dict[str, Record]:

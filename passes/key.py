@@ -22,11 +22,11 @@ def structural_key(
     values: Mapping[str, Value],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     symbols: Sequence[sympy.Symbol],
-    rest: Any,
+    others: Any,
 ) -> str:
     """extents: length and order of the sequences. tables: what is read at the units of a shard.
 
-    rest: all else.
+    others: all else.
     """
 
     def show(a: Any) -> str:
@@ -42,7 +42,7 @@ def structural_key(
             return show((a.name, a.kind, a.dim, a.lead, a.differentiable, a.sequence))
         return repr(a)
 
-    lines = [show(rest), str((fold.units, fold.size)), show(extents)]
+    lines = [show(others), str((fold.units, fold.size)), show(extents)]
     lines += map(sympy.srepr, symbols)  # sizes are told over the program's own symbols
     lines += [f"{k} {show(v.shape)} {v.dtype} {v.requires_grad}" for k, v in values.items()]
     for n in fold.body:

@@ -51,7 +51,7 @@ def make_body(
     maker = Maker(fold, typed.factors, leaves, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
-    def known(ref: Ref, dims: Any, kind: str, local: bool) -> str:
+    def register(ref: Ref, dims: Any, kind: str, local: bool) -> str:
         name = f"{kind}{sum(v.startswith(kind) for v in values)}"
         t = types[ref.name][ref.item or 0]
         assert t is not None
@@ -64,20 +64,20 @@ def make_body(
     for old, new in zip(fold.tokens, operands[0]):
         whole = typed.places[new.name, new.item or 0] == "R"
         dims = fold.dims[old]
-        names[old] = known(new, dims, "token", local=True)
+        names[old] = register(new, dims, "token", local=True)
         k, lead, i = _where(maker, dims, symbols)
         tokens.append(Token(names[old], k, lead, whole, i))
         if maker.has_units(dims):
             tables[old] = _table(maker, dims)
     for old, new in zip(fold.invariants, operands[1]):
-        names[old] = known(new, fold.dims[old], "invariant", local=False)
+        names[old] = register(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
     for old, new in zip(fold.sliced, operands[2]):
-        names[old] = known(new, fold.dims[old], "invariant", local=False)
+        names[old] = register(new, fold.dims[old], "invariant", local=False)
         invariants.append(names[old])
         tables[old] = _table(maker, fold.dims[old])
     for w in fold.weights:
-        names[Ref(w)] = known(Ref(w), fold.dims[Ref(w)], "shard", local=True)
+        names[Ref(w)] = register(Ref(w), fold.dims[Ref(w)], "shard", local=True)
         if w in fold.casts:
             name = names[Ref(w)]
             values[name] = replace(values[name], dtype=fold.casts[w])
@@ -134,11 +134,11 @@ def _products(
     for n in fold.body:
         if n.op in WEIGHTED:
             left = n.refs()[1] if n.op == aten.addmm.default else n.refs()[0]
-            made = math.prod(values[names[Ref(n.name)]].shape)
-            mine = 2 * made * values[names[left]].shape[-1]
-            flops += mine
-            inner += made if n.name not in leaving else 0
-            spared += mine if names[Ref(n.name)] in saved else 0
+            elements = math.prod(values[names[Ref(n.name)]].shape)
+            cost = 2 * elements * values[names[left]].shape[-1]
+            flops += cost
+            inner += elements if n.name not in leaving else 0
+            spared += cost if names[Ref(n.name)] in saved else 0
     return flops, inner, spared
 
 
@@ -200,14 +200,14 @@ def _cut(
     steps: list[Piece | Attention] = []
     for depth in range(max([*groups, *exchanges], default=0) + 1):
         nodes = groups.get(depth, [])
-        made = {names[Ref(n.name, i)] for n in nodes for i, t in enumerate(n.types) if t}
-        made -= {names[r] for r in m.fold.tokens}
+        outputs = {names[Ref(n.name, i)] for n in nodes for i, t in enumerate(n.types) if t}
+        outputs -= {names[r] for r in m.fold.tokens}
         later = [n for d, ns in groups.items() if d > depth for n in ns]
         later += [n for ns in exchanges.values() for n in ns]
         read_later = {names[r] for n in later for r in n.refs()} | wanted
-        writes = tuple(v for v in values if v in made and v in read_later)
+        writes = tuple(v for v in values if v in outputs and v in read_later)
         reads = tuple(
-            dict.fromkeys(names[r] for n in nodes for r in n.refs() if names[r] not in made)
+            dict.fromkeys(names[r] for n in nodes for r in n.refs() if names[r] not in outputs)
         )
         cuts = {}  # what an exchange reads of an operand without an op between
         for n in exchanges.get(depth, []):
@@ -226,8 +226,8 @@ def _cut(
             copies = {names[r]: cut for r, cut in cuts.items()}
             steps.append(Piece(reads, writes, runner(m, nodes, names, tables, copies), saves))
         for n in exchanges.get(depth, []):
-            met = [m.sequence(d) for d in m.fold.records[n.name].ins[:2]]
-            steps.append(_attention(n, {**names, **cuts}, values, *met))
+            sequences = [m.sequence(d) for d in m.fold.records[n.name].ins[:2]]
+            steps.append(_attention(n, {**names, **cuts}, values, *sequences))
     return tuple(steps)
 
 
@@ -243,8 +243,8 @@ def _saves(
     for n in nodes:
         name = names[Ref(n.name)]
         record = m.fold.records[n.name]
-        every = {f for d in record.outs[0] for f in m.factors.leaves(d)}
-        carried = m.fold.factor in every and not every.isdisjoint(m.leaves)  # else it is cheap
+        leaves = {f for d in record.outs[0] for f in m.factors.leaves(d)}
+        carried = m.fold.factor in leaves and not leaves.isdisjoint(m.leaves)  # else cheap
         if n.op in WEIGHTED and carried and values[name].requires_grad and name not in leaving:
             out.append(name)
     return tuple(out)

@@ -58,12 +58,12 @@ class Sizes:
         leaves = self.factors.expand(tuple(dim))
         if not start or not leaves or not leaves[0].cat:
             return start
-        rest = tuple(leaves[1:])
-        minor, at, local = self.factors.size(rest), 0, 0
+        others = tuple(leaves[1:])
+        minor, at, local = self.factors.size(others), 0, 0
         for segment in self.factors.flat(leaves[0].cat):
             if at == start:
                 break
             at += self.value(self.factors.size(segment) * minor)
-            local += self.dim((*segment, *rest))
+            local += self.dim((*segment, *others))
         assert at == start, f"a slice from {start} falls inside of a segment"
         return local

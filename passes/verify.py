@@ -61,10 +61,10 @@ def check_typed(typed: Typed) -> None:
             raise _error(after, n, "it reads a partial sum")
         if n.op in (OUTPUT, *OF_SHARDS) or n.op in PLACEHOLDERS:
             continue
-        mine = typed.places[n.name, 0]
-        if mine == "R" and set(places.values()) - {"R"}:
+        here = typed.places[n.name, 0]
+        if here == "R" and set(places.values()) - {"R"}:
             raise _error(after, n, f"it is equal on all ranks but reads {sorted(places.values())}")
-        if mine in ("S", "P"):
+        if here in ("S", "P"):
             for r, place in places.items():
                 if place == "R" and typed.program.type_of(r).requires_grad:
                     raise _error(after, n, f"{r} is equal on all ranks, its cotangent is not")
