@@ -73,7 +73,7 @@ def plain(n: Any) -> Any:
 
 
 class _Kept(torch.autograd.Function):
-    """A saved value in the place of the one made again; the gradient goes on to what made it."""
+    """A saved value in the place of the one recomputed; the gradient goes on to what made it."""
 
     @staticmethod
     def forward(ctx: Any, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

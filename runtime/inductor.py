@@ -149,7 +149,7 @@ def _without_autocast(compiled: Any) -> Any:
 
 def _traced(program: torch.nn.Module, fakes: Fakes) -> torch.fx.GraphModule:
     """The forward above autograd. What a cache's key of a graph leaves out is told in `tspc_key`:
-    what is made again, the constants' values, and the code that made all this."""
+    what is recomputed, the constants' values, and the code that made all this."""
     with fakes.mode, torch.enable_grad(), preserve_node_meta():
         gm = make_fx(program, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
             *fakes.inputs

@@ -97,7 +97,7 @@ def test_the_plan_tells_what_is_kept() -> None:
         tspc.plan(LlamaLike(), (tokens, tokens), ranks=2, options={"memory_budget": 0.5})
     ).splitlines()
     (one,) = (l for l in text if l.startswith("kept for backward: "))
-    (other,) = (l for l in text if l.startswith("made again in backward: "))
+    (other,) = (l for l in text if l.startswith("recomputed in backward: "))
     names = {"blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp", "head"}
     both = [{n for n in names if f"{n} " in l} for l in (one, other)]
     assert both[0] | both[1] == names and not both[0] & both[1]

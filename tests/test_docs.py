@@ -83,6 +83,7 @@ TO_RENAME: frozenset[str] = frozenset(
         "tspc/torch_seams.py",
     )
 )
+FOLDERS = "tspc|passes|runtime|tests|docs|bench|examples"
 PUBLIC = {n: getattr(tspc, n) for n in tspc.__all__}
 
 
@@ -111,8 +112,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_and_commands_that_pages_name_exist(page: Path) -> None:
     text = page.read_text()
-    folders = "tspc|passes|runtime|tests|docs|bench|examples"
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     for target in re.findall(r"`make (\w+)`", text):
@@ -121,8 +121,10 @@ def test_files_and_commands_that_pages_name_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("path", [*PRODUCT, *TESTS], ids=name)
 def test_references_in_code_hold(path: Path) -> None:
-    """To a page by the title of a heading: `docs/design.md, "Layouts"`."""
+    """To a page by the title of a heading: `docs/design.md, "Layouts"`; to a file by its path."""
     text = re.sub(r"\n\s*#?\s*", " ", path.read_text())
+    for file in re.findall(rf"`((?:{FOLDERS})/\w[\w/.]*\.(?:py|md))`", text):
+        assert (ROOT / file).exists(), file
     for page, title in re.findall(r'(docs/\w+\.md)(?:, "([^"]+)")?', text):
         assert (ROOT / page).exists(), page
         titles = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
@@ -206,6 +208,12 @@ def test_names_say_what_they_are(path: Path) -> None:
         assert fillers(path), f"{name(path)} is done: take it off the list"
     else:
         assert not fillers(path)
+
+
+def test_words_given_up_are_nowhere() -> None:
+    for path in [*PRODUCT, ROOT / "README.md"]:
+        text = " ".join(path.read_text().split())
+        assert "made again" not in text, name(path)
 
 
 def test_the_glossary_has_each_word_once() -> None:

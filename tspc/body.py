@@ -83,7 +83,7 @@ class Token:
 class Piece:
     """What runs between two exchanges.
 
-    saves: values made inside that the backward takes from the forward; it makes the others again.
+    saves: values made inside that the backward takes from the forward; it recomputes the others.
     """
 
     reads: tuple[str, ...]
@@ -197,8 +197,8 @@ BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
 
 
 def made_again(body: Body) -> Body:
-    """The body whose backward makes everything again; registered."""
-    key = hashlib.sha256(f"{body.key} made again".encode()).hexdigest()[:20]
+    """The body whose backward recomputes everything; registered."""
+    key = hashlib.sha256(f"{body.key} recomputed".encode()).hexdigest()[:20]
     made = BODIES.get(key)
     if made is None:
         steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)

@@ -104,7 +104,7 @@ def choose(
 def lines(keepings: Sequence[Keeping], sizes: Mapping[Any, Any]) -> list[str]:
     """For people: which regions keep, which make again, with bytes of one rank."""
     out = []
-    for title, kept in (("kept for backward", True), ("made again in backward", False)):
+    for title, kept in (("kept for backward", True), ("recomputed in backward", False)):
         named = [(k.name, k.bytes(sizes)) for k in keepings if k.kept == kept]
         if named:
             listed = ", ".join(f"{n} {_size(b)}" for n, b in named)

@@ -92,7 +92,7 @@ def _tag(group: int, leaves: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def recomputed(group: int, leaves: bool) -> Iterator[None]:
-    """What is traced here is made again in the backward, from what enters its group (0: none).
+    """What is traced here is recomputed in the backward, from what enters its group (0: none).
 
     leaves: what it makes is read outside of the group, and kept if the backward reads it.
     """

@@ -2,8 +2,7 @@
 "Index expressions and masks").
 
 Integers are sympy expressions, booleans sympy predicates, floats a finite `Cases` of values. Data
-is `At(node, indices)`: a
-node without a rule is a reference to itself, so nothing is ever guessed.
+is `At(node, indices)`: a node without a rule is a reference to itself, so nothing is ever guessed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Private torch APIs that tspc uses, one function each; `tests/test_torch_seams.py` fails first
-when torch changes them."""
+"""Private torch APIs that tspc uses, one function each."""
 
 from __future__ import annotations
 
