@@ -69,7 +69,10 @@ def one() -> Any:
     world.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+WIDE = [pytest.param(name, marks=pytest.mark.wide) for name in ("llama", "gpt2")]
+
+
+@pytest.mark.parametrize("name", ["qwen3", *WIDE])
 def test_each_rank_holds_its_share(world: Any, one: World, name: str) -> None:
     ((state, alive, loss),) = one.run(held, name=name, tsp=False)
     for mine, left, same in world(RANKS).run(held, name=name, tsp=True):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
+from tests.wide import each_once
 from tspc.passes.pipeline import Rewritten
 
 pytestmark = pytest.mark.slow
@@ -249,9 +250,8 @@ SIZES = [
     (4, 3, "zigzag"),
     (4, 16, "zigzag"),
 ]
-# every case at one of the first two sizes, the others are slow
-DRAWN = [
-    pytest.param(name, *size, marks=() if k == i % 2 else pytest.mark.slow)
+DRAWN = [  # every case at two of the sizes, in turn; the others are wide
+    pytest.param(name, *size, marks=() if k in (i % 5, (i + 2) % 5) else pytest.mark.wide)
     for i, name in enumerate(CASES)
     for k, size in enumerate(SIZES)
 ]
@@ -263,8 +263,13 @@ def test_equals_one_device(name: str, ranks: int, length: int, layout: str) -> N
     assert replicated(run(mix, ranks, length, layout)) == expected
 
 
-@pytest.mark.parametrize("schedule", ["ring", "broadcast", "gather", "stationary"])
-@pytest.mark.parametrize("name", ["nothing", "norm_without_eps", "spelled_norm_without_eps"])
+@pytest.mark.parametrize(
+    "schedule,name",
+    each_once(
+        ["ring", "broadcast", "gather", "stationary"],
+        ["nothing", "norm_without_eps", "spelled_norm_without_eps"],
+    ),
+)
 def test_padded_units(name: str, schedule: str) -> None:
     """187 words, 10 columns and 3 K/V heads on 4 ranks; biases inside and outside of the sum."""
     rewritten = run(CASES[name][0], 4, 13, schedule=schedule)

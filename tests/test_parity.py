@@ -183,29 +183,48 @@ FEW = [  # of the inner loop
 ]
 
 
-@pytest.mark.parametrize("case", FEW)
-def test_equals_one_device(case: Case) -> None:
+def check_steps(case: Case, model: torch.nn.Module, compiled: object, kwargs: dict) -> None:
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    # two tokens: gradients of q and k so small that Adam magnifies their rounding by 1 / eps
+    eps = 1e-5 if case.sequence == "short" and case.batch == 1 else 1e-8
+    for make_one in (torch.optim.SGD, partial(torch.optim.AdamW, eps=eps)):
+        ends = []
+        for fn, ranks in ((model, 1), (compiled, case.ranks)):
+            model.load_state_dict(start, strict=False)
+            train(model, ranks, fn, kwargs, make_one)
+            ends.append({n: p.detach() - start[n] for n, p in model.named_parameters()})
+            model.load_state_dict(start, strict=False)
+        errors = relative_errors(ends[1], ends[0])
+        assert max(errors.values()) <= TOLERANCE, errors
+
+
+def built(case: Case) -> tuple[torch.nn.Module, dict]:
+    """The model, and what a call of it is given."""
     name = case.model.removesuffix("_mha")
     model = make(name, *case.counts)
     tokens = torch.randint(0, VOCABULARY, (case.batch, case.length))
-    kwargs = call(name, tokens, case.loss)
-    options = {"schedule": case.schedule}
+    return model, call(name, tokens, case.loss)
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_equals_one_device(case: Case) -> None:
+    model, kwargs = built(case)
     with Widen():
         given = {n: strided(x) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
-        found = tspc.verify(model, (), given, case.ranks, options, TOLERANCE)
+        found = tspc.verify(model, (), given, case.ranks, {"schedule": case.schedule}, TOLERANCE)
         assert len(found.graphs) == 1
         check_decisions(case, found.graphs[0])
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=simulated_backend(case.ranks, parse(options)))
-        start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        # two tokens: gradients of q and k so small that Adam magnifies their rounding by 1 / eps
-        eps = 1e-5 if case.sequence == "short" and case.batch == 1 else 1e-8
-        for make_one in (torch.optim.SGD, partial(torch.optim.AdamW, eps=eps)):
-            ends = []
-            for fn, ranks in ((model, 1), (compiled, case.ranks)):
-                model.load_state_dict(start, strict=False)
-                train(model, ranks, fn, kwargs, make_one)
-                ends.append({n: p.detach() - start[n] for n, p in model.named_parameters()})
-                model.load_state_dict(start, strict=False)
-            errors = relative_errors(ends[1], ends[0])
-            assert max(errors.values()) <= TOLERANCE, errors
+
+
+STEPPED = [  # the steps of every third are the rest of a full run
+    pytest.param(case, marks=pytest.mark.slow if i % 3 == 0 else pytest.mark.wide, id=str(case))
+    for i, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", STEPPED)
+def test_steps_equal_one_devices(case: Case) -> None:
+    model, kwargs = built(case)
+    backend = simulated_backend(case.ranks, parse({"schedule": case.schedule}))
+    with Widen():
+        check_steps(case, model, torch.compile(model, backend=backend), kwargs)

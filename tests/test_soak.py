@@ -25,7 +25,7 @@ from tests.soak_train import checkpoints
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "tests" / "soak_train.py")
-KILLS, LENGTHS, MODELS = 50, 40, 30
+KILLS, LENGTHS, MODELS, EXITS = 50, 40, 30, 20
 STEPS = 10_000  # more than are made before the last kill
 AFTER = 5  # steps that are made after it
 
@@ -147,6 +147,29 @@ def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     assert run.wait(60) != 0
     assert wait(lambda: not any(p.is_running() for p in ranks), 10)
     assert b"Fatal Python error" not in (tmp_path / "run" / "log").read_bytes()
+
+
+UNTIDY = """
+import sys
+import torch
+from examples.gpt2_like import GPT2Like
+sys.setswitchinterval(1)  # a thread of the group's is late wherever it can be
+torch.manual_seed(0)
+compiled = torch.compile(GPT2Like(61, 16, 1, 2, 32), backend="tsp", options={"compiler": "eager"})
+tokens = torch.zeros(2, 7, dtype=torch.long)
+for _ in range(3):
+    compiled(tokens, tokens).backward()
+"""
+
+
+def test_ends_without_destroying_its_group(tmp_path: Path) -> None:
+    script = tmp_path / "untidy.py"
+    script.write_text(UNTIDY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for _ in range(EXITS):
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([*command, script], env=env, capture_output=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr.decode()[-3000:]
 
 
 def test_a_folder_of_code_that_cannot_be_written(tmp_path: Path) -> None:
