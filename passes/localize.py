@@ -18,12 +18,7 @@ import torch
 from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Factor
-from tspc.ops import local_rows
-from tspc.passes.along import run, runs
-from tspc.passes.factorize import Record
-from tspc.passes.masks import bind
-from tspc.passes.outputs import Result
-from tspc.passes.propagate import (
+from tspc.kinds import (
     ALL_REDUCE,
     CLEAR,
     EMBED,
@@ -32,6 +27,11 @@ from tspc.passes.propagate import (
     VARY,
     WHOLE,
 )
+from tspc.ops import local_rows
+from tspc.passes.along import run, runs
+from tspc.passes.factorize import Record
+from tspc.passes.masks import bind
+from tspc.passes.outputs import Result
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
 from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type

@@ -17,7 +17,7 @@ from tspc import budget
 from tspc.body import Body, made_again
 from tspc.counter import ATTENTIONS
 from tspc.hardware import Hardware
-from tspc.lookup import Lookups, lookups
+from tspc.lookup import Lookups, lookups, watched
 from tspc.options import Options
 from tspc.passes.apart import run_apart
 from tspc.passes.attend import find_attention
@@ -184,7 +184,7 @@ def prepare(program: Program, refused: Refused = NOTHING) -> Program:
         ("masks", recognise_masks),
     ):
         program = _pass(name, partial(run, refused=refused), program)
-    return _pass("draws", draw_by_counter, program)
+    return _pass("watched", watched, _pass("draws", draw_by_counter, program))
 
 
 def _saves(fold: Node, program: Program) -> bool:
@@ -201,7 +201,7 @@ def _saves(fold: Node, program: Program) -> bool:
     return False
 
 
-PASSES = ("normalize", "attend", "masks", "draws", "windows", "fold", "propagate")
+PASSES = ("normalize", "attend", "masks", "draws", "watched", "windows", "fold", "propagate")
 
 
 def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:

@@ -17,6 +17,19 @@ import torch
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Factor
+from tspc.kinds import (
+    ALL_REDUCE,
+    CLEAR,
+    CONTRACTIONS,
+    EMBED,
+    GATHER_WEIGHT,
+    LOCAL,
+    MEANS,
+    SUMS,
+    VARY,
+    WHOLE,
+)
+from tspc.lookup import IN_RANGE
 from tspc.passes.along import runs
 from tspc.passes.cut import Cutter
 from tspc.passes.factorize import REFUSED, Analysis, Record, in_segment
@@ -38,22 +51,6 @@ from tspc.program import (
 from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
-
-# kinds of the nodes that this pass inserts
-LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR = "local", "whole", "all_reduce", "vary", "clear_pads"
-GATHER_WEIGHT, EMBED, ATTENTION = "gather_weight", "embed", "attention"
-CONVERSIONS = (LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR, GATHER_WEIGHT, EMBED, ATTENTION)
-SUMS = (aten.sum.dim_IntList, aten.sum.default)
-MEANS = (aten.mean.dim, aten.mean.default)
-CONTRACTIONS = (
-    aten.linear.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.matmul.default,
-    aten.einsum.default,
-)
 
 
 @dataclass
@@ -294,6 +291,8 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
             else s.varying(s.replicated(r, n.source), n.source)
             for r in operands
         }
+        if n.op == IN_RANGE:  # pads hold anything
+            renamed = {r: s.convert(x, CLEAR, "S", n.source) for r, x in renamed.items()}
         s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
     elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
         _reduce(s, n, outs, operands, cut)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from tspc.errors import InternalError
-from tspc.passes.propagate import (
+from tspc.kinds import (
     ALL_REDUCE,
     CLEAR,
     EMBED,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tspc.factor import Factor, const, norm
+from tspc.kinds import CONTRACTIONS, MEANS, SUMS
 from tspc.passes.factorize import Analysis, Record
-from tspc.passes.propagate import CONTRACTIONS, MEANS, SUMS
 from tspc.passes.sizes import Sizes
 from tspc.program import OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
 

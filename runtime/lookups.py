@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tspc.body import evaluate
 from tspc.errors import IndexRangeError
 from tspc.lookup import Lookup, Lookups
+from tspc.ops import LIB
 from tspc.program import CONSTANT, PLACEHOLDERS, Ref
 
 LARGE = 1 << 22  # elements of an index above which torch's own kernels are left to check
@@ -113,21 +114,38 @@ class Indices:
         ops[ref.name] = ref.name, op, kept, kwargs
 
     def _check(self, lookup: Lookup, index: torch.Tensor, size: int) -> IndexRangeError | None:
-        first = -size if lookup.wraps else 0
-        if index.device.type != "cpu":
-            good = ((index >= first) & (index < size)).all()
-            torch._assert_async(good, f"{_told(lookup, size)} is given others. Do this: {ADVICE}")
-            return None
-        low, high = (int(x) for x in index.aminmax())
-        if first <= low and high < size:
-            return None
-        value = low if low < first else high
-        at: Sequence[int] = (index == value).nonzero()[0].tolist()
         of = f"made of {', '.join(lookup.of)}" if lookup.of else "that the model makes by itself"
-        return IndexRangeError(
-            f"{_told(lookup, size)} is given {value} on rank {_rank()}, at {at} of an index {of}. "
-            f"Do this: {ADVICE}"
-        )
+        where = f"{lookup.source}: {lookup.op} in {lookup.table}"
+        return _wrong(index, -size if lookup.wraps else 0, size, where, of)
+
+
+def _wrong(
+    index: torch.Tensor, first: int, size: int, where: str, of: str
+) -> IndexRangeError | None:
+    """What to raise for an index that is not in [first, size); on an accelerator nothing waits."""
+    told = f"{where}, which takes {first} to {size - 1},"
+    if index.device.type != "cpu":
+        good = ((index >= first) & (index < size)).all()
+        torch._assert_async(good, f"{told} is given others. Do this: {ADVICE}")
+        return None
+    low, high = (int(x) for x in index.aminmax())
+    if first <= low and high < size:
+        return None
+    value = low if low < first else high
+    at: Sequence[int] = (index == value).nonzero()[0].tolist()
+    return IndexRangeError(
+        f"{told} is given {value} on rank {_rank()}, at {at} of an index {of}. Do this: {ADVICE}"
+    )
+
+
+def _in_range(index: torch.Tensor, size: int, where: str) -> torch.Tensor:
+    wrong = _wrong(index, 0, size, where, "that the model computes") if index.numel() else None
+    if wrong is not None:
+        raise wrong
+    return index.clone()
+
+
+LIB.impl("in_range", _in_range, "CompositeExplicitAutograd")
 
 
 def _sized(a: Any, sizes: Mapping[Any, int]) -> Any:
@@ -138,8 +156,3 @@ def _sized(a: Any, sizes: Mapping[Any, int]) -> Any:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _told(lookup: Lookup, size: int) -> str:
-    first = f"{-size} to " if lookup.wraps else "0 to "
-    return f"{lookup.source}: {lookup.op} in {lookup.table}, which takes {first}{size - 1},"

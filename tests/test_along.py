@@ -14,9 +14,9 @@ from torch import Tensor
 
 import tspc
 from tspc.check import Simulated, simulated_backend
+from tspc.kinds import WHOLE
 from tspc.layout import Layout
 from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
 from tspc.runtime import along
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS

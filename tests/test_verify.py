@@ -10,7 +10,7 @@ import torch
 import tspc
 from examples.llama_like import LlamaLike
 from tspc.errors import CaptureError
-from tspc.passes.propagate import ALL_REDUCE, VARY
+from tspc.kinds import ALL_REDUCE, VARY
 from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
 from tspc.program import Program, Ref
@@ -71,8 +71,9 @@ def test_programs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         "1_attend.txt",
         "2_masks.txt",
         "3_draws.txt",
-        "4_windows.txt",
-        "5_fold.txt",
-        "6_propagate.txt",
+        "4_watched.txt",
+        "5_windows.txt",
+        "6_fold.txt",
+        "7_propagate.txt",
     ]
-    assert "llama_like.py:" in (tmp_path / "5_fold.txt").read_text()
+    assert "llama_like.py:" in (tmp_path / "6_fold.txt").read_text()

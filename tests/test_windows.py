@@ -12,8 +12,8 @@ from torch import Tensor
 import tspc
 from examples.llama_like import LlamaLike
 from tests.wide import each_once
+from tspc.kinds import WHOLE
 from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
 
 pytestmark = pytest.mark.slow
 

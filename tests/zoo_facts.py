@@ -23,8 +23,8 @@ from tests.zoo import build, sized
 from tspc.body import evaluate
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.counter import ATTENTIONS
+from tspc.kinds import WHOLE
 from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
 from tspc.passes.regions import VIEWS, weight_values
 from tspc.program import PARAM
 from tspc.report import reports

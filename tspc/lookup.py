@@ -1,13 +1,13 @@
 """Which integers of a program say what is looked up, and how large they may be.
 
 In: a program before anything is cut. Out: `Lookups`: the indices that hang on no float value, so
-that every rank knows them whole before a call begins.
+that every rank knows them whole before a call begins. `watched` puts a check before the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tspc.program import (
 
 aten = torch.ops.aten
 PICK = torch.ops.tspc.pick.default
+IN_RANGE = torch.ops.tspc.in_range.default
 DIMENSIONED = (  # (what is looked up, the dim, the index, ...); -1 is no index
     aten.index_select.default,
     aten.gather.default,
@@ -80,11 +81,34 @@ def lookups(program: Program) -> Lookups:
             if index.name not in known or t is None or t.dtype not in INTEGERS:
                 continue
             name = "its classes" if table == index else _name(table, by_name)
-            op = "the loss" if n.op == PICK else n.op.name().removeprefix("aten::")
-            told = name, op, n.source, tuple(sorted(known[index.name]))
+            told = name, _word(n), n.source, tuple(sorted(known[index.name]))
             lookup = Lookup(index, t.shape, size, wraps, *told, n.op in OWN)
             found.setdefault((index, size, wraps), lookup)
     return Lookups(tuple(found.values()), by_name)
+
+
+def watched(program: Program) -> Program:
+    """Each index that floats of the model make goes through an op that checks it while it runs, on
+    the rank that has it; what it is looked up in does not."""
+    by_name, known = {n.name: n for n in program.nodes}, _known(program)
+    nodes: list[Node] = []
+    for n in program.nodes:
+        for table, index, size, _ in _of(n, by_name) if n.op in OWN else ():
+            made = by_name[index.name]
+            if index.name in known or made.types[index.item or 0].dtype not in INTEGERS:
+                continue
+            where = f"{n.source}: {_word(n)} in {_name(table, by_name)}"
+            types = (made.types[index.item or 0],)
+            check = Node(f"{n.name}.index", IN_RANGE, (index, size, where), {}, types, n.source)
+            nodes.append(replace(check, recompute=n.recompute))
+            passed = Ref(check.name)
+            n = n.map_refs(lambda r, index=index, passed=passed: passed if r == index else r)
+        nodes.append(n)
+    return replace(program, nodes=tuple(nodes)) if len(nodes) > len(program.nodes) else program
+
+
+def _word(n: Node) -> str:
+    return "the loss" if n.op == PICK else n.op.name().removeprefix("aten::")
 
 
 def _known(program: Program) -> dict[str, set[str]]:

@@ -20,6 +20,8 @@ DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
+# an index that floats of the model make, as it is; raises where one is not in [0, size)
+LIB.define("in_range(Tensor index, SymInt size, str where) -> Tensor")
 # a stored shard (torch's chunk of `dim`, -1: all of it; cut: its chunk over the replicas) -> the
 # whole weight; stands in a traced model where it reads a parameter
 LIB.define("whole_weight(Tensor local, int dim, int size, bool cut, str axis) -> Tensor")
@@ -131,6 +133,7 @@ def _local_fake(x, dim, lead, trail, rows, length, order, axis):
     return _resized(x, dim, lead * local_rows(rows, order) * trail)
 
 
+@_fake("in_range")
 @_fake("clear_pads")
 def _clear_fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -210,6 +213,11 @@ _register("clear_pads", _keep_rest, _sequence_backward("clear_pads"))
 _register("all_reduce", _keep_rest, lambda ctx, g: (g, None))
 
 
+def _vary_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.rest = inputs[1:]
+    ctx.set_materialize_grads(False)  # what no result hangs on has no gradient, not one of zeros
+
+
 def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
     present = [i for i, g in enumerate(gs) if g is not None]
     reduced = torch.ops.tspc.vary_backward([gs[i] for i in present], *ctx.rest) if present else []
@@ -219,7 +227,7 @@ def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
     return out, None, None
 
 
-_register("vary", _keep_rest, _vary_backward)
+_register("vary", _vary_setup, _vary_backward)
 
 
 def _gather_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

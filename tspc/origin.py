@@ -10,9 +10,9 @@ from typing import Any
 
 from tspc.cost import seconds
 from tspc.errors import PlanError
+from tspc.kinds import CONVERSIONS
 from tspc.passes.fold import Fold
 from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import CONVERSIONS
 from tspc.program import FOLD, PARAM, Node, Ref
 
 PLACED = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tspc.body import evaluate
+from tspc.kinds import WHOLE
 from tspc.passes.ladder import ADVICE as ADVISED
 from tspc.passes.pipeline import Rewritten
-from tspc.passes.propagate import WHOLE
 from tspc.program import Ref, Type
 
 LARGE = 64 * 2**20  # bytes: outputs below it are gathered without a word

@@ -104,3 +104,34 @@ def an_id_out_of_range(side: Side) -> Any:
 @habit(words, raises=(IndexError, "which takes 0 to 186, is given 999 on rank"))
 def a_label_out_of_range(side: Side) -> Any:
     return side.call(tokens(8), _with(999))
+
+
+class Coded(nn.Module):
+    """Ids and labels that the model computes from floats, scaled by an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.codes = nn.Embedding(WORDS, 16), nn.Embedding(32, 16)
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+        self.code, self.head = nn.Linear(16, 32), nn.Linear(16, 32)
+        self.double()
+
+    def forward(self, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        x = x + self.down(F.gelu(self.up(x)))
+        codes = (self.code(x).argmax(-1) * scale).long()
+        x = x + self.codes(codes)
+        labels = (self.code(x).argmax(-1) * scale).long()
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@habit(Coded)
+def ids_and_labels_that_the_model_computes(side: Side) -> Any:
+    loss = side.call(tokens(9), torch.ones((), dtype=torch.float64))
+    loss.backward()
+    return loss.item(), side.grads()
+
+
+@habit(Coded, raises=(tspc.IndexRangeError, "which takes 0 to 31, is given"))
+def a_computed_id_out_of_range(side: Side) -> Any:
+    return side.call(tokens(9), torch.full((), 99.0, dtype=torch.float64))

@@ -9,3 +9,4 @@ from tspc.rule import rule
 
 # the label's logit is in one shard, zero in the others
 rule(torch.ops.tspc.pick.default, "... v, ... -> ...", reduce="v")
+rule(torch.ops.tspc.in_range.default, "... -> ...")
