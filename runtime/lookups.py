@@ -123,10 +123,10 @@ def _wrong(
     index: torch.Tensor, first: int, size: int, where: str, of: str
 ) -> IndexRangeError | None:
     """What to raise for an index that is not in [first, size); on an accelerator nothing waits."""
-    told = f"{where}, which takes {first} to {size - 1},"
+    place = f"{where}, which takes {first} to {size - 1},"
     if index.device.type != "cpu":
         good = ((index >= first) & (index < size)).all()
-        torch._assert_async(good, f"{told} is given others. Do this: {ADVICE}")
+        torch._assert_async(good, f"{place} is given others. Do this: {ADVICE}")
         return None
     low, high = (int(x) for x in index.aminmax())
     if first <= low and high < size:
@@ -134,7 +134,7 @@ def _wrong(
     value = low if low < first else high
     at: Sequence[int] = (index == value).nonzero()[0].tolist()
     return IndexRangeError(
-        f"{told} is given {value} on rank {_rank()}, at {at} of an index {of}. Do this: {ADVICE}"
+        f"{place} is given {value} on rank {_rank()}, at {at} of an index {of}. Do this: {ADVICE}"
     )
 
 
