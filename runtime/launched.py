@@ -44,7 +44,8 @@ def join(device: torch.device) -> bool:
         kind = accelerator.type if accelerator is not None else "cpu"
     where = _own_device(kind, device) if kind != "cpu" else None
     backend = dist.get_default_backend_for_device(kind)
-    dist.init_process_group(backend, device_id=where)
+    store = _store(rank, ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=where)
     atexit.register(_leave)
     if rank == 0:
         note(
@@ -52,6 +53,19 @@ def join(device: torch.device) -> bool:
             "in the environment"
         )
     return True
+
+
+def _store(rank: int, ranks: int) -> dist.Store:
+    """The launcher's, apart for each of its restarts.
+
+    torchrun keeps one store over its restarts (torch 2.13), in which a rank that starts again may
+    read where another one was before. On several nodes the restarts are counted apart, so the store
+    is left as it is.
+    """
+    store, *_ = next(dist.rendezvous("env://", rank, ranks))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _own_device(kind: str, device: torch.device) -> torch.device:

@@ -70,20 +70,12 @@ def test_goes_on_after_kills(tmp_path: Path) -> None:
     """The curve of a run whose ranks are killed is one of an undisturbed run, bit for bit, and
     every checkpoint that has its name is whole."""
     killed, once = tmp_path / "killed", tmp_path / "once"
-    chance = random.Random(0)
     run = launch(killed, STEPS, restarts=KILLS + 5)
-    for _ in range(KILLS):
-        before = len(curve(killed))
-        assert wait(lambda before=before: len(curve(killed)) > before, 120), "no step was made"
-        time.sleep(chance.random() * 0.5)
-        victims = workers(run)
-        assert len(victims) == 2
-        chance.choice(victims).send_signal(signal.SIGKILL)
-        assert wait(lambda victims=victims: not any(v.is_running() for v in victims), 60)
-    last = max(curve(killed)) + AFTER
-    assert wait(lambda: max(curve(killed)) >= last, 120), "no step was made after the last kill"
-    run.send_signal(signal.SIGTERM)
-    run.wait(60)
+    try:
+        last = kill_often(run, killed)
+    finally:
+        run.send_signal(signal.SIGTERM)
+        run.wait(60)
     made = curve(killed)
     twice = {step: losses for step, losses in made.items() if len(losses) > 1}
     assert not twice
@@ -93,6 +85,26 @@ def test_goes_on_after_kills(tmp_path: Path) -> None:
     for folder in checkpoints(killed):
         state = dcp.state_dict_loader._load_state_dict_from_keys(checkpoint_id=str(folder))
         assert all(torch.isfinite(x).all() for x in state["model"].values())
+
+
+def kill_often(run: subprocess.Popen, folder: Path) -> int:
+    """-> how many steps an undisturbed run is to make."""
+    chance = random.Random(0)
+
+    def told() -> str:
+        return (folder / "log").read_text()[-3000:]
+
+    for _ in range(KILLS):
+        before = len(curve(folder))
+        assert wait(lambda before=before: len(curve(folder)) > before, 120), told()
+        time.sleep(chance.random() * 0.5)
+        victims = workers(run)
+        assert len(victims) == 2
+        chance.choice(victims).send_signal(signal.SIGKILL)
+        assert wait(lambda victims=victims: not any(v.is_running() for v in victims), 60)
+    last = max(curve(folder)) + AFTER
+    assert wait(lambda: max(curve(folder)) >= last, 120), told()
+    return last
 
 
 def counted() -> dict[str, int]:
