@@ -64,7 +64,7 @@ def cpu_seconds() -> tuple[float, float]:
 def by_function(calls: cProfile.Profile) -> dict[str, tuple[float, int]]:
     """Function -> (CPU seconds of this thread in itself, calls)."""
     found = {}
-    for (path, line, name), (_, n, own, *_) in pstats.Stats(calls).stats.items():  # type: ignore
+    for (path, line, name), (_, n, own, *_) in pstats.Stats(calls).stats.items():  # pyright: ignore[reportAttributeAccessIssue]
         found[f"{'/'.join(Path(path).parts[-2:])}:{line} {name}"] = (own, n)
     return found
 

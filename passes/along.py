@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from tspc.along import SEQUENCE_CONV
+from tspc.context import Arguments
 from tspc.factor import Factor, Factors
 from tspc.ops import local_rows
 from tspc.passes.factorize import Record, bind
@@ -103,7 +105,7 @@ def _product(n: Node, made: Makers) -> list[Node]:
     if w.shape[2] != 1 or groups != 1:
         return [n]
 
-    def node(name: str, op: Any, args: tuple[Any, ...], like: Type, *shape: Any) -> Node:
+    def node(name: str, op: OpOverload, args: Arguments, like: Type, *shape: object) -> Node:
         t = replace(like, shape=shape)
         return Node(f"{n.name}.{name}", op, args, {}, (t,), n.source)
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
+from tspc.context import Arguments, Keywords
 from tspc.index import negate
 from tspc.masked import MASKED_ATTENTION
 from tspc.passes.masks import ABSORBS, Known, expressions, known
-from tspc.program import CASTS, SDPA, Node, Program, Ref, Type
+from tspc.passes.reading import Reading
+from tspc.program import CASTS, SDPA, Node, Program, Ref, Size, Type
 from tspc.score import Step, composed
 from tspc.sinks import SINK_ATTENTION
 
@@ -52,17 +54,14 @@ def find_attention(program: Program, refused: Container[str] = ()) -> Program:
     return replace(program, nodes=tuple(finder.nodes)).without_dead_nodes()
 
 
-class _Finder:
+class _Finder(Reading):
     def __init__(self, program: Program, refused: Container[str]):
+        super().__init__(program)
         self.program, self.refused = program, refused
-        self.by_name = {n.name: n for n in program.nodes}
-        self.users = Counter(r.name for n in program.nodes for r in n.refs())
         self.replicated = set(program.replicated)
         self.nodes: list[Node] = []
-        self.new: list[Node] = []
         self.env: dict[Ref, Any] = {}  # index expressions, made where they are asked for
         self.types: dict[Ref, Type] = {}
-        self.at = program.nodes[0]
 
     def replaced(self, n: Node) -> list[Node] | None:
         """The nodes instead of a product of probabilities and values."""
@@ -71,21 +70,11 @@ class _Finder:
         if product is None:
             return None
         weights, values, to_out = product
-        dropout, node, beside = 0.0, self._inner(weights), False
-        while node is not None and node.op not in SOFTMAX:
-            if node.op == aten.slice.Tensor and self._drops_a_column(node) and not beside:
-                beside = True
-            elif node.op == aten.dropout.default and not dropout:
-                dropout = float(node.args[1]) if node.args[2] else 0.0
-            elif node.op not in (*CASTS, *VIEWS) or not self._keeps_rows(node):
-                return None
-            node = self._inner(node.args[0])
-        if node is None or node.args[1] % len(node.type.shape) != len(node.type.shape) - 1:
+        softmax = self._softmax(weights)
+        if softmax is None:
             return None
-        found = self._with_sinks(node.args[0]) if beside else (node.args[0], None)
-        if found is None or (beside and dropout):
-            return None
-        lead, scores, sinks = node.type.shape[:-2], self._scores(found[0]), found[1]
+        before, sinks, dropout, lead = softmax
+        scores = self._scores(before)
         if scores is None or len(lead) not in (1, 2):
             return None
         heads = len(lead) == 2
@@ -96,8 +85,8 @@ class _Finder:
             return None
         mask = self._mask(scores.terms, self._type(q).dtype, 0 if heads else 1)
         shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
-        args: tuple[Any, ...] = (q, k, v, mask, dropout, False)
-        given: dict[str, Any] = {"scale": scores.scale}
+        args: Arguments = (q, k, v, mask, dropout, False)
+        given: Keywords = {"scale": scores.scale}
         op = SDPA
         if scores.score:
             given["score"] = scores.score
@@ -115,31 +104,6 @@ class _Finder:
             self.by_name[made.name] = made
         return self.new
 
-    # -- reading --------------------------------------------------------------------------
-
-    def _type(self, r: Ref) -> Type:
-        made = {m.name: m for m in self.new}
-        return (made.get(r.name) or self.by_name[r.name]).type
-
-    def _inner(self, r: Any) -> Node | None:
-        """What makes a value that has this one use, in the same part of the model."""
-        node = self.by_name[r.name] if isinstance(r, Ref) else None
-        if node is None or not node.is_call or self.users[node.name] != 1 or r.item is not None:
-            return None
-        return node if node.recompute == self.at.recompute else None
-
-    def _keeps_rows(self, n: Node) -> bool:
-        """The last two dims are those of the operand."""
-        before = self._type(n.args[0]).shape
-        return len(n.type.shape) > 2 and n.type.shape[-2:] == before[-2:]
-
-    def _drops_a_column(self, n: Node) -> bool:
-        """All of the last dim but its last element."""
-        _, dim, start, end, *step = (*n.args, *(None,) * (4 - len(n.args)))
-        size = self._type(n.args[0]).shape[-1]
-        last = (dim or 0) % len(n.type.shape) == len(n.type.shape) - 1
-        return last and not start and end in (-1, size - 1) and step in ([], [1])
-
     def _with_sinks(self, r: Ref) -> tuple[Ref, Ref] | None:
         """(scores, sinks [heads]) of scores beside a column that is one number per head; less
         their greatest or not."""
@@ -153,13 +117,13 @@ class _Finder:
         if node is None or node.op != aten.cat.default or len(node.args[0]) != 2:
             return None
         rank = len(node.type.shape)
-        if rank != 4 or (node.args[1] if len(node.args) > 1 else 0) % rank != rank - 1:
+        if rank != 4 or node.argument(1, 0) % rank != rank - 1:
             return None
         scores, column = node.args[0]
         sinks = self._per_head(column, node.type.shape[1])
         return None if sinks is None else (scores, sinks)
 
-    def _per_head(self, x: Ref, heads: Any) -> Ref | None:
+    def _per_head(self, x: Ref, heads: Size) -> Ref | None:
         """The vector [heads] that a column [b, heads, q, 1] is made of."""
         while self.by_name[x.name].op in (aten.expand.default, aten.broadcast_to.default):
             x = self.by_name[x.name].args[0]
@@ -207,6 +171,25 @@ class _Finder:
         values = self._permuted(n.args[1][1], b, [*lead, t, *rest])
         return n.args[1][0], values, lambda made: self._permuted(made, [*lead, q, *rest], out)
 
+    def _softmax(self, weights: Ref) -> tuple[Ref, Ref | None, float, Sequence[Size]] | None:
+        """(scores, sinks beside them, dropout, leading dims) of probabilities."""
+        dropout, node, beside = 0.0, self._inner(weights), False
+        while node is not None and node.op not in SOFTMAX:
+            if node.op == aten.slice.Tensor and self._drops_a_column(node) and not beside:
+                beside = True
+            elif node.op == aten.dropout.default and not dropout:
+                dropout = float(node.args[1]) if node.args[2] else 0.0
+            elif node.op not in (*CASTS, *VIEWS) or not self._keeps_rows(node):
+                return None
+            node = self._inner(node.args[0])
+        if node is None or node.args[1] % len(node.type.shape) != len(node.type.shape) - 1:
+            return None
+        found = self._with_sinks(node.args[0]) if beside else (node.args[0], None)
+        if found is None or (beside and dropout):
+            return None
+        scores, sinks = found
+        return scores, sinks, dropout, node.type.shape[:-2]
+
     def _scores(self, r: Ref) -> _Scores | None:
         """Back from the softmax to the product of queries and keys."""
         lead = self._type(r).shape[:-2]
@@ -223,19 +206,11 @@ class _Finder:
                 if number is None:
                     return None
                 scale *= number if step in (aten.mul.Tensor, aten.mul.Scalar) else 1 / number
-            elif step in (aten.add.Tensor, aten.sub.Tensor) and isinstance(node.args[1], Ref):
-                sign = -1.0 if step == aten.sub.Tensor else 1.0
-                x, m = node.args[:2]
-                if sign > 0 and not self._leads(x):
-                    x, m = m, x
-                if steps or len(self._type(m).shape) > 4 or node.kwargs.get("alpha", 1) != 1:
+            elif _is_sum(node) or step in FILLS or step in WHERE:
+                pair = None if steps else self._added(node, scale)
+                if pair is None:
                     return None
-                terms.append(self._term(self._times(m, sign * scale), node, lead))
-            elif step in FILLS or step in WHERE:
-                filled = self._fill(node)
-                if steps or filled is None:
-                    return None
-                x, term = filled
+                x, term = pair
                 terms.append(self._term(term, node, lead))
             else:
                 if scale != 1:
@@ -249,7 +224,19 @@ class _Finder:
         text = composed(steps)
         return None if pair is None or text is None else _Scores(*pair, scale, text, terms)
 
-    def _term(self, m: Ref, at: Node, lead: Sequence[Any]) -> Ref:
+    def _added(self, n: Node, scale: float) -> tuple[Ref, Ref] | None:
+        """(scores, what is added to them times the scale)."""
+        if not _is_sum(n):
+            return self._fill(n)
+        sign = -1.0 if n.op == aten.sub.Tensor else 1.0
+        x, m = n.args[:2]
+        if sign > 0 and not self._leads(x):
+            x, m = m, x
+        if len(self._type(m).shape) > 4 or n.kwargs.get("alpha", 1) != 1:
+            return None
+        return x, self._times(m, sign * scale)
+
+    def _term(self, m: Ref, at: Node, lead: Sequence[Size]) -> Ref:
         """What is added to scores of other leading dims than in the end, over those."""
         shape = self._type(m).shape
         if len(shape) < 3 or at.type.shape[:-2] == tuple(lead) or shape[:-2] != at.type.shape[:-2]:
@@ -275,7 +262,7 @@ class _Finder:
             return None
         return a, self._transposed(b)
 
-    def _number(self, x: Any) -> float | None:
+    def _number(self, x: object) -> float | None:
         """A number, or a tensor that is filled with one."""
         if isinstance(x, (int, float)):
             return float(x) or None
@@ -284,14 +271,14 @@ class _Finder:
             return self._number(node.args[1])
         return None
 
-    def _leads(self, x: Any) -> bool:
+    def _leads(self, x: object) -> bool:
         """A product of queries and keys is behind it, through values of one use."""
         node = self._inner(x)
         if node is None or node.name in self.replicated:
             return False
         return node.op in PRODUCTS or any(map(self._leads, node.refs()))
 
-    def _is_mask(self, x: Any) -> bool:
+    def _is_mask(self, x: object) -> bool:
         return isinstance(x, Ref) and x.name in self.replicated and len(self._type(x).shape) <= 4
 
     def _fill(self, n: Node) -> tuple[Ref, Ref] | None:
@@ -317,15 +304,13 @@ class _Finder:
         args = (zeros, gone, float(number))
         return x, self._emit(aten.masked_fill.Scalar, args, shape, dtype)
 
-    # -- writing --------------------------------------------------------------------------
-
     def _emit(
         self,
-        op: Any,
-        args: Sequence[Any],
-        shape: Sequence[Any],
+        op: OpOverload,
+        args: Sequence[object],
+        shape: Sequence[Size],
         dtype: torch.dtype = torch.bool,
-        kwargs: dict[str, Any] | None = None,
+        kwargs: Keywords | None = None,
     ) -> Ref:
         name = f"{self.at.name}.attend{len(self.new)}"
         grad = any(self._type(r).requires_grad for r in Node("", op, tuple(args)).refs())
@@ -346,13 +331,13 @@ class _Finder:
     def _transposed(self, x: Ref) -> Ref:
         t, node = self._type(x), self.by_name.get(x.name)
         rank = len(t.shape)
-        is_swap = node is not None and node.op == aten.transpose.int
-        if is_swap and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}:
+        swaps = {rank - 1, rank - 2}
+        if node is not None and node.op == aten.transpose.int and _dims(node, rank) == swaps:
             return node.args[0]
         shape = (*t.shape[:-2], t.shape[-1], t.shape[-2])
         return self._emit(aten.transpose.int, (x, -2, -1), shape, t.dtype)
 
-    def _led(self, x: Ref, lead: Sequence[Any]) -> Ref:
+    def _led(self, x: Ref, lead: Sequence[Size]) -> Ref:
         """With these leading dims."""
         t = self._type(x)
         if t.shape[:-2] == tuple(lead):
@@ -393,3 +378,11 @@ class _Finder:
         e = self.env.get(gone)
         found = known(e, self.types[gone]) if e is not None else None
         return found is not None and Known(negate(found.predicate)).is_safe
+
+
+def _dims(transposed: Node, rank: int) -> set[int]:
+    return {d % rank for d in transposed.args[1:3]}
+
+
+def _is_sum(n: Node) -> bool:
+    return n.op in (aten.add.Tensor, aten.sub.Tensor) and isinstance(n.args[1], Ref)

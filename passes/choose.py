@@ -7,16 +7,15 @@ where a fold cannot run it; its weights are then gathered at use.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from tspc.body import Extent
 from tspc.counter import ATTENTIONS
 from tspc.errors import OptionError
-from tspc.factor import Factor, const
+from tspc.factor import Dims, Factor, const
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
@@ -34,6 +33,7 @@ FAR = 10**12  # a distance beyond every window
 SMALL = 64 * 1024  # bytes: parameters of one dim below this are replicated
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 FOLD, GATHER, REPLICATE = "fold", "gather", "replicate"
+Users = Mapping[str, list[Record]]  # of each value
 
 
 @dataclass(frozen=True)
@@ -191,23 +191,20 @@ def _why_not(
     a: Analysis,
     g: Region,
     leaves: Collection[Factor],
-    users: Mapping[str, list[Record]],
+    users: Users,
     lookups: Mapping[str, str],
     regions: Regions,
 ) -> str:
     """Why a fold cannot run the region, empty if it can."""
     if not leaves:
         return "the program has no sequence"
-    same = {i for other in regions.chosen if other.factor is g.factor for i in other.ops}
     params = {n.name: n for n in a.program.nodes if n.op == PARAM}
     made = {a.records[i].node.name for i in g.ops}
     if not any(len(params[w].type.shape) > 1 for w in g.weights):
         return "it has no weight of its own: it is computed from others"
-    for w, (dim, _, _) in g.weights.items():
-        rows = dim == 0 and a.F.expand(tuple(a.env[w, 0][0])) == (g.factor,)
-        for r in users.get(w, []):
-            if r.index not in same and not (rows and r.node.name in lookups):
-                return f"{w} is also used by {r.node.name}"
+    why = _used_elsewhere(a, g, users, lookups, regions)
+    if why:
+        return why
     of_weights = {*params, *a.program.replicated}  # made of nothing else: the same for all tokens
     for i in sorted(g.ops):
         r = a.records[i]
@@ -227,6 +224,19 @@ def _why_not(
             return why
         if r.node.op in ATTENTIONS and masks_by_key(a, r, leaves):
             return f"the mask of {r.node.name} is computed from its keys' tokens"
+    return ""
+
+
+def _used_elsewhere(
+    a: Analysis, g: Region, users: Users, lookups: Mapping[str, str], regions: Regions
+) -> str:
+    """Where a weight of the region is read outside of the regions of its factor."""
+    same = {i for other in regions.chosen if other.factor is g.factor for i in other.ops}
+    for w, (dim, _, _) in g.weights.items():
+        rows = dim == 0 and a.F.expand(tuple(a.env[w, 0][0])) == (g.factor,)
+        for r in users.get(w, []):
+            if r.index not in same and not (rows and r.node.name in lookups):
+                return f"{w} is also used by {r.node.name}"
     return ""
 
 
@@ -250,7 +260,7 @@ def _escapes(
     r: Record,
     g: Region,
     leaves: Collection[Factor],
-    users: Mapping[str, list[Record]],
+    users: Users,
     regions: Regions,
 ) -> str:
     """Where a value of the region that still carries the factor is used outside of it and cannot
@@ -287,7 +297,7 @@ def _reads_pieces(
     return ""
 
 
-def _apart(a: Analysis, dims: Sequence[Any], f: Factor) -> bool:
+def _apart(a: Analysis, dims: Dims, f: Factor) -> bool:
     """The factor is in one dim, as a whole, with nothing beside it whose size may change."""
     hit = [a.F.expand(tuple(d)) for d in dims if f in a.F.leaves(tuple(d))]
     return len(hit) == 1 and hit[0].count(f) == 1 and all(const(x.size) for x in hit[0])

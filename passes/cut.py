@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from tspc.factor import Factor, Factors
+from tspc.factor import Dims, Factor, Factors
 from tspc.passes.factorize import EXTRA_POINTWISE, Record
 from tspc.program import Node, Ref, Type
 from tspc.rule import COMPUTED, pointwise
 
 aten = torch.ops.aten
 EXPANDS = (aten.expand.default, aten.broadcast_to.default)
-Dims = tuple[tuple[Factor, ...], ...]
 # (value, its dims with the sequence) -> the value cut by a conversion
 Convert = Callable[[Ref, Dims], Ref]
 
@@ -56,7 +54,7 @@ class Cutter:
         made = replace(node.map_refs(lambda r: cut[r]), name=f"{node.name}.rows{k}")
         ins = [self._dims(self._type(r), operands[r]) for r in node.refs()]
         outs = [self._dims(node.type, k)]
-        return self.emit(made, Record(0, made, made.refs(), ins, outs, []))
+        return self.emit(made, Record(0, made, [*made.refs()], ins, outs, []))
 
     def _dims_of_operands(self, node: Node, k: int) -> dict[Ref, int | None] | None:
         """The dim of each operand that is dim k of the result, None where it is broadcast."""
@@ -82,7 +80,7 @@ class Cutter:
         assert t is not None
         return t
 
-    def _dims(self, t: Type, k: int | None) -> Any:
+    def _dims(self, t: Type, k: int | None) -> Dims:
         """Dims of a value with the sequence at k, the others of no consequence."""
         return tuple(
             (self.leaf,) if j == k else self.factors.dim(size) for j, size in enumerate(t.shape)

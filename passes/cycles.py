@@ -48,11 +48,14 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
                 for source in reached:
                     after[source].add(to)
                     before[to].add(source)
+    left = _on_cycles(before, after)
+    return [g for k, g in enumerate(regions) if -1 - k in left]
+
+
+def _on_cycles(before: dict[int, set[int]], after: dict[int, set[int]]) -> set[int]:
+    """What is left without what no cycle leads to, or from. Empties the arrows."""
     left = {*after, *before}
-    for one, other in (
-        (before, after),
-        (after, before),
-    ):  # off with what no cycle leads to, or from
+    for one, other in ((before, after), (after, before)):
         todo = [n for n in left if not one[n]]
         while todo:
             n = todo.pop()
@@ -61,4 +64,4 @@ def entangled(recs: list[Record], regions: Sequence[Region]) -> list[Region]:
                 one[m].discard(n)
                 if not one[m] and m in left:
                     todo.append(m)
-    return [g for k, g in enumerate(regions) if -1 - k in left]
+    return left

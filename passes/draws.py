@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from tspc import counter  # noqa: F401  defines the ops
+from tspc.context import Arguments, Keywords
 from tspc.errors import UnsupportedError
 from tspc.masked import MASKED_ATTENTION
-from tspc.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Type
+from tspc.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten
 tspc = torch.ops.tspc
@@ -36,7 +38,7 @@ class _Drawer:
     nodes: list[Node] = field(default_factory=list)
     number: int = 0
     node: Node = field(default_factory=lambda: Node("", ""))
-    args: dict[str, Any] = field(default_factory=dict)
+    args: Keywords = field(default_factory=dict)
 
     def start(self, n: Node) -> None:
         self.node, self.number = n, self.number + 1
@@ -47,7 +49,7 @@ class _Drawer:
         assert t is not None
         return t
 
-    def emit(self, suffix: str, op: Any, args: tuple[Any, ...], t: Type, **kwargs: Any) -> Ref:
+    def emit(self, suffix: str, op: OpOverload, args: Arguments, t: Type, **kwargs: object) -> Ref:
         """The node of no suffix is the one that stands for the random op."""
         name = f"{self.node.name}.{suffix}" if suffix else self.node.name
         made = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
@@ -55,7 +57,7 @@ class _Drawer:
         self.types[name] = made.types
         return Ref(name)
 
-    def state(self, shape: Sequence[Any]) -> tuple[Ref, tuple[Ref, ...]]:
+    def state(self, shape: Sequence[Size]) -> tuple[Ref, tuple[Ref, ...]]:
         """The op's state and the positions of every dim."""
         seed = Ref(SEED)
         state = Type((2,), torch.int64)
@@ -67,7 +69,7 @@ class _Drawer:
             stride = stride * n
         return own, tuple(reversed(at))
 
-    def draw(self, op: Any, dtype: torch.dtype, suffix: str, like: Ref | None) -> Ref:
+    def draw(self, op: OpOverload, dtype: torch.dtype, suffix: str, like: Ref | None) -> Ref:
         """`op` of the node's shape, along the dims of `like`."""
         shape = self.node.type.shape
         if like is not None and self.type(like).shape != shape:
@@ -106,7 +108,7 @@ def draw_by_counter(program: Program) -> Program:
     return replace(program, nodes=(*first, seed, *rest)).without_dead_nodes()
 
 
-def _bind(n: Node) -> dict[str, Any]:
+def _bind(n: Node) -> Keywords:
     """Arguments by schema name."""
     return {
         a.name: n.args[i]
@@ -155,7 +157,7 @@ def _like(d: _Drawer) -> Ref | None:
     return refs[0] if refs else None
 
 
-def _plain(op: Any) -> Callable[[_Drawer], object]:
+def _plain(op: OpOverload) -> Callable[[_Drawer], object]:
     """A draw as torch's op has it."""
     return lambda d: d.draw(op, d.node.type.dtype, "", _like(d))
 
@@ -166,7 +168,7 @@ def _done(d: _Drawer, made: Ref) -> None:
     d.emit("", aten._to_copy.default, (made,), t, dtype=t.dtype)
 
 
-def _affine(op: Any, scale: str, shift: str) -> Callable[[_Drawer], None]:
+def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]:
     """A draw times one argument plus another, each a number or a tensor."""
 
     def make(d: _Drawer) -> None:

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import sympy
 import torch
+from torch._ops import OpOverload
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.program import Node, Ref, Type
+from tspc.context import Arguments
+from tspc.program import Node, Ref, Size, Type
 
 aten = torch.ops.aten
 
@@ -40,7 +42,11 @@ def cross_entropy(b: Builder, n: Node) -> Ref:
     t, count = b.type(logits), 0
 
     def emit(
-        op: Any, args: tuple[Any, ...], shape: tuple[Any, ...], dtype: torch.dtype, **kw: Any
+        op: OpOverload,
+        args: Arguments,
+        shape: tuple[Size, ...],
+        dtype: torch.dtype,
+        **kw: object,
     ) -> Ref:
         nonlocal count
         count += 1
@@ -52,8 +58,9 @@ def cross_entropy(b: Builder, n: Node) -> Ref:
 
     if b.type(labels).dtype.is_floating_point:
         return b.add(n)  # class probabilities: no rule, runs replicated
-    if len(t.shape) > 2:  # [N, V, ...]: classes last
-        order = (0, *range(2, len(t.shape)), 1)
+    rank = len(t.shape)
+    if rank > 2:  # [N, V, ...]: classes last
+        order = (0, *range(2, rank), 1)
         logits = emit(
             aten.permute.default, (logits, order), tuple(t.shape[k] for k in order), t.dtype
         )
@@ -103,5 +110,5 @@ def cross_entropy(b: Builder, n: Node) -> Ref:
     return total
 
 
-def _ratio(smoothing: float, classes: Any) -> Any:
+def _ratio(smoothing: float, classes: Size) -> Any:
     return smoothing / classes if isinstance(classes, int) else sympy.Float(smoothing) / classes

@@ -8,12 +8,12 @@ body (docs/design.md, "Regions and folds").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from tspc.factor import Factor
+from tspc.factor import Dim, Factor
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.independent import independent, is_independent, makers_in, makers_of
 from tspc.passes.regions import Region
@@ -177,33 +177,79 @@ def _fold(
         summed = any(role == "reduce" for role, *_ in r.roles.get(f, ()))
         body.append(summand(r.node) if summed else r.node)
     inside = set(records) - left
-    kinds = {n.name: n.op for n in a.program.nodes}
-    tokens: dict[Ref, None] = {}
-    invariants: dict[Ref, None] = {}
-    sliced: dict[Ref, None] = {}
-    weights: dict[str, None] = {}
-    seen: dict[Ref, tuple[tuple[Factor, ...], ...]] = {}
+    read = _operands(a, f, body, records, inside, alone, leaves)
+    exits, apart = _exits(a, f, records, alone, outside or set())
+    size = int(f.size)
+    body, casts = _cast_before(body, set(read.weights))
+    return Fold(
+        name,
+        f,
+        size,
+        -(-size // ranks),
+        body,
+        records,
+        read.dims,
+        tuple(read.tokens),
+        tuple(read.invariants),
+        tuple(read.sliced),
+        tuple(read.weights),
+        tuple(exits),
+        schedule,
+        _group(body),
+        casts,
+        tuple(apart),
+    )
+
+
+@dataclass
+class _Operands:
+    """What a body reads, in order, and its dims."""
+
+    dims: dict[Ref, tuple[Dim, ...]] = field(default_factory=dict)
+    tokens: dict[Ref, None] = field(default_factory=dict)
+    invariants: dict[Ref, None] = field(default_factory=dict)
+    sliced: dict[Ref, None] = field(default_factory=dict)
+    weights: dict[str, None] = field(default_factory=dict)
+
+
+def _operands(
+    a: Analysis,
+    f: Factor,
+    body: Sequence[Node],
+    records: Mapping[str, Record],
+    inside: Container[str],
+    alone: Container[Ref],
+    leaves: frozenset[Factor],
+) -> _Operands:
+    """inside: what the body makes. alone: what is made apart."""
+    read, params = _Operands(), {n.name: n for n in a.program.nodes if n.op == PARAM}
     for node in body:
-        r = records[node.name]
-        used = set(node.refs())
+        r, used = records[node.name], set(node.refs())
         for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
             if ref is None or ref not in used or (ref.name in inside and ref not in alone):
                 continue
-            seen.setdefault(ref, tuple(map(tuple, dims)))
-            if f in carried:
-                big = kinds[ref.name] == PARAM and len(a.program.node(ref.name).type.shape) > 1
-                if big:
-                    weights[ref.name] = None
-                elif carried & leaves:
-                    tokens[ref] = None
-                else:
-                    sliced[ref] = None
+            read.dims.setdefault(ref, tuple(map(tuple, dims)))
+            if f in carried and ref.name in params and len(params[ref.name].type.shape) > 1:
+                read.weights[ref.name] = None
             elif carried & leaves:
-                tokens[ref] = None
+                read.tokens[ref] = None
+            elif f in carried:
+                read.sliced[ref] = None
             else:
-                invariants[ref] = None
-    exits, apart = [], []
-    outside = outside or set()
+                read.invariants[ref] = None
+    return read
+
+
+def _exits(
+    a: Analysis,
+    f: Factor,
+    records: Mapping[str, Record],
+    alone: Container[Ref],
+    outside: Container[Ref],
+) -> tuple[list[Exit], list[Exit]]:
+    """What leaves the body, and what is made apart."""
+    exits: list[Exit] = []
+    apart: list[Exit] = []
     outputs = set(a.program.output.refs())
     for r in records.values():
         roles = {role for role, *_ in r.roles.get(f, ())}
@@ -221,26 +267,7 @@ def _fold(
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside
                 exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
-    size = int(f.size)
-    body, casts = _cast_before(body, set(weights))
-    return Fold(
-        name,
-        f,
-        size,
-        -(-size // ranks),
-        body,
-        records,
-        seen,
-        tuple(tokens),
-        tuple(invariants),
-        tuple(sliced),
-        tuple(weights),
-        tuple(exits),
-        schedule,
-        _group(body),
-        casts,
-        tuple(apart),
-    )
+    return exits, apart
 
 
 def _group(body: Sequence[Node]) -> int:

@@ -29,7 +29,7 @@ def structural_key(
     others: all else.
     """
 
-    def show(a: Any) -> str:
+    def show(a: object) -> str:
         if isinstance(a, Ref):
             return names[a]
         if isinstance(a, (tuple, list)):

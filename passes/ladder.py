@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from tspc.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
 from tspc.journal import log
@@ -29,7 +30,7 @@ T = TypeVar("T")
 RETRIES = 16  # refusals before all is refused
 ADVICE = "please report it with the log at debug level"
 # what a step of torch's own says, and what is of this machine: no rung helps
-SAID = (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError, MemoryError, OSError)
+SAID = (TorchDynamoException, torch.OutOfMemoryError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def at_hand(e: BaseException) -> Iterator[Node | frozenset[str]]:
                     yield found
 
 
-def _held(value: Any) -> Node | frozenset[str] | None:
+def _held(value: object) -> Node | frozenset[str] | None:
     node = value.node if isinstance(value, (Record, Op)) else value
     if isinstance(node, Node):
         return node if node.is_call else None

@@ -17,7 +17,7 @@ import torch
 
 from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
-from tspc.factor import Factor
+from tspc.factor import Dims, Factor
 from tspc.kinds import (
     ALL_REDUCE,
     CLEAR,
@@ -34,10 +34,9 @@ from tspc.passes.masks import bind
 from tspc.passes.outputs import Result
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
-from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten
-Dims = Sequence[Sequence[Factor]]
 
 SHAPED = {  # op -> index of its shape argument
     aten.view.default: 1,
@@ -72,7 +71,7 @@ def _argument(a: Any, sizes: Sizes, get: Callable[[Ref], Any]) -> Any:
 
 def call(
     node: Node,
-    ins: Sequence[Dims | None],
+    ins: Sequence[Dims],
     outs: Sequence[Dims],
     sizes: Sizes,
     get: Callable[[Ref], Any],
@@ -80,15 +79,14 @@ def call(
     """One ordinary op on local tensors."""
     args = [_argument(a, sizes, get) for a in node.args]
     kwargs = {k: _argument(v, sizes, get) for k, v in node.kwargs.items()}
-    dims_in: Dims = ins[0] if ins and ins[0] is not None else ()
+    dims_in: Dims = ins[0] if ins else ()
     cut_out = any(sizes.is_cut(d) for d in outs[0])
     cut_in = any(sizes.is_cut(d) for d in dims_in)
     if cut_out or cut_in:
-        if node.op in SHAPED:
-            shape = [sizes.dim(d) for d in outs[0]]
-            return args[0].reshape(shape) if node.op in VIEWS else node.op(args[0], shape)
-        if node.op in UNFLATTEN:
+        if node.op in VIEWS or node.op in UNFLATTEN:
             return args[0].reshape([sizes.dim(d) for d in outs[0]])
+        if node.op in SHAPED:
+            return node.op(args[0], [sizes.dim(d) for d in outs[0]])
         if node.op in SPLITS:
             k = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(dims_in)
             if sizes.is_cut(dims_in[k]):
@@ -100,12 +98,8 @@ def call(
                     return node.op(args[0], k, args[2], None, args[4])
                 start = _start(args[2] if len(args) > 2 else None, dims_in[k], sizes)
                 return args[0].narrow(k, sizes.before(dims_in[k], start), sizes.dim(outs[0][k]))
-        if node.op == aten.slice_scatter.default:
-            k = (args[2] if len(args) > 2 else 0) % len(outs[0])
-            if sizes.is_cut(outs[0][k]):
-                start = _start(args[3] if len(args) > 3 else None, outs[0][k], sizes)
-                local = sizes.before(outs[0][k], start)
-                return node.op(args[0], args[1], k, local, local + args[1].shape[k])
+        if node.op == aten.slice_scatter.default and (at := _written(args, outs[0], sizes)):
+            return node.op(args[0], args[1], *at)
         if node.op in MEANS and _mean_cut(node, dims_in, sizes):
             return _mean(node, args, kwargs, dims_in, sizes)
     if node.op in VIEWS:  # the clone that made it viewable may be gone
@@ -113,7 +107,16 @@ def call(
     return node.op(*args, **kwargs)
 
 
-def _start(start: Any, dim: Sequence[Factor], sizes: Sizes) -> Any:
+def _written(args: Sequence[Any], dims: Dims, sizes: Sizes) -> tuple[int, Any, Any] | None:
+    """(dim, start, end) of the rows that a cut dim is written in; None along another one."""
+    k = (args[2] if len(args) > 2 else 0) % len(dims)
+    if not sizes.is_cut(dims[k]):
+        return None
+    local = sizes.before(dims[k], _start(args[3] if len(args) > 3 else None, dims[k], sizes))
+    return k, local, local + args[1].shape[k]
+
+
+def _start(start: Size | None, dim: Sequence[Factor], sizes: Sizes) -> Any:
     """Where a slice of a dim starts, counted from the front."""
     if isinstance(start, int) and start < 0:
         return start + sizes.value(sizes.factors.size(tuple(dim)))
@@ -169,7 +172,7 @@ class LocalProgram(torch.nn.Module):
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
         self.kinds = [r.kind if r is not None else "whole" for r in self.results()]
 
-    def forward(self, *args: Any) -> list[Any]:
+    def forward(self, *args: object) -> list[Any]:
         """Runs the nodes in order."""
         count = len(self.symbols)
         symbols = dict(zip(self.symbols, args[:count]))
@@ -196,12 +199,13 @@ class LocalProgram(torch.nn.Module):
                 out.append(None)
                 continue
             t = types[a.name][a.item or 0]
+            assert t is not None
             shape = tuple(t.shape)
             kind, dim, lead, sequence = "whole", 0, 1, 0
             if i in self.local and typed.places[a.name, a.item or 0] == "S":
                 dims = typed.dims[a.name, a.item or 0]
                 sequence = typed.sequence(dims) or 0
-                dim, lead, _ = where(sizes, dims, typed.leaves[sequence])
+                dim, lead, _ = sizes.where(dims, typed.leaves[sequence])
                 # a DTensor cuts a dim as a whole, not the sequence inside of it
                 kind = "whole" if self.local[i] == "sharded" and lead != 1 else self.local[i]
             out.append(Result(kind, shape, t.dtype, dim, lead, sequence=sequence))
@@ -218,14 +222,6 @@ def _leaving(program: Program) -> frozenset[str]:
         for r in n.refs()
         if groups.get(r.name, 0) not in (0, n.recompute)
     )
-
-
-def where(sizes: Sizes, dims: Dims, leaf: Factor) -> tuple[int, Any, Any]:
-    """(dim, lead, trail) of a sequence."""
-    for k, d in enumerate(dims):
-        if leaf in sizes.factors.leaves(tuple(d)):
-            return (k, *sizes.around(d, leaf))
-    raise AssertionError("no sequence in these dims")
 
 
 class _Run:
@@ -257,7 +253,7 @@ class _Run:
     def sequence(self, dims: Dims) -> tuple[Any, ...]:
         """(dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
         i = self.index(dims)
-        dim, lead, trail = where(self.sizes, dims, self.typed.leaves[i])
+        dim, lead, trail = self.sizes.where(dims, self.typed.leaves[i])
         rest = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
         return dim, lead, trail, *rest
 

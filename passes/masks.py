@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.context import Keywords
 from tspc.counter import ATTENTIONS
 from tspc.index import TRUE, At, Cases, clauses, index, is_predicate, substitute
 from tspc.masked import MASKED_ATTENTION
@@ -197,7 +198,7 @@ class _Recogniser:
         return Ref(made[-1].name) if made else rest[0]
 
     def carried(
-        self, n: Node, bound: dict[str, Any], p: Any, rest: Ref | None, fill: float
+        self, n: Node, bound: Keywords, p: Any, rest: Ref | None, fill: float
     ) -> Node | None:
         """None where a clause is not one of data per position."""
         q, k = (self.types[bound[x]].shape for x in ("query", "key"))
@@ -270,7 +271,7 @@ class _Recogniser:
         return None
 
 
-def bind(n: Node) -> dict[str, Any]:
+def bind(n: Node) -> Keywords:
     """The arguments of an attention by name; those that its op lacks as well."""
     assert n.op in ATTENTIONS
     return _LACKED | {

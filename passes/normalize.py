@@ -6,11 +6,12 @@ In: a captured program. Out: an equal one for which every later pass has a rule.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from tspc.passes.along import canonical
 from tspc.passes.entropy import cross_entropy
@@ -45,7 +46,7 @@ class _Builder:
     made: dict[str, Node] = field(default_factory=dict)
     recompute: int = 0  # of the node at hand
     casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
-    cast: dict[Any, Ref] = field(default_factory=dict)
+    cast: dict[object, Ref] = field(default_factory=dict)
 
     def cast_here(self, r: Ref) -> Ref:
         """The use's own copy of a parameter's cast."""
@@ -87,27 +88,8 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
         if n.op == aten.cross_entropy_loss.default:
             b.renamed[Ref(n.name)] = cross_entropy(b, n)
             continue
-        if n.op == aten.embedding.default:
-            n = _dense(n)
-        if n.op == aten.index_put.default:
-            n = _chosen(b, n)
-        if n.op in CONVOLUTIONS:
-            n = _padded(b, n)
-        if n.op == aten.copy.default:
-            n = _copied(b, n)
-        if n.op == aten.slice_scatter.default:
-            n = _joined(b, n)
-        if n.op in (aten.addmm.default, aten.baddbmm.default):
-            n = _scaled(b, n)
-        if n.op == SDPA and len(n.type.shape) == 3:
-            n = _with_a_head(b, n)
-        if n.op == SDPA and len(n.args) > 3 and n.args[3] is not None:
-            for m in all_dims(n.args[3], b.type(n.args[3]), n):
-                n = replace(n, args=(*n.args[:3], b.add(m), *n.args[4:]))
-        if n.op in SHAPE_ONLY:
-            n = _on_a_placeholder(b, n)
-        if n.op == aten.index.Tensor:
-            n = _constant_index(b, n)
+        if n.op in REWRITES:
+            n = REWRITES[n.op](b, n)
         *before, n = canonical(n, b.made)
         for m in before:
             b.add(m)
@@ -240,7 +222,7 @@ def _scaled(b: _Builder, n: Node) -> Node:
     return replace(n, op=aten.add.Tensor, args=tuple(terms), kwargs={})
 
 
-def _dense(n: Node) -> Node:
+def _dense(_: _Builder, n: Node) -> Node:
     """A lookup by position arguments; a gradient that is wanted sparse is given dense."""
     more = [n.kwargs.get(k, v) for k, v in (("padding_idx", -1), ("scale_grad_by_freq", False))]
     return replace(n, args=(*n.args[:4], *more[len(n.args) - 2 :]), kwargs={})
@@ -322,3 +304,27 @@ def _constant_index(b: _Builder, n: Node) -> Node:
     start = node.kwargs["value"][0]
     end = start + 1 if start != -1 else 2**63 - 1
     return replace(n, op=aten.slice.Tensor, args=(n.args[0], at[0], start, end), kwargs={})
+
+
+def _attended(b: _Builder, n: Node) -> Node:
+    """Attention with a dim of heads and a mask of all dims."""
+    if len(n.type.shape) == 3:
+        return _with_a_head(b, n)
+    if n.argument(3) is not None:
+        for m in all_dims(n.args[3], b.type(n.args[3]), n):
+            n = replace(n, args=(*n.args[:3], b.add(m), *n.args[4:]))
+    return n
+
+
+REWRITES: dict[OpOverload, Callable[[_Builder, Node], Node]] = {
+    aten.embedding.default: _dense,
+    aten.index_put.default: _chosen,
+    aten.copy.default: _copied,
+    aten.slice_scatter.default: _joined,
+    aten.addmm.default: _scaled,
+    aten.baddbmm.default: _scaled,
+    SDPA: _attended,
+    aten.index.Tensor: _constant_index,
+    **dict.fromkeys(CONVOLUTIONS, _padded),
+    **dict.fromkeys(SHAPE_ONLY, _on_a_placeholder),
+}

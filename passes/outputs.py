@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 
 from tspc.body import evaluate
 from tspc.factor import Factor
 from tspc.passes.factorize import Analysis
-from tspc.program import Node, Program, Ref
+from tspc.program import Node, Program, Ref, Size
 
 SLICE = torch.ops.aten.slice.Tensor
 
@@ -27,10 +28,10 @@ class Range:
     """x[..., start:end:step, ...] of a dim; shape: what is left of x, over the symbols."""
 
     dim: int
-    start: Any
-    end: Any
-    step: Any
-    shape: tuple[Any, ...]
+    start: Size
+    end: Size
+    step: Size
+    shape: tuple[Size, ...]
 
     def of(self, x: torch.Tensor, evaluate: Callable[[Any], int]) -> torch.Tensor:
         """The range of a whole value."""
@@ -44,14 +45,14 @@ class Result:
     "deferred", gathered at first use, or "sharded", a DTensor. ranges: what is handed out of it."""
 
     kind: str
-    shape: tuple[Any, ...]
+    shape: tuple[Size, ...]
     dtype: torch.dtype
     dim: int = 0
-    lead: Any = 1
+    lead: Size = 1
     ranges: tuple[Range, ...] = ()
     sequence: int = 0  # which one is cut
 
-    def given(self, x: torch.Tensor, sizes: Mapping[Any, int]) -> torch.Tensor:
+    def given(self, x: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
         """What is handed out of a whole value."""
         for r in self.ranges:
             x = r.of(x, lambda e: int(evaluate(e, sizes)))

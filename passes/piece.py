@@ -14,10 +14,11 @@ import sympy
 import torch
 
 from tspc.body import rows_of
-from tspc.factor import Factor, Factors
+from tspc.context import Context
+from tspc.factor import Dims, Factor, Factors
 from tspc.passes.fold import Fold
 from tspc.passes.localize import call
-from tspc.passes.sizes import Sizes
+from tspc.passes.sizes import Length, Sizes
 from tspc.passes.typed import sequence_of
 from tspc.program import Node, Ref
 
@@ -42,29 +43,27 @@ class Maker:
     canonical: Mapping[Ref, str]
     ranks: int
 
-    def sizes(self, symbols: Mapping[sympy.Symbol, Any]) -> Sizes:
+    def sizes(self, symbols: Mapping[sympy.Symbol, Length]) -> Sizes:
         """symbols: rows of the sequences among them."""
         return Sizes(
             self.factors, symbols, self.rows(symbols) | {self.fold.factor: self.fold.units}
         )
 
-    def rows(self, symbols: Mapping[sympy.Symbol, Any]) -> dict[Factor, Any]:
+    def rows(self, symbols: Mapping[sympy.Symbol, Length]) -> dict[Factor, Any]:
         return {f: symbols.get(rows_of(i), rows_of(i)) for i, f in enumerate(self.leaves)}
 
-    def sequence(self, dims: Sequence[Sequence[Factor]]) -> int:
+    def sequence(self, dims: Dims) -> int:
         i = sequence_of(self.factors, self.leaves, dims)
         assert i is not None, "no sequence in these dims"
         return i
 
-    def shape(
-        self, dims: Sequence[Sequence[Factor]], symbols: Sequence[sympy.Symbol], all_units: bool
-    ) -> tuple:
+    def shape(self, dims: Dims, symbols: Sequence[sympy.Symbol], all_units: bool) -> tuple:
         same = {s: s for s in symbols}
         whole = Sizes(self.factors, same, self.rows(same))
         sizes = whole if all_units else self.sizes(same)
         return tuple(plain(sizes.dim(d)) for d in dims)
 
-    def has_units(self, dims: Sequence[Sequence[Factor]]) -> bool:
+    def has_units(self, dims: Dims) -> bool:
         return any(self.fold.factor in self.factors.leaves(tuple(d)) for d in dims)
 
 
@@ -76,12 +75,12 @@ class _Kept(torch.autograd.Function):
     """A saved value in the place of the one recomputed; the gradient goes on to what made it."""
 
     @staticmethod
-    def forward(ctx: Any, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Context, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return kept.view_as(kept)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        return None, g
+    def backward(ctx: Context, *gs: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, gs[0]
 
 
 def runner(
@@ -95,7 +94,7 @@ def runner(
     sliced = {names[r]: t for r, t in tables.items()}
 
     def run(
-        symbols: Mapping[sympy.Symbol, Any],
+        symbols: Mapping[sympy.Symbol, Length],
         step: torch.Tensor,
         given: dict[str, torch.Tensor],
         kept: dict[str, torch.Tensor],

@@ -15,7 +15,7 @@ import torch
 
 from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
-from tspc.factor import Factor
+from tspc.factor import Dims, Factor
 from tspc.hardware import Hardware
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
@@ -23,7 +23,7 @@ from tspc.passes.masks import bind
 from tspc.passes.piece import WEIGHTED, Maker, plain, runner
 from tspc.passes.typed import Typed
 from tspc.placement import indices
-from tspc.program import Node, Ref
+from tspc.program import Node, Ref, Size
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ def make_body(
     maker = Maker(fold, typed.factors, leaves, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
-    def register(ref: Ref, dims: Any, kind: str, local: bool) -> str:
+    def register(ref: Ref, dims: Dims, kind: str, local: bool) -> str:
         name = f"{kind}{sum(v.startswith(kind) for v in values)}"
         t = types[ref.name][ref.item or 0]
         assert t is not None
@@ -123,13 +123,13 @@ def make_body(
 
 def _products(
     fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Value], steps: Sequence[Any]
-) -> tuple[Any, Any, Any]:
+) -> tuple[Size, Size, Size]:
     """(FLOPs, elements of the results that stay inside, FLOPs of saved results) of the matrix
     products of one step."""
     saved = {n for s in steps if isinstance(s, Piece) for n in s.saves}
-    flops: Any = 0
-    inner: Any = 0
-    spared: Any = 0
+    flops: Size = 0
+    inner: Size = 0
+    spared: Size = 0
     leaving = {e.ref.name for e in fold.exits if e.kind == "sum"}
     for n in fold.body:
         if n.op in WEIGHTED:
@@ -142,7 +142,7 @@ def _products(
     return flops, inner, spared
 
 
-def _where(m: Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, Any, int]:
+def _where(m: Maker, dims: Dims, symbols: Sequence[sympy.Symbol]) -> tuple[int, Size, int]:
     """(dim, lead, which) of the sequence in these dims."""
     sizes, i = m.sizes({s: s for s in symbols}), m.sequence(dims)
     leaf = m.leaves[i]
@@ -150,7 +150,7 @@ def _where(m: Maker, dims: Any, symbols: Sequence[sympy.Symbol]) -> tuple[int, A
     return k, plain(sizes.around(dims[k], leaf)[0]), i
 
 
-def _table(m: Maker, dims: Any) -> tuple[int, torch.Tensor]:
+def _table(m: Maker, dims: Dims) -> tuple[int, torch.Tensor]:
     """The dim that carries the factor and [ranks, n]: its positions that shard j reads; pads
     repeat the last unit."""
     (k,) = [i for i, d in enumerate(dims) if m.fold.factor in m.factors.leaves(d)]

@@ -113,7 +113,7 @@ def _rewrite(
             check_program(handed, "outputs")
             program, analysis = handed, _analysed(handed, refused)
     for i in range(len(sequences(analysis))):
-        program, analysis = _widened(program, analysis, i)
+        program, analysis = _widened(program, analysis, i, refused)
     with _during("choose"):
         choice = choose(analysis, ranks, options.schedule, options.layout, refused)
     left = _local(program, options.outputs, writes)
@@ -167,13 +167,15 @@ def _analysed(program: Program, refused: Refused) -> Analysis:
         return analyse(program, refused)
 
 
-def _widened(program: Program, analysis: Analysis, index: int) -> tuple[Program, Analysis]:
+def _widened(
+    program: Program, analysis: Analysis, index: int, refused: Refused
+) -> tuple[Program, Analysis]:
     """Along one of the sequences."""
     leaf = dict(enumerate(sequences(analysis))).get(index)
     widened = _pass("windows", lambda _: widen(analysis, leaf), program)
     if widened.nodes == program.nodes:
         return program, analysis
-    return widened, _analysed(widened, analysis.refused)
+    return widened, _analysed(widened, refused)
 
 
 def prepare(program: Program, refused: Refused = NOTHING) -> Program:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
-from tspc.factor import Factor
+from tspc.factor import Dims, Factor
 from tspc.kinds import (
     ALL_REDUCE,
     CLEAR,
@@ -35,7 +35,7 @@ from tspc.passes.cut import Cutter
 from tspc.passes.factorize import REFUSED, Analysis, Record, in_segment
 from tspc.passes.fold import Fold, added_once, summand
 from tspc.passes.sequence import attends, masks_by_key
-from tspc.passes.typed import Dims, Fallback, Typed, sequence_of
+from tspc.passes.typed import Fallback, Typed, sequence_of
 from tspc.program import (
     APART,
     FOLD,
@@ -71,8 +71,8 @@ class _State:
     casts: dict[str, str] = field(default_factory=dict)  # of parameters
     cutters: dict[Factor, Cutter] = field(default_factory=dict)
 
-    def carries(self, dims: Sequence[tuple[Factor, ...]] | None) -> bool:
-        return self.leaf_of(dims or ()) is not None
+    def carries(self, dims: Dims) -> bool:
+        return self.leaf_of(dims) is not None
 
     def leaf_of(self, dims: Dims) -> Factor | None:
         """The sequence that the dims have."""
@@ -251,7 +251,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         outs, roles = [dims], []
     else:
         outs = [tuple(map(tuple, o)) for o in record.outs]
-        read = {r: tuple(map(tuple, d or ())) for r, d in zip(record.refs, record.ins) if r}
+        read = {r: tuple(map(tuple, d)) for r, d in zip(record.refs, record.ins) if r}
         operands = {new: read.get(old, ()) for old, new in zip(record.node.refs(), n.refs())}
         roles = [x for leaf in s.leaves for x in record.roles.get(leaf, ())]
     met = {leaf for d in (*operands.values(), *outs) if (leaf := s.leaf_of(d)) is not None}
@@ -262,9 +262,8 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if whole or n.name in s.analysis.sealed:
         _fall_back(s, n, outs, REFUSED if whole else "it lays the sequence together")
         return
-    active = any(s.place(r) == "S" for r in operands)
-    weighted = any(_is_param(s, r) for r in operands)
-    if not touched or not (active or weighted):
+    attention = n.op in ATTENTIONS and kinds - {"at"} == {"exchange"}
+    if not touched or not any(s.place(r) == "S" or _is_param(s, r) for r in operands):
         _replicate(s, n, outs)
         return
     if any(in_segment(s.analysis.F, d, leaf) for d in (*operands.values(), *outs) for leaf in met):
@@ -275,29 +274,29 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _fall_back(s, n, outs, "its gradient counts all tokens")
     elif kinds and all(_is_param(s, r) for r in operands):  # a range of a table: none is gathered
         _replicate(s, n, outs)
-    elif n.op in ATTENTIONS and kinds - {"at"} == {"exchange"} and _attends(s, record):
-        if n.op == SINK_ATTENTION:
-            _fall_back(s, n, outs, "its sinks are in no fold")
-        elif all(r in cut for r in n.args[:3]):
-            _attention(s, n, record, outs, operands)
-        else:
-            _fall_back(s, n, outs, "its queries are of another sequence")
+    elif attention and record is not None and attends(s.analysis, record, s.leaves):
+        _attention(s, n, record, outs, operands)
     elif len(met) > 1:
         _fall_back(s, n, outs, "it meets two sequences")
     elif not kinds or runs(s.analysis.F, record, met):
-        renamed = {
-            r: _rows(s, r, operands[r], n.source)
-            if r in cut
-            else s.varying(s.replicated(r, n.source), n.source)
-            for r in operands
-        }
-        if n.op == IN_RANGE:  # pads hold anything
-            renamed = {r: s.convert(x, CLEAR, "S", n.source) for r, x in renamed.items()}
-        s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
+        _in_step(s, n, outs, operands)
     elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
         _reduce(s, n, outs, operands, cut)
     else:
         _fall_back(s, n, outs, ", ".join(sorted(kinds)))
+
+
+def _in_step(s: _State, n: Node, outs: Sequence[Dims], operands: Mapping[Ref, Dims]) -> None:
+    """Each rank runs the op on its rows."""
+    renamed = {
+        r: _rows(s, r, d, n.source)
+        if s.carries(d)
+        else s.varying(s.replicated(r, n.source), n.source)
+        for r, d in operands.items()
+    }
+    if n.op == IN_RANGE:  # pads hold anything
+        renamed = {r: s.convert(x, CLEAR, "S", n.source) for r, x in renamed.items()}
+    s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
 
 
 def _is_param(s: _State, ref: Ref) -> bool:
@@ -315,7 +314,8 @@ def _replicate(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 
 
 def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
-    table = Ref(s.casts.get(n.args[0].name, n.args[0].name))
+    name: str = n.args[0].name
+    table = Ref(s.casts.get(name, name))
     ids = s.replicated(n.args[1], n.source)
     padding, scaled = (*n.args[2:], *(-1, False)[len(n.args) - 2 :])
     flags = {"padding": padding, "scaled": scaled}
@@ -326,6 +326,12 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _attention(
     s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Any]
 ) -> None:
+    if n.op == SINK_ATTENTION:
+        _fall_back(s, n, outs, "its sinks are in no fold")
+        return
+    if not all(s.carries(operands[r]) for r in n.args[:3]):
+        _fall_back(s, n, outs, "its queries are of another sequence")
+        return
     q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
     renamed = dict(zip(n.args[:3], (q, k, v)))
     mask = mask_of(n)
@@ -343,15 +349,9 @@ def _attention(
     s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
 
 
-def _attends(s: _State, record: Record | None) -> bool:
-    return record is not None and attends(s.analysis, record, s.leaves)
-
-
 def mask_of(n: Node) -> Ref | None:
     """The mask operand of an attention."""
-    if n.op not in ATTENTIONS:
-        return None
-    return n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+    return n.argument(3, n.kwargs.get("attn_mask")) if n.op in ATTENTIONS else None
 
 
 def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:

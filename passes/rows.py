@@ -12,9 +12,11 @@ from typing import Any
 
 import sympy
 import torch
+from torch._ops import OpOverload
 
+from tspc.context import Arguments
 from tspc.predicate import B, H, K, Q
-from tspc.program import Node, Ref, Type
+from tspc.program import Node, Ref, Size, Type
 
 aten = torch.ops.aten
 
@@ -40,7 +42,7 @@ class Rows:
         """A predicate without data."""
         self.sources = []
 
-    def place(self, at: Any, by_name: Mapping[str, Node], length: Any) -> int | None:
+    def place(self, at: Any, by_name: Mapping[str, Node], length: Size) -> int | None:
         """The number of the row that an element is of; None: it is of none."""
         name, *indices = at.args
         batch = position = None
@@ -68,7 +70,7 @@ class Rows:
         return rest[0] if rest else sympy.Integer(0)
 
     def made(
-        self, n: Node, by_name: Mapping[str, Node], batch: Any, length: Any
+        self, n: Node, by_name: Mapping[str, Node], batch: Size, length: Size
     ) -> tuple[list[Node], Ref | None]:
         """The nodes that make the rows before node n, and their value."""
         key = tuple(self.sources)
@@ -90,13 +92,17 @@ class _Maker:
     nodes: list[Node] = field(default_factory=list)
 
     def emit(
-        self, op: Any, args: tuple[Any, ...], shape: Sequence[Any], dtype: torch.dtype = torch.int64
+        self,
+        op: OpOverload,
+        args: Arguments,
+        shape: Sequence[Size],
+        dtype: torch.dtype = torch.int64,
     ) -> Ref:
         name = f"{self.base}{len(self.nodes)}"
         self.nodes.append(Node(name, op, args, {}, (Type(tuple(shape), dtype),), self.source))
         return Ref(name)
 
-    def row(self, s: _Source, t: Type, batch: Any, length: Any) -> Ref:
+    def row(self, s: _Source, t: Type, batch: Size, length: Size) -> Ref:
         """[batch, 1, length] of one source."""
         x, shape = Ref(s.name), list(t.shape)
         if t.dtype != torch.int64:

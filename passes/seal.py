@@ -27,7 +27,9 @@ def analyse(program: Program, refused: Container[str] = ()) -> Analysis:
         more = _makers(a, _composed(a))
         if not more:
             return a
-        sealed = {**sealed, **{n: (*sealed.get(n, ()), *at) for n, at in more.items()}}
+        for n, at in more.items():
+            known: tuple[tuple[int, int], ...] = sealed.get(n, ())
+            sealed = {**sealed, n: (*known, *at)}
 
 
 def _composed(a: Analysis) -> set[tuple[Factor, ...]]:
@@ -35,7 +37,7 @@ def _composed(a: Analysis) -> set[tuple[Factor, ...]]:
     out = set()
     for r in a.records:
         if r.node.op in ATTENTIONS and len(r.ins[0]) > 1:
-            q, k = (a.F.expand(tuple(d[-2])) for d in r.ins[:2])
+            q, k = (a.F.expand(d[-2]) for d in r.ins[:2])
             if q == k and (len(q) > 1 or (q and q[0].cat)):
                 out.add(q)
     return out
@@ -47,7 +49,7 @@ def _makers(a: Analysis, composed: set[tuple[Factor, ...]]) -> Sealed:
     for r in a.records if composed else ():
         if r.node.op == OUTPUT:
             continue
-        given = {a.F.expand(tuple(d)) for dims in r.ins for d in dims or ()}
+        given = {a.F.expand(tuple(d)) for dims in r.ins for d in dims}
         made = [
             (item, k)
             for item, dims in enumerate(r.outs)

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+from torch.types import IntLikeType
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from tspc.factor import Factor, Factors
+from tspc.factor import Dims, Factor, Factors
+from tspc.program import Size
+
+Length = IntLikeType | sympy.Basic  # of a run, or symbolic
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,10 @@ class Sizes:
     """Local sizes: symbols -> values (ints or SymInts), cut factors -> local size."""
 
     factors: Factors
-    symbols: Mapping[sympy.Symbol, Any]
-    cut: Mapping[Factor, Any]
+    symbols: Mapping[sympy.Symbol, Length]
+    cut: Mapping[Factor, Length]
 
-    def value(self, size: Any) -> Any:
+    def value(self, size: Size) -> Any:
         """A global size."""
         if not isinstance(size, sympy.Expr):
             return size
@@ -51,6 +55,13 @@ class Sizes:
         leaves = self.factors.expand(tuple(dim))
         at = leaves.index(f)
         return self.dim(leaves[:at]), self.dim(leaves[at + 1 :])
+
+    def where(self, dims: Dims, leaf: Factor) -> tuple[int, Any, Any]:
+        """(dim, lead, trail) of a sequence."""
+        for k, d in enumerate(dims):
+            if leaf in self.factors.leaves(tuple(d)):
+                return (k, *self.around(d, leaf))
+        raise AssertionError("no sequence in these dims")
 
     def before(self, dim: Sequence[Factor], start: int) -> Any:
         """Local elements of a dim before global element `start`, which lies on a segment

@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tspc.factor import Factor, Factors
+from tspc.factor import Dims, Factor, Factors
 from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
 from tspc.program import Program, Size
-
-Dims = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -54,5 +52,5 @@ class Typed:
 
 def sequence_of(factors: Factors, leaves: Sequence[Factor], dims: Dims) -> int | None:
     """The one of the leaves that the dims have."""
-    carried = {f for d in dims for f in factors.leaves(tuple(d))}
+    carried = {f for d in dims for f in factors.leaves(d)}
     return next((i for i, leaf in enumerate(leaves) if leaf in carried), None)

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
+from torch._ops import OpOverload
 
-from tspc.factor import Factor, const, norm
+from tspc.context import Arguments
+from tspc.factor import Dims, Factor, const, norm
 from tspc.kinds import CONTRACTIONS, MEANS, SUMS
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.sizes import Sizes
@@ -77,7 +80,7 @@ def _is_trim(r: Record, leaf: Factor) -> bool:
     return any(role == "trim" for role, *_ in r.roles.get(leaf, ()))
 
 
-def _range(r: Record) -> tuple[int, Any]:
+def _range(r: Record) -> tuple[int, Size]:
     """(dim, start) of a slice."""
     args = (*r.node.args, *(None,) * 4)
     k = (args[1] if args[1] is not None else r.node.kwargs.get("dim", 0)) % len(r.ins[0])
@@ -93,8 +96,8 @@ class _Widen:
     nodes: list[Node] = field(default_factory=list)
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
     wide: dict[Ref, Ref] = field(default_factory=dict)  # a value on a range -> on all rows
-    of: dict[Ref, tuple[Window, Any]] = field(default_factory=dict)  # its window and dims
-    made: dict[Any, Ref] = field(default_factory=dict)
+    of: dict[Ref, tuple[Window, Dims]] = field(default_factory=dict)  # its window and dims
+    made: dict[object, Ref] = field(default_factory=dict)
 
     def run(self) -> Program:
         records = {r.node.name: r for r in self.a.records}
@@ -122,7 +125,7 @@ class _Widen:
         assert t is not None
         return t
 
-    def make(self, name: str, op: Any, args: tuple[Any, ...], t: Type, like: Node) -> Ref:
+    def make(self, name: str, op: OpOverload, args: Arguments, t: Type, like: Node) -> Ref:
         taken = sum(n.name.startswith(name) for n in self.nodes)
         return self.add(Node(f"{name}{taken}", op, args, {}, (t,), like.source))
 
@@ -144,23 +147,17 @@ class _Widen:
         plain = all(self.plain(d, f) for d in (*r.ins, *r.outs))
         if roles - ({"reduce"} if sums else set()) or not plain or n.op in RESIZED:
             return False
-        operands: dict[Ref, Ref] = {}
-        for ref, carried in zip(r.refs, r.carried_in):
-            if ref is None or f not in carried:
-                continue
-            if ref not in self.wide and ref.name not in self.a.program.replicated:
-                return False
-            operands[ref] = ref
-        if not any(ref in self.wide for ref in operands):
+        read = {x: d for x, d, c in zip(r.refs, r.ins, r.carried_in) if x is not None and f in c}
+        known = self.a.program.replicated
+        if not any(x in self.wide for x in read) or any(
+            x not in self.wide and x.name not in known for x in read
+        ):
             return False
-        for ref, dims in zip(r.refs, r.ins):
-            if ref in operands:
-                operands[ref] = self.wide.get(ref) or self.extended(ref, dims, w, n)
+        operands = {x: self.wide.get(x) or self.extended(x, d, w, n) for x, d in read.items()}
         if roles:
-            first = next(ref for ref in operands if ref in self.wide)
-            dims = next(d for x, d in zip(r.refs, r.ins) if x == first)
+            first = next(x for x in operands if x in self.wide)
             keep = (w.lo, w.tail)
-            operands[first] = self.cleared(operands[first], dims, f, keep, n)
+            operands[first] = self.cleared(operands[first], read[first], f, keep, n)
         sizes = self.sizes(w)
         types = tuple(
             t and replace(t, shape=tuple(norm(sizes.dim(d)) for d in dims))
@@ -192,7 +189,7 @@ class _Widen:
         by, t = norm(w.lo - lo), self.type(x)
         return self.make(f"{x.name}.moved", aten.roll.default, (x, (by,), (k,)), t, r.node)
 
-    def plain(self, dims: Sequence[Any] | None, f: Factor) -> bool:
+    def plain(self, dims: Dims | None, f: Factor) -> bool:
         """The factor is in one dim at most, and no part of a segment."""
         F = self.a.F
         hits = [d for d in dims or () if f in F.leaves(tuple(d))]
@@ -242,7 +239,7 @@ class _Widen:
         return self.made["narrow", ref]
 
     def spread(
-        self, dims: Any, f: Factor, shape: Sequence[Size], size: Size
+        self, dims: Dims, f: Factor, shape: Sequence[Size], size: Size
     ) -> tuple[int, tuple[Size, ...], bool]:
         """(dim, shape, whether it is another one): the factor as a dim of its own, of `size`."""
         F = self.a.F
@@ -260,7 +257,7 @@ class _Widen:
         t = replace(t, shape=tuple(shape))
         return self.make(f"{x.name}.view", aten.reshape.default, (x, t.shape), t, like)
 
-    def extended(self, ref: Ref, dims: Any, w: Window, like: Node) -> Ref:
+    def extended(self, ref: Ref, dims: Dims, w: Window, like: Node) -> Ref:
         """A replicated value of the range on all rows: its ends are repeated."""
         t = self.type(ref)
         shape = t.shape
@@ -269,7 +266,7 @@ class _Widen:
         k, spread, flat = self.spread(dims, w.factor, shape, w.factor.size)
         x = self.viewed(ref, spread, t, like) if flat else ref
 
-        def end(start: Any, count: int) -> Ref:
+        def end(start: Size, count: int) -> Ref:
             one, many = ((*spread[:k], m, *spread[k + 1 :]) for m in (1, count))
             stop = norm(start + 1)
             name = f"{ref.name}.end"
@@ -291,7 +288,7 @@ class _Widen:
         self.made["extended", ref] = joined
         return joined
 
-    def cleared(self, x: Ref, dims: Any, f: Factor, keep: tuple[Any, Any], like: Node) -> Ref:
+    def cleared(self, x: Ref, dims: Dims, f: Factor, keep: tuple[Size, Size], like: Node) -> Ref:
         """Zero in the first and last rows."""
         t = self.type(x)
         k = next(i for i, d in enumerate(dims) if f in self.a.F.leaves(tuple(d)))
@@ -361,5 +358,6 @@ def _tuple(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
-def _symbols(t: Type) -> set[Any]:
-    return {s for n in t.shape if not isinstance(n, int) for s in n.free_symbols}
+def _symbols(t: Type) -> set[sympy.Symbol]:
+    free = (s for n in t.shape if not isinstance(n, int) for s in n.free_symbols)
+    return {s for s in free if isinstance(s, sympy.Symbol)}

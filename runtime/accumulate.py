@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from tspc.context import Arguments, Keywords
 from tspc.errors import PendingGradientError, PlanError
 from tspc.runtime.drift import steps_since
 from tspc.runtime.execute import Place
@@ -25,7 +27,7 @@ from tspc.runtime.inputs import replicas_agree, text
 aten = torch.ops.aten
 _QUIET: list[nn.Module] = []
 _OPEN: dict[int, weakref.ref[nn.Parameter]] = {}  # whose gradients were kept, in that order
-_HOOKS: list[Any] = []
+_HOOKS: list[object] = []
 _MESSAGE = (
     "gradients that tspc.no_sync kept on this rank are not averaged over the replicas yet: run the "
     "last backward of the accumulation outside of it, or drop them by zero_grad()"
@@ -69,7 +71,7 @@ class Kept(torch.Tensor):
     def __init__(self, place: Place, p: nn.Parameter, total: torch.Tensor):
         self.place, self.total, self.before, self.owner = place, total, p.grad, weakref.ref(p)
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return "Kept()"
 
     def clear(self) -> None:
@@ -79,7 +81,9 @@ class Kept(torch.Tensor):
             p.grad = torch.zeros_like(p) if self.before is None else self.before.zero_()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         """Cleared, or added to by code outside of the compiled graphs, whose gradients are means
         already; nothing else."""
         if func in (aten.zero_.default, aten._foreach_zero_.default):
@@ -102,7 +106,7 @@ def reduced(
     place: Place,
     params: Sequence[Any],
     names: Sequence[str],
-    grads: Sequence[Any],
+    grads: Sequence[torch.Tensor | None],
     reduce: torch.dtype | None,
 ) -> list[DTensor | None]:
     """Gradients of this rank's chunks -> their means as the parameters are stored; collective.
@@ -166,10 +170,12 @@ def _left(place: Place, quiet: set[int]) -> list[nn.Parameter]:
     for key, p in found:
         if p is None or not isinstance(p.grad, Kept):
             del _OPEN[key]
-    return [p for key, p in found if key in _OPEN and p.grad.place is place]
+    return [
+        p for _, p in found if p is not None and isinstance(p.grad, Kept) and p.grad.place is place
+    ]
 
 
-def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _refuse(optimizer: Optimizer, args: object, kwargs: object) -> None:
     owned = (p for group in optimizer.param_groups for p in group["params"] if id(p) in _OPEN)
     if any(isinstance(p.grad, Kept) for p in owned):
         raise PendingGradientError(f"{type(optimizer).__name__}.step(): {_MESSAGE}")

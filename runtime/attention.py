@@ -180,8 +180,8 @@ def attend(
         out = rows.new_zeros((*rows.shape[:-1], v.shape[-1])) if not run.blocks else None
         lse = q.new_full(rows.shape[:-1], -torch.inf, dtype=wide)
         for b in run.blocks:
-            keys = (x[:, :, b.k0 : b.k1] for x in (k, v))
-            more, other = _kernel(rows, *keys, blocks.view(run, b, top, wide), spec.scale)
+            k_b, v_b = k[:, :, b.k0 : b.k1], v[:, :, b.k0 : b.k1]
+            more, other = _kernel(rows, k_b, v_b, blocks.view(run, b, top, wide), spec.scale)
             if out is None:
                 out, lse = more, other
                 continue
@@ -229,23 +229,22 @@ def attend_backward(
     dmask = torch.zeros_like(given.mask, dtype=wide) if biased and given.mask is not None else None
     for run, top in runs:
         at = slice(run.q0, run.q1)
-        mine = tuple(x[:, :, at] for x in (g, q))
-        done = tuple(x[:, :, at] for x in (out, lse))
+        g_r, q_r, out_r, lse_r = (x[:, :, at] for x in (g, q, out, lse))
         for b in run.blocks:
             keys = slice(b.k0, b.k1)
-            pair = (x[:, :, keys] for x in (k, v))
-            view = blocks.view(run, b, top, wide)
+            k_b, v_b = k[:, :, keys], v[:, :, keys]
+            rest = out_r, lse_r, blocks.view(run, b, top, wide), spec.scale
             if dmask is None:
-                grads = _kernel_backward(*mine, *pair, *done, view, spec.scale)
+                dq_b, dk_b, dv_b = _kernel_backward(g_r, q_r, k_b, v_b, *rest)
             else:
-                every = (_repeated(x, groups) for x in pair)
-                *grads, ds = _written_out_backward(*mine, *every, *done, view, spec.scale)
-                grads[1:] = (_summed(x, groups) for x in grads[1:])
+                k_b, v_b = _repeated(k_b, groups), _repeated(v_b, groups)
+                dq_b, dk_b, dv_b, ds = _written_out_backward(g_r, q_r, k_b, v_b, *rest)
+                dk_b, dv_b = _summed(dk_b, groups), _summed(dv_b, groups)
                 part = b.of(dmask)
                 part += ds.sum_to_size(part.shape)
-            dq[:, :, at] += grads[0]
-            dk[:, :, keys] += grads[1]
-            dv[:, :, keys] += grads[2]
+            dq[:, :, at] += dq_b
+            dk[:, :, keys] += dk_b
+            dv[:, :, keys] += dv_b
     return (dq, dk, dv) if dmask is None else (dq, dk, dv, dmask)
 
 
@@ -285,4 +284,4 @@ def attention_backward(
     dq, dk, dv, *rest = attend_backward(*done, chunks, spec, given, biased)
     dk, dv = yield from scatter(rank, spans, dk, dv, spec)
     pairs = zip((dq, dk, dv, *rest), (q, k, v, given.mask))
-    return [d.to(x.dtype).contiguous() for d, x in pairs]
+    return [d.to(x.dtype).contiguous() for d, x in pairs if x is not None]

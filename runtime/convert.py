@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tspc.context import Arguments, Keywords
 from tspc.errors import ShardedParameterError, UnsupportedError
 from tspc.runtime.handover import hand_over, release
 from tspc.runtime.storage import shard_parameters
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
-_HOOKS: list[Any] = []
+_HOOKS: list[object] = []
 _OPEN: Any = WeakIdKeyDictionary()  # of shards: no graph has said how these are to be cut
 
 
@@ -35,11 +38,13 @@ class ShardedParameter(nn.Parameter):
         "take it from module.parameters() again, or shard first with plan.apply(model, mesh)"
     )
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return "ShardedParameter()"
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         raise ShardedParameterError(cls._MESSAGE)
 
 
@@ -58,11 +63,12 @@ def convert(
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
     exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
-        old._tspc_shard = new  # it lives as long as someone has the old one
+        vars(old)["_tspc_shard"] = new  # it lives as long as someone has the old one
         if id(old) not in dims:
             _OPEN[new] = True
         grad = grads.get(id(old))
         if grad is not None:
+            assert isinstance(new, DTensor)
             spec = new._spec
             new.grad = distribute_tensor(grad, spec.mesh, spec.placements)
     if not _HOOKS:
@@ -125,7 +131,7 @@ def convert_and_restart(
             f"{', '.join(left)}: a parameter that no compiled module owns; compile the module "
             "that holds it"
         )
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
+    with unset_fake_temporarily(), torch.inference_mode(False):
         for m in roots:
             if any(not isinstance(p, DTensor) for p in m.parameters()):
                 convert(m, mesh, axis, dims, cut)
@@ -147,10 +153,12 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
     if not again:
         return
     states = [o.state for o in _optimizers()]
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
+    with unset_fake_temporarily(), torch.no_grad():
         for p, placement in again:
             if any(p in s for s in states):
                 continue
             chunk = [placement if cut else Replicate()] * (len(p.placements) - 1)
-            move_shard(p, p.detach().redistribute(placements=[placement, *chunk]))
+            assert isinstance(p, nn.Parameter)
+            plain: Any = p.detach()
+            move_shard(p, plain.redistribute(placements=[placement, *chunk]))
     raise RestartTrace(restart_reason="tspc cut parameters that no graph had taken")

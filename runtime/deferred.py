@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
+from tspc.context import Arguments, Context, Keywords
 from tspc.errors import RankFailureError, UnsupportedError
 
 
@@ -51,16 +53,18 @@ class DeferredTensor(torch.Tensor):
             self._gather = None
         return self._value
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: object) -> str:
         return f"DeferredTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         if func is torch.ops.aten.detach.default:
             x = args[0]
             return DeferredTensor(x.whole, tuple(x.shape), x.dtype, x.device)
 
-        def unwrap(x: Any) -> Any:
+        def unwrap(x: object) -> object:
             return x.whole() if isinstance(x, DeferredTensor) else x
 
         return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
@@ -78,11 +82,11 @@ def _reader() -> str:
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *args: Any) -> DeferredTensor:
+    def forward(ctx: Context, anchor: torch.Tensor, *args: Any) -> DeferredTensor:
         return DeferredTensor(*args)
 
     @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
+    def backward(ctx: Context, *gs: object) -> object:
         raise UnsupportedError(
             "an output of the compiled model beside its loss was differentiated; it is "
             "deferred and has no gradient: "

@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tspc.runtime.failures import lost
 
 Tensor = torch.Tensor
 
 
-def send(x: Tensor, to: int, group: Any, tag: int = 0) -> Any:
+def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
     return group.send([x], to, tag)  # dist.isend's checks take longer than the send
 
 
-def receive(into: Tensor, source: int, group: Any, tag: int = 0) -> Any:
+def receive(into: Tensor, source: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
     return group.recv([into], source, tag)
 
 
@@ -86,20 +87,22 @@ class Summed(Transfers):
         return self.result
 
 
-def shift(x: Tensor, rank: int, ranks: int, group: Any) -> Received:
+def shift(x: Tensor, rank: int, ranks: int, group: dist.ProcessGroup) -> Received:
     out = torch.empty_like(x)
     works = [receive(out, (rank - 1) % ranks, group), send(x, (rank + 1) % ranks, group)]
     return _near(Received(works, out, x), rank, ranks)
 
 
-def all_gather(x: Tensor, rank: int, ranks: int, group: Any, tag: int = 0) -> Received:
+def all_gather(
+    x: Tensor, rank: int, ranks: int, group: dist.ProcessGroup, tag: int = 0
+) -> Received:
     out = x.new_empty((ranks, *x.shape))
     works = _everyone([x] * ranks, list(out), rank, group, tag)
     out[rank] = x
     return _near(Received(works, out, x), rank, ranks)
 
 
-def reduce_scatter(x: Tensor, rank: int, ranks: int, group: Any) -> Summed:
+def reduce_scatter(x: Tensor, rank: int, ranks: int, group: dist.ProcessGroup) -> Summed:
     blocks = [x[r] if r == rank else x.new_empty(x.shape[1:]) for r in range(ranks)]
     return _near(Summed(_everyone(x, blocks, rank, group), blocks, rank, x), rank, ranks)
 
@@ -113,7 +116,7 @@ def _everyone(
     sent: Sequence[Tensor] | Tensor,
     received: Sequence[Tensor],
     rank: int,
-    group: Any,
+    group: dist.ProcessGroup,
     tag: int = 0,
 ) -> list[Any]:
     """Block i goes to rank i, block i comes from rank i; nearest neighbours first."""

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 # DTensor's version as it was, so versions do not tell them
 _STEPS = [0]
 _FIRST: Any = WeakIdKeyDictionary()  # parameter -> (its version, steps) when it was first taken
-_HOOKS: list[Any] = []
+_HOOKS: list[object] = []
 _VERSION, _GRAD = attrgetter("_version"), attrgetter("grad")
 
 
@@ -26,7 +26,7 @@ def watch() -> None:
         _HOOKS.append(register_optimizer_step_post_hook(_count))
 
 
-def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _count(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if torch.compiler.is_compiling():
         return
     groups = optimizer.param_groups

@@ -99,7 +99,7 @@ class _Done:
 
 
 def distributed(
-    steps: Steps, axis: Axis, groups: Mapping[str, Any], what: str = "a collective"
+    steps: Steps, axis: Axis, groups: Mapping[str, dist.ProcessGroup], what: str = "a collective"
 ) -> Any:
     """Run one rank's generator over process groups, one per link.
 
@@ -112,7 +112,7 @@ def distributed(
         raise failure(e, what, next(iter(groups.values()))) from e.cause
 
 
-def _run(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
+def _run(steps: Steps, axis: Axis, groups: Mapping[str, dist.ProcessGroup]) -> Any:
     handle: Any = None
     while True:
         try:
@@ -131,7 +131,7 @@ def _run(steps: Steps, axis: Axis, groups: Mapping[str, Any]) -> Any:
         handle.kind, handle.link = type(request), request.link
 
 
-def _issue(request: Request, axis: Axis, group: Any) -> Any:
+def _issue(request: Request, axis: Axis, group: dist.ProcessGroup) -> Any:
     x, ranks, rank = request.tensor.contiguous(), axis.size, axis.rank
     if isinstance(request, Broadcast):
         source = dist.get_global_rank(group, request.source)
@@ -179,7 +179,7 @@ def _held(works: list[Any], result: Any, sent: Any = None) -> Received:
     return Received(works, result, sent)
 
 
-def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: Any) -> Any:
+def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: dist.ProcessGroup) -> Any:
     ranks, rank = axis.size, axis.rank
     if isinstance(request, Shift):
         return direct.shift(x, rank, ranks, group)

@@ -11,7 +11,6 @@ import atexit
 import ctypes
 import time
 from collections import deque
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ PAUSE = 0.05  # seconds in which the threads let go
 _LAST: deque[torch.Tensor] = deque(maxlen=64)
 
 
-def hold(*tensors: Any) -> None:
+def hold(*tensors: object) -> None:
     """Keep the last small ones that such threads were given: no thread is the last to let go."""
     _LAST.extend(x for x in tensors if isinstance(x, torch.Tensor) and x.nbytes <= SMALL)
 

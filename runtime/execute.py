@@ -32,7 +32,7 @@ class Place:
     over."""
 
     axis: Axis
-    groups: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
     replicas: Axis | None = None
     mesh: Any = None
     world: Any = None
@@ -69,7 +69,7 @@ class Place:
             [i for i, g in enumerate(grads) if g is not None and (dims[i] is not None) is whether]
             for whether in (True, False)
         )
-        given = [grads[i] for i in cut], [dims[i] for i in cut]
+        given = [grads[i] for i in cut], [d for i in cut if (d := dims[i]) is not None]
         for at, steps in (
             (cut, replicas.scatter_mean(self.replicas, *given, reduce)),
             (kept, replicas.mean(self.replicas, [grads[i] for i in kept], reduce)),
@@ -93,7 +93,7 @@ def _steps(name: str) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
     def register(fn: Callable[..., Steps]) -> Callable[..., Steps]:
         GENERATORS[name], what = fn, f"tspc::{name}"
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any) -> object:
             place = PLACES[args[-1]]
             return distributed(fn(place.axis, *args), place.axis, place.groups, what)
 

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -47,7 +46,7 @@ def lost(error: Exception, kind: type, link: str, peer: int | None = None) -> Ex
     return error
 
 
-def failure(lost: Lost, what: str, group: Any) -> RankFailureError:
+def failure(lost: Lost, what: str, group: dist.ProcessGroup | None) -> RankFailureError:
     """The error to raise; the other ranks are told where this one waited."""
     ranks = dist.get_process_group_ranks(group)
     me = dist.get_rank()
@@ -68,7 +67,7 @@ def failure(lost: Lost, what: str, group: Any) -> RankFailureError:
 
 
 @contextlib.contextmanager
-def told(what: str, group: Any) -> Iterator[None]:
+def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """torch's own collectives inside: a rank that does not come is told alike."""
     try:
         yield

@@ -6,7 +6,6 @@ A scalar output must be finite; any other may hold infinities (masked logits), b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Request, Steps
 
-Named = Sequence[tuple[str, Any]]  # values that are no float tensors are passed over
+Named = Sequence[tuple[str, object]]  # values that are no float tensors are passed over
 LISTED = 4
 WHAT = "the check for NaN"
 
@@ -57,7 +56,7 @@ def _wrong(place: Place, values: Named, outputs: bool) -> list[tuple[str, list[i
     return [(n, r) for (n, _), r in zip(values, ranks) if r]
 
 
-def _is_wrong(x: Any, output: bool) -> bool:
+def _is_wrong(x: object, output: bool) -> bool:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
         return False
     x = x.detach()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import unserializable_hook
 
+from tspc.context import Context
 from tspc.runtime.failures import told
 from tspc.runtime.stored import WHAT, chunk, is_stored, whole, wrap
 
@@ -23,7 +24,7 @@ class _Cut(torch.autograd.Function):
     """A whole gradient -> this rank's part."""
 
     @staticmethod
-    def forward(ctx: Any, g: torch.Tensor, like: DTensor) -> Any:
+    def forward(ctx: Context, g: torch.Tensor, like: DTensor) -> object:
         spec = like._spec
         if spec.mesh.ndim > 1 and not isinstance(g, DTensor):
             g, group = g.clone(memory_format=torch.contiguous_format), spec.mesh.get_group(1)
@@ -34,21 +35,21 @@ class _Cut(torch.autograd.Function):
         return wrap(part.to(like.dtype), spec)
 
     @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        return whole(g), None
+    def backward(ctx: Context, *gs: object) -> object:
+        return whole(gs[0]), None
 
 
 class _Joined(torch.autograd.Function):
     """A cut gradient -> a plain one."""
 
     @staticmethod
-    def forward(ctx: Any, g: DTensor) -> Any:
+    def forward(ctx: Context, g: DTensor) -> object:
         ctx.spec = g._spec
         return whole(g).clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        return g
+    def backward(ctx: Context, *gs: object) -> object:
+        return gs[0]
 
 
 class ToShard:
@@ -58,13 +59,14 @@ class ToShard:
         self.p = weakref.ref(p)
         self.__torch_unserializable__ = True
 
-    def __call__(self, g: Any) -> Any:
+    def __call__(self, g: Any) -> object:
         p = self.p()
         if (
             p is None
             or g is None
             or isinstance(g, DTensor)
-            and g._spec.placements == p._spec.placements  # pyright: ignore
+            and isinstance(p, DTensor)
+            and g._spec.placements == p._spec.placements
         ):
             return None
         return _Cut.apply(g, p)

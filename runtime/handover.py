@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from tspc.runtime.accumulate import is_cut
+from tspc.torch_seams import replace_member, uses
 
 _READ: list[nn.Parameter] = []  # whole parameters that live autograd graphs read or add to
 
@@ -32,8 +33,8 @@ def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:
     after = getattr(old, "_post_accumulate_grad_hooks", None)
     if after:
         new._post_accumulate_grad_hooks = after
-        old._post_accumulate_grad_hooks = None
-    if old._use_count() == 1:
+        replace_member(old, "_post_accumulate_grad_hooks", None)
+    if uses(old) == 1:
         _empty(old)
         return
 
@@ -51,9 +52,9 @@ def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:
 def release() -> None:
     """Free the whole parameters that no autograd graph holds any more."""
     for p in _READ:
-        if p._use_count() == 1:
+        if uses(p) == 1:
             _empty(p)
-    _READ[:] = [p for p in _READ if p._use_count() > 1]
+    _READ[:] = [p for p in _READ if uses(p) > 1]
 
 
 def _empty(p: nn.Parameter) -> None:
@@ -66,14 +67,14 @@ def shard_of_gradient(p: nn.Parameter, grad: torch.Tensor, axis: str) -> DTensor
     mean over the replicas. Collective where there are replicas."""
     assert isinstance(p, DTensor)
     placement = p.placements[0]
-    dim = placement.dim if placement.is_shard() else -1
+    dim = placement.dim if isinstance(placement, Shard) else -1
     size = p.shape[dim] if dim >= 0 else 0
     grad = grad.to_dense() if grad.is_sparse else grad
     rest = (dim, size, is_cut(p), axis, p._local_tensor.shape[max(dim, 0)] if p.dim() else 0)
     return DTensor(torch.ops.tspc.whole_weight_backward(grad, *rest), p._spec, requires_grad=False)
 
 
-def _add(p: nn.Parameter, grad: Any) -> None:
+def _add(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad if p.grad is None else p.grad.add_(grad)
     hooks: OrderedDict[int, Any] = getattr(p, "_post_accumulate_grad_hooks", None) or OrderedDict()
     for hook in list(hooks.values()):

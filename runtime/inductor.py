@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import (
+from torch._functorch._aot_autograd.schemas import (
+    AOTDispatchCompiler,
     SerializableAOTDispatchCompiler,
-    aot_module_simplified,
-    make_boxed_func,
 )
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -119,7 +121,7 @@ class Lowered(OutputCode):
         self.graph.set_triton_bundle(triton_bundle)
 
 
-def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
+def _inner(fakes: Fakes, is_backward: bool) -> AOTDispatchCompiler:
     def compile_graph(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
@@ -131,7 +133,7 @@ def _inner(fakes: Fakes, is_backward: bool) -> Callable[..., Any]:
     return SerializableAOTDispatchCompiler(OutputCode, compile_graph)
 
 
-def _eager(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+def _eager(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
     return _without_autocast(make_boxed_func(gm.forward))
 
 
@@ -158,18 +160,21 @@ def _traced(program: torch.nn.Module, fakes: Fakes) -> torch.fx.GraphModule:
     held = [n.target for n in gm.graph.find_nodes(op="get_attr")]
     values = [getattr(gm, str(t)).tolist() for t in held]
     told = repr((_own_code(), metas, values))
-    gm.tspc_key = hashlib.sha256(told.encode()).hexdigest()
+    vars(gm)["tspc_key"] = hashlib.sha256(told.encode()).hexdigest()
     return gm
 
 
 @lru_cache(maxsize=1)
 def _own_code() -> str:
-    """A hash of tspc's own files."""
+    return hash_of_code(Path(str(importlib.import_module("tspc").__file__)).parent)
+
+
+def hash_of_code(folder: Path) -> str:
+    """Of all Python files of a package and its sub-packages, and where they are."""
     digest = hashlib.sha256()
-    for package in ("tspc", "tspc.rules", "tspc.passes", "tspc.runtime"):
-        folder = Path(str(importlib.import_module(package).__file__)).parent
-        for file in sorted(folder.glob("*.py")):
-            digest.update(file.read_bytes())
+    for at, _, names in sorted(os.walk(folder, followlinks=True)):  # passes and runtime are links
+        for file in (Path(at, n) for n in sorted(names) if n.endswith(".py")):
+            digest.update(f"{file.relative_to(folder)}:".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -181,6 +186,7 @@ def compile_local(
     inductor = compiler == "inductor"
     forward = _inner(fakes, False) if inductor else _eager
     backward = _inner(fakes, True) if inductor else _eager
+    graph: Any = _traced(program, fakes) if inductor else program
     patches = {"force_non_lazy_backward_lowering": True, "bundled_autograd_cache": inductor}
     with (
         tracing(TracingContext(fakes.mode)),
@@ -189,7 +195,7 @@ def compile_local(
         inductor_config.patch(post_grad_custom_post_pass=KeepOrder()),
     ):
         return aot_module_simplified(
-            _traced(program, fakes) if inductor else program,
+            graph,
             tuple(fakes.inputs),
             fw_compiler=forward,
             bw_compiler=backward,

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tspc.context import Arguments, Keywords
 from tspc.errors import PlanError
 from tspc.runtime import exchange
 from tspc.runtime.drivers import distributed
@@ -59,7 +61,7 @@ class Wholes(TorchDispatchMode):
         if key not in self.kept:
             storage = t.untyped_storage()
             count = storage.nbytes() // t.element_size()
-            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (count,))
+            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (count,), (1,))
             self.kept[key] = _Kept(flat, stays or self.place.axis.size == 1)
 
     def drop(self, t: torch.Tensor) -> None:
@@ -69,7 +71,9 @@ class Wholes(TorchDispatchMode):
             k.tensor.untyped_storage().resize_(0)
             k.resident = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self.bring([k for x in used if (k := self.kept.get(storage_key(x))) is not None])
@@ -134,7 +138,7 @@ def initialise(
     model: nn.Module,
     place: Place,
     build: Callable[[], nn.Module] | None = None,
-    init_fn: Callable[[nn.Module], Any] | None = None,
+    init_fn: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Collective. Raises `PlanError` naming what no initialiser wrote."""
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
@@ -224,7 +228,9 @@ def _part(stored: torch.Tensor, whole: torch.Tensor) -> None:
         stored.copy_(whole)
 
 
-def _in_place(model: nn.Module, place: Place, init_fn: Callable[[nn.Module], Any] | None) -> None:
+def _in_place(
+    model: nn.Module, place: Place, init_fn: Callable[[nn.Module], object] | None
+) -> None:
     """Run an initialiser on the model itself, whose parameters are whole meanwhile."""
     wholes = Wholes(place)
     with _whole(model, wholes) as pairs:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tspc.body import evaluate
 from tspc.errors import RankMismatchError
-from tspc.program import PARAM, PLACEHOLDERS, Program
+from tspc.program import PARAM, PLACEHOLDERS, Program, Size
 from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
 from tspc.runtime.drivers import distributed
@@ -67,7 +67,7 @@ class Checker:
     graph: str
     params: Sequence[str]
     calls: int = 0
-    hashes: dict[Any, list[int]] = field(default_factory=dict)
+    hashes: dict[object, list[int]] = field(default_factory=dict)
     kept: dict[str, tuple[Any, int]] = field(default_factory=dict)
     taken: drift.Taken = field(default_factory=drift.Taken)
 
@@ -75,7 +75,7 @@ class Checker:
         drift.watch()
 
     def __call__(
-        self, tensors: Sequence[Any], params: Sequence[Any] = (), numbers: Sequence[int] = ()
+        self, tensors: Sequence[object], params: Sequence[Any] = (), numbers: Sequence[int] = ()
     ) -> None:
         if self.mode is False:
             return
@@ -160,7 +160,7 @@ class _Late:
 
 
 _LATE: list[_Late] = []
-_HOOKS: list[Any] = []
+_HOOKS: list[object] = []
 
 
 def arrived() -> None:
@@ -205,14 +205,19 @@ def replicas_agree(place: Place, facts: Mapping[str, str], verb: str) -> None:
         _agree(place.replicas, place.groups["replica checks"], facts, verb, SAME_GRAPHS)
 
 
-def _agree(axis: Axis, group: Any, facts: Mapping[str, str], verb: str, advice: str) -> None:
+def _agree(
+    axis: Axis, group: dist.ProcessGroup, facts: Mapping[str, str], verb: str, advice: str
+) -> None:
     word = _hash(repr((verb, sorted(facts.items()))).encode())
     words = [word, *[0] * (WORDS - 1)]
     _compare(axis, group, words, lambda: [Section(verb, facts, advice)])
 
 
 def _compare(
-    axis: Axis, group: Any, words: Sequence[int], sections: Callable[[], Sequence[Section]]
+    axis: Axis,
+    group: dist.ProcessGroup,
+    words: Sequence[int],
+    sections: Callable[[], Sequence[Section]],
 ) -> None:
     """Each word is of one section; the first section that differs is told."""
     steps = _gather(torch.tensor(words), "checks")
@@ -267,7 +272,7 @@ def _hash_of(numbers: Sequence[int]) -> int:
     return hash(tuple(numbers))
 
 
-def text(dtype: torch.dtype, shape: Sequence[Any]) -> str:
+def text(dtype: torch.dtype, shape: Sequence[Size]) -> str:
     """A type as messages show it: "int64[2, 8]"."""
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 

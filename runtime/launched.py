@@ -8,6 +8,8 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from tspc.errors import PlanError
 from tspc.journal import note, note_once
@@ -55,17 +57,17 @@ def join(device: torch.device) -> bool:
     return True
 
 
-def _store(rank: int, ranks: int) -> dist.Store:
+def _store(rank: int, ranks: int) -> Store:
     """The launcher's, apart for each of its restarts.
 
     torchrun keeps one store over its restarts (torch 2.13), in which a rank that starts again may
     read where another one was before. On several nodes the restarts are counted apart, so the store
     is left as it is.
     """
-    store, *_ = next(dist.rendezvous("env://", rank, ranks))
+    store, *_ = next(rendezvous("env://", rank, ranks))
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _own_device(kind: str, device: torch.device) -> torch.device:

@@ -42,21 +42,21 @@ def adapt(module: nn.Module | None = None) -> None:
                 _around(cls, SAVE, _save_pretrained)
 
 
-def _around(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def _around(owner: Any, name: str, around: Callable[..., object]) -> None:
     """owner.name(...) becomes around(the function itself, ...)."""
     plain = owner.__dict__.get(name)
     if plain is None or not callable(plain) or hasattr(plain, "_tspc_plain"):
         return
 
     @functools.wraps(plain)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         return around(plain, *args, **kwargs)
 
-    call._tspc_plain = plain
+    call.__dict__["_tspc_plain"] = plain
     setattr(owner, name, call)
 
 
-def _save_pretrained(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
     """model.save_pretrained(folder, ...)"""
     state, what = kwargs.get("state_dict"), f"{type(self).__name__}.{SAVE}"
     if not isinstance(self, nn.Module):
@@ -71,22 +71,22 @@ def _save_pretrained(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(self, *args, **kwargs) if writes else None
 
 
-def _state_of(plain: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _state_of(plain: Any, self: Any, model: Any, *args: object, **kwargs: object) -> object:
     """accelerator.get_state_dict(model): empty on the other ranks, as for other sharded models."""
     with writing("Accelerator.get_state_dict", [model]) as writes:
         return plain(self, model, *args, **kwargs) if writes else {}
 
 
-def _save_state(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_state(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
     """accelerator.save_state(folder)"""
     with writing("Accelerator.save_state", self._models, self._optimizers):
         return plain(self, *args, **kwargs)
 
 
-def _checkpoint(name: str) -> Callable[..., Any]:
+def _checkpoint(name: str) -> Callable[..., object]:
     """trainer.save_model(folder), and what it does at a checkpoint"""
 
-    def save(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
         optimizers = [] if self.optimizer is None else [self.optimizer]
         both = name == "_save_checkpoint" and not self.args.save_only_model
         given = optimizers if both else []
@@ -96,7 +96,9 @@ def _checkpoint(name: str) -> Callable[..., Any]:
     return save
 
 
-def _fabric_save(plain: Any, self: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+def _fabric_save(
+    plain: Any, self: Any, path: Any, state: Any, *args: object, **kwargs: object
+) -> object:
     """fabric.save(path, {"model": model, ...}) ends in this of a strategy."""
     found = list(state.values())
     models = [x for x in found if isinstance(x, nn.Module)]
@@ -114,7 +116,7 @@ class _Shared(dict):
 SAFETENSORS = "the saving by safetensors"
 
 
-def _flat(plain: Any, tensors: Any, *keep: Any) -> Any:
+def _flat(plain: Any, tensors: Any, *keep: object) -> object:
     """Of safetensors: the tensors as memory; what `save_file`, `save_model`, `save` begin with."""
     if not any(is_shard(x) for x in tensors.values()):
         return plain(tensors, *keep)
@@ -125,7 +127,7 @@ def _flat(plain: Any, tensors: Any, *keep: Any) -> Any:
     return out
 
 
-def _to_file(plain: Any, flat: Any, *args: Any, **kwargs: Any) -> Any:
+def _to_file(plain: Any, flat: Any, *args: object, **kwargs: object) -> object:
     """Of safetensors: `serialize_file` and `serialize`, whose bytes are empty on the others."""
     if not isinstance(flat, _Shared):
         return plain(flat, *args, **kwargs)
@@ -133,12 +135,12 @@ def _to_file(plain: Any, flat: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(dict(flat), *args, **kwargs) if flat.among.first else b""
 
 
-def _duplicates(plain: Any, state: Any, **kwargs: Any) -> Any:
+def _duplicates(plain: Any, state: Any, **kwargs: object) -> object:
     """Of safetensors: which names are one tensor; a shard has no address, so it is known by its
     local one."""
-    stand: dict[Any, torch.Tensor] = {}
+    stand: dict[object, torch.Tensor] = {}
 
-    def instead(x: Any) -> Any:
+    def instead(x: object) -> object:
         if not isinstance(x, DTensor):
             return x
         return stand.setdefault(identity(x), torch.empty(1))
@@ -146,7 +148,7 @@ def _duplicates(plain: Any, state: Any, **kwargs: Any) -> Any:
     return plain({k: instead(x) for k, x in state.items()}, **kwargs)
 
 
-METHODS: dict[tuple[str, str, str], Callable[..., Any]] = {
+METHODS: dict[tuple[str, str, str], Callable[..., object]] = {
     ("transformers.modeling_utils", "PreTrainedModel", SAVE): _save_pretrained,
     ("peft.peft_model", "PeftModel", SAVE): _save_pretrained,
     ("transformers.trainer", "Trainer", "save_model"): _checkpoint("save_model"),
@@ -156,7 +158,7 @@ METHODS: dict[tuple[str, str, str], Callable[..., Any]] = {
     ("lightning_fabric.strategies.strategy", "Strategy", "save_checkpoint"): _fabric_save,
     ("lightning.fabric.strategies.strategy", "Strategy", "save_checkpoint"): _fabric_save,
 }
-FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("safetensors.torch", "_flatten_as_ptr"): _flat,
     ("safetensors.torch", "_flatten"): _flat,
     ("safetensors.torch", "serialize_file"): _to_file,

@@ -62,7 +62,7 @@ class Indices:
         self.plans: dict[tuple[int, ...], Lengthwise] = {}
 
     def __call__(
-        self, sizes: Mapping[Any, int], inputs: Mapping[str, Any]
+        self, sizes: Mapping[sympy.Symbol, int], inputs: Mapping[str, Any]
     ) -> IndexRangeError | None:
         lengths = tuple(sizes.values())
         planned = self.plans.get(lengths)
@@ -81,7 +81,10 @@ class Indices:
         return None
 
     def _plan(
-        self, sizes: Mapping[Any, int], inputs: Mapping[str, Any], lookups: Sequence[Lookup]
+        self,
+        sizes: Mapping[sympy.Symbol, int],
+        inputs: Mapping[str, Any],
+        lookups: Sequence[Lookup],
     ) -> Lengthwise:
         checks, ops = [], {}
         for lookup in lookups:
@@ -92,7 +95,11 @@ class Indices:
         return Lengthwise(list(ops.values()), checks)
 
     def _add(
-        self, ref: Ref, sizes: Mapping[Any, int], inputs: Mapping[str, Any], ops: dict[str, Any]
+        self,
+        ref: Ref,
+        sizes: Mapping[sympy.Symbol, int],
+        inputs: Mapping[str, Any],
+        ops: dict[str, Any],
     ) -> None:
         """The ops that make a value, operands first."""
         if ref.name in inputs or ref.name in ops:
@@ -126,7 +133,7 @@ def _wrong(
     place = f"{where}, which takes {first} to {size - 1},"
     if index.device.type != "cpu":
         good = ((index >= first) & (index < size)).all()
-        torch._assert_async(good, f"{place} is given others. Do this: {ADVICE}")
+        torch.ops.aten._assert_async.msg(good, f"{place} is given others. Do this: {ADVICE}")
         return None
     low, high = (int(x) for x in index.aminmax())
     if first <= low and high < size:
@@ -148,7 +155,7 @@ def _in_range(index: torch.Tensor, size: int, where: str) -> torch.Tensor:
 LIB.impl("in_range", _in_range, "CompositeExplicitAutograd")
 
 
-def _sized(a: Any, sizes: Mapping[Any, int]) -> Any:
+def _sized(a: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     if isinstance(a, (tuple, list)):
         return [_sized(x, sizes) for x in a]
     return evaluate(a, sizes) if isinstance(a, sympy.Expr) else a

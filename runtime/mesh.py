@@ -36,9 +36,9 @@ class Axes:
 
 
 # by identity: (a mesh of two axes, the name of one) or a mesh that parameters are stored on
-_AXES: dict[Any, Axes] = {}
+_AXES: dict[object, Axes] = {}
 _KEPT: list[DeviceMesh] = []
-_OVER: list[Any] = []  # the default group that all of these were made over
+_OVER: list[object] = []  # the default group that all of these were made over
 
 
 def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:

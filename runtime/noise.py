@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 
 from tspc.runtime.failures import told
@@ -18,12 +19,12 @@ WHAT = "the seed of random numbers for sharded parameters outside of the compile
 _VALUES = ("bernoulli", "native_dropout", "rrelu", "multinomial", "binomial", "poisson")
 
 
-def ignores_values(op: Any) -> bool:
+def ignores_values(op: OpOverload) -> bool:
     """It only looks at the shape and type of its tensor."""
     name = op._schema.name.removeprefix("aten::")
     if name in ("bernoulli_", "bernoulli.p"):
         return True
-    return (name.endswith("_like") or name.endswith("_")) and not name.startswith(_VALUES)
+    return name.endswith(("_like", "_")) and not name.startswith(_VALUES)
 
 
 @contextlib.contextmanager

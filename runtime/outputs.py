@@ -6,12 +6,11 @@ The dim is S * trail elements; torch's chunks cut elements.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from tspc.context import Context
 from tspc.layout import Layout
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
@@ -71,15 +70,21 @@ def from_chunks(
 class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, place: Place, layout: Layout, dim: int, rows: int, length: int
+        ctx: Context,
+        x: torch.Tensor,
+        place: Place,
+        layout: Layout,
+        dim: int,
+        rows: int,
+        length: int,
     ) -> torch.Tensor:
         ctx.rest = place, layout, dim, rows, length, x.shape[dim] // (layout.chunks * rows)
         steps = to_chunks(place.axis, layout, x, dim, rows, length)
         return distributed(steps, place.axis, place.groups, "an output as a DTensor")
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        place, layout, dim, rows, length, trail = ctx.rest
+    def backward(ctx: Context, *gs: torch.Tensor) -> object:
+        (g,), (place, layout, dim, rows, length, trail) = gs, ctx.rest
         steps = from_chunks(place.axis, layout, g, dim, rows, length, trail)
         local = distributed(steps, place.axis, place.groups, "the gradient of a DTensor output")
         return local, None, None, None, None, None

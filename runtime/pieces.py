@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
@@ -13,7 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tspc.body import Body, Piece, evaluate, symbol_values
+from tspc.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.program import Type
 from tspc.runtime.trace import local_fakes
 
@@ -26,18 +27,14 @@ class EagerPieces:
     def __init__(self, body: Body):
         self.body = body
 
-    def forward(
-        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
-    ) -> Values:
+    def forward(self, index: int, symbols: Lengths, step: torch.Tensor, values: Values) -> Values:
         """What the piece writes and saves."""
         piece = self._piece(index)
         with torch.no_grad():
             results = piece.run(symbols, step, {n: values[n] for n in piece.reads}, {})
         return {n: results[n] for n in (*piece.writes, *piece.saves)}
 
-    def again(
-        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
-    ) -> Values:
+    def again(self, index: int, symbols: Lengths, step: torch.Tensor, values: Values) -> Values:
         """What the piece writes, made from what it reads and saved."""
         piece = self._piece(index)
         kept = {n: values[n] for n in piece.saves}
@@ -46,12 +43,7 @@ class EagerPieces:
         return {n: results[n] for n in piece.writes}
 
     def backward(
-        self,
-        index: int,
-        symbols: Mapping[Any, Any],
-        step: torch.Tensor,
-        values: Values,
-        cotangents: Values,
+        self, index: int, symbols: Lengths, step: torch.Tensor, values: Values, cotangents: Values
     ) -> Values:
         """Gradients of what the piece reads."""
         piece = self._piece(index)
@@ -98,7 +90,11 @@ class InductorPieces:
     """
 
     def __init__(
-        self, body: Body, hints: Mapping[Any, int], rows: Sequence[int], device: torch.device
+        self,
+        body: Body,
+        hints: Mapping[sympy.Symbol, int],
+        rows: Sequence[int],
+        device: torch.device,
     ):
         self.body, self.guards = body, []
         self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
@@ -113,7 +109,7 @@ class InductorPieces:
         self,
         index: int,
         piece: Piece,
-        hints: Mapping[Any, int],
+        hints: Mapping[sympy.Symbol, int],
         rows: Sequence[int],
         device: torch.device,
     ) -> None:
@@ -123,18 +119,18 @@ class InductorPieces:
         wanted = [n for n in piece.reads if body.values[n].requires_grad]
         names: list[str] = []
 
-        def forward(*inputs: Any) -> list[torch.Tensor]:
+        def forward(*inputs: object) -> list[torch.Tensor]:
             symbols, step, tensors = self._split(inputs, piece.reads)
             results = piece.run(symbols, step, tensors, {})
             return [results[n] for n in (*piece.writes, *piece.saves)]
 
-        def again(*inputs: Any) -> list[torch.Tensor]:
+        def again(*inputs: object) -> list[torch.Tensor]:
             symbols, step, tensors = self._split(inputs, (*piece.reads, *piece.saves))
             kept = {n: tensors.pop(n) for n in piece.saves}
             results = piece.run(symbols, step, tensors, kept)
             return [results[n] for n in piece.writes]
 
-        def backward(*inputs: Any) -> list[torch.Tensor]:
+        def backward(*inputs: object) -> list[torch.Tensor]:
             names_of = (*piece.reads, *piece.saves, *(f"cotangent of {n}" for n in cotangents))
             symbols, step, tensors = self._split(inputs, names_of)
             gs = [tensors.pop(f"cotangent of {n}") for n in cotangents]
@@ -159,7 +155,7 @@ class InductorPieces:
 
     def _split(
         self, inputs: Sequence[Any], names: Sequence[str]
-    ) -> tuple[dict[Any, Any], torch.Tensor, Values]:
+    ) -> tuple[dict[sympy.Symbol, Any], torch.Tensor, Values]:
         count = len(self.body.sizes)
         symbols = dict(zip(self.body.sizes, inputs[:count]))
         return symbols, inputs[count], dict(zip(names, inputs[count + 1 :]))
@@ -167,7 +163,7 @@ class InductorPieces:
     def _lower(
         self,
         fn: Any,
-        sizes: Mapping[Any, int],
+        sizes: Mapping[sympy.Symbol, int],
         reads: Sequence[str],
         device: torch.device,
         is_backward: bool,
@@ -192,23 +188,19 @@ class InductorPieces:
         return compiled
 
     def _given(
-        self, symbols: Mapping[Any, Any], step: torch.Tensor, tensors: Sequence[torch.Tensor]
+        self, symbols: Lengths, step: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> list[Any]:
         sizes = [symbols[s] for s in self.body.sizes]
         return [*sizes, step, *(t.contiguous() for t in tensors)]
 
-    def forward(
-        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
-    ) -> Values:
+    def forward(self, index: int, symbols: Lengths, step: torch.Tensor, values: Values) -> Values:
         """What the piece writes and saves."""
         piece = self.body.steps[index]
         assert isinstance(piece, Piece)
         inputs = self._given(symbols, step, [values[n] for n in piece.reads])
         return dict(zip((*piece.writes, *piece.saves), self.forwards[index](inputs)))
 
-    def again(
-        self, index: int, symbols: Mapping[Any, Any], step: torch.Tensor, values: Values
-    ) -> Values:
+    def again(self, index: int, symbols: Lengths, step: torch.Tensor, values: Values) -> Values:
         """What the piece writes, made from what it reads and saved."""
         piece = self.body.steps[index]
         assert isinstance(piece, Piece)
@@ -218,12 +210,7 @@ class InductorPieces:
         return dict(zip(piece.writes, self.agains[index](inputs)))
 
     def backward(
-        self,
-        index: int,
-        symbols: Mapping[Any, Any],
-        step: torch.Tensor,
-        values: Values,
-        cotangents: Values,
+        self, index: int, symbols: Lengths, step: torch.Tensor, values: Values, cotangents: Values
     ) -> Values:
         """Gradients of what the piece reads."""
         piece = self.body.steps[index]

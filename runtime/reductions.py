@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor, Shard
 
+from tspc.context import Arguments, Keywords
 from tspc.runtime.stored import cuts, is_cut, parts, whole, wrap
 
 aten = torch.ops.aten
@@ -46,7 +48,7 @@ ELSEWHERE = {
 _SPREAD = ("var", "std", "var_mean", "std_mean")
 
 
-def reduce(op: Any, args: Any, kwargs: Any) -> Any:
+def reduce(op: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """The result, cut where no dim that is cut goes, else plain; None where there is no way.
 
     args: of an op of `KINDS`, its first the stored tensor.
@@ -109,12 +111,14 @@ def _part(name: str, local: torch.Tensor, dims: list[int], keep: bool, named: An
     return make(local, dims, keepdim=keep)
 
 
-def _along(op: Any, args: Any, kwargs: Any, x: DTensor, dims: list[int], keep: bool) -> Any:
+def _along(
+    op: OpOverload, args: Arguments, kwargs: Keywords, x: DTensor, dims: list[int], keep: bool
+) -> Any:
     """No dim that is cut goes: each rank's rows by themselves."""
     to = {d: d if keep else d - sum(k < d for k in dims) for _, d in cuts(x._spec)}
     placements = list(x._spec.placements)
     for k, d in cuts(x._spec):
-        placements[k] = type(placements[k])(to[d])  # pyright: ignore
+        placements[k] = Shard(to[d])
     shape = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
     out = op(x._local_tensor, *args[1:], **kwargs)
     if isinstance(out, tuple):
@@ -143,14 +147,14 @@ def _spread(name: str, x: DTensor, dims: list[int], named: Any, keep: bool) -> A
     return tuple(out) if name.endswith("mean") else out[0]
 
 
-def norms(op: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def norms(op: OpOverload, args: Arguments, kwargs: Keywords) -> list[torch.Tensor]:
     """`_foreach_norm`: one exchange for all of them."""
     named = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
     order = named.get("ord", 2)
     tensors, settings = list(args[0]), {"dtype": named.get("dtype")}
     cut = [i for i, x in enumerate(tensors) if isinstance(x, DTensor) and is_cut(x)]
     out: list[Any] = [None] * len(tensors)
-    groups: dict[Any, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for i in cut:
         x = tensors[i]
         where = tuple(k for k, _ in cuts(x._spec))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from tspc.runtime.drivers import lockstep
@@ -57,7 +58,7 @@ def _load(a: Any, env: dict[torch.fx.Node, Any]) -> Any:
     return torch.fx.map_arg(a, lambda n: env[n])
 
 
-def _together(op: Any, axis: str, args: list[Any], kwargs: list[Any]) -> list[Any]:
+def _together(op: OpOverload, axis: str, args: list[Any], kwargs: list[Any]) -> list[Any]:
     names = [a.name for a in op._schema.arguments]
     fn = GENERATORS[op._schema.name.split("::")[1]]
     steps = []

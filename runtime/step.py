@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, Protocol
+from typing import Protocol
 
+import sympy
 import torch
 
-from tspc.body import Attention, Body, Piece, Token, evaluate, symbol_values
+from tspc.body import Attention, Body, Lengths, Piece, Token, evaluate, symbol_values
 from tspc.layout import Layout
+from tspc.program import Size
 from tspc.runtime import attention as attn
 from tspc.runtime.exchange import take
 from tspc.runtime.requests import Axis, Steps
@@ -23,21 +25,12 @@ Values = dict[str, Tensor]
 class Pieces(Protocol):
     """Runs the pieces of a body, eagerly or compiled."""
 
-    def forward(
-        self, index: int, symbols: Mapping[Any, Any], step: Tensor, values: Values
-    ) -> Values: ...
+    def forward(self, index: int, symbols: Lengths, step: Tensor, values: Values) -> Values: ...
 
-    def again(
-        self, index: int, symbols: Mapping[Any, Any], step: Tensor, values: Values
-    ) -> Values: ...
+    def again(self, index: int, symbols: Lengths, step: Tensor, values: Values) -> Values: ...
 
     def backward(
-        self,
-        index: int,
-        symbols: Mapping[Any, Any],
-        step: Tensor,
-        values: Values,
-        cotangents: Values,
+        self, index: int, symbols: Lengths, step: Tensor, values: Values, cotangents: Values
     ) -> Values: ...
 
 
@@ -56,20 +49,20 @@ class Call:
     rows: Sequence[int]  # c of each sequence of the body
     lengths: Sequence[int]
     turn: int = 0  # the step that it is at, from 1
-    known: dict[int, dict[Any, Any]] = field(default_factory=dict)  # symbols by parts
+    known: dict[int, dict[sympy.Symbol, int]] = field(default_factory=dict)  # symbols by parts
 
     @cached_property
     def layouts(self) -> list[Layout]:
         return [e.layout(self.axis.size) for e in self.body.extents]
 
-    def symbols(self, parts: int = 1) -> dict[Any, Any]:
+    def symbols(self, parts: int = 1) -> dict[sympy.Symbol, int]:
         """Sizes of a step on the rows of so many ranks."""
         if parts not in self.known:
             rows = [parts * l.chunks * c for l, c in zip(self.layouts, self.rows)]
             self.known[parts] = symbol_values(self.body, self.sizes, rows)
         return self.known[parts]
 
-    def lead(self, size: Any) -> int:
+    def lead(self, size: Size) -> int:
         return evaluate(size, self.symbols())
 
     def span(self, i: int) -> attn.Span:
@@ -205,19 +198,19 @@ class Exchange:
 
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
-        keys = self.given.get(a) or (yield from self._gather(a, values))
+        k, v = self.given.get(a) or (yield from self._gather(a, values))
         call = self.call
         chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
-        return attn.attend(values[a.q], *keys, chunks, call.spec(a), given(a, values))
+        return attn.attend(values[a.q], k, v, chunks, call.spec(a), given(a, values))
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         """Gradients of what the attention of one shard reads, by name."""
         call = self.call
-        keys = self.given.get(a) or (yield from self._gather(a, values))
+        k, v = self.given.get(a) or (yield from self._gather(a, values))
         chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
         done = values[a.out], values[a.lse]
         rest = (chunks, call.spec(a), given(a, values), call.biased(a))
-        dq, dk, dv, *more = attn.attend_backward(g, values[a.q], *keys, *done, *rest)
+        dq, dk, dv, *more = attn.attend_backward(g, values[a.q], k, v, *done, *rest)
         own = {a.q: dq, **({a.mask: more[0]} if a.mask and more else {})}
         if a in self.given:
             sums = self.sums.setdefault(a, Sums())
@@ -254,10 +247,12 @@ class Resident(Exchange):
     def _by_rank(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
         return self.call.layouts[sequence].by_rank(x, dim, self.call.rows[sequence])
 
-    def _operands(self, a: Attention, values: Values) -> tuple[list[Tensor], attn.Given]:
+    def _operands(
+        self, a: Attention, values: Values
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], attn.Given]:
         """q, k, v in order, and what says which keys a query sees."""
         q = self._ordered(values[a.q], a.queries)
-        qkv = [q, self._keys(a, values[a.k]), self._keys(a, values[a.v])]
+        qkv = q, self._keys(a, values[a.k]), self._keys(a, values[a.v])
         found = given(a, values)
         mask, states = found.mask, found.states
         if mask is not None and mask.shape[-2] != 1:
@@ -285,7 +280,8 @@ class Resident(Exchange):
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:3])
         made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
         own = {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
-        for d in grads[3:]:
+        if a.mask and len(grads) > 3:
+            d = grads[3]
             rows = d.dim() - 2
             own[a.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
         return own
@@ -299,7 +295,7 @@ def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
 
 
 def step_backward(
-    call: Call, symbols: dict[Any, Any], j: int, values: Values, given: Values, exchange: Exchange
+    call: Call, symbols: Lengths, j: int, values: Values, given: Values, exchange: Exchange
 ) -> Steps:
     """Gradients of all operands of one step; pieces before the last run again."""
     body, step = call.body, call.step(j)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from tspc import calls
+from tspc.context import Context
 from tspc.errors import UnsupportedError
 from tspc.runtime import libraries, writing
 from tspc.runtime.accumulate import is_cut, reduced
@@ -32,6 +33,7 @@ from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
 from tspc.runtime.gradients import arrives_cut
 from tspc.runtime.repack import fits, repack, repack_backward
+from tspc.runtime.stored import dim_of
 from tspc.runtime.twice import refused
 from tspc.runtime.values import store_on
 from tspc.shard import ShardMap
@@ -40,6 +42,7 @@ from tspc.torch_seams import (
     find_nan_in_shards,
     move_shard,
     orthogonalise_whole,
+    outside_of_dynamo,
     skip_code,
 )
 
@@ -47,6 +50,14 @@ EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = threading.local()
 # a class dies with its last module
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+
+
+class _Sharded(nn.Module):
+    """What a module with shards has, besides what its own class says."""
+
+    _tspc_class: ClassVar[type[nn.Module]]  # its own
+    _tspc_names: ClassVar[tuple[str, ...]]  # of the parameters that are shards
+    _tspc_axis: ClassVar[str]
 
 
 def _reading() -> bool:
@@ -57,14 +68,14 @@ def _whole(p: DTensor, axis: str) -> torch.Tensor:
     placement, local = p.placements[0], p.to_local()
     if isinstance(placement, Replicate):
         return torch.ops.tspc.whole_weight(local, -1, 0, False, axis)
-    dim = placement.dim
+    dim = dim_of(placement)
     return torch.ops.tspc.whole_weight(local, dim, p.shape[dim], is_cut(p), axis)
 
 
-_gathered = torch.compiler.disable(_whole)
+_gathered = outside_of_dynamo(_whole)
 
 
-def _property(name: str, axis: str) -> property:
+def _reader(name: str, axis: str) -> Callable[[nn.Module], Any]:
     def get(self: nn.Module) -> Any:
         p = self._parameters[name]
         if not isinstance(p, DTensor) or not _reading():
@@ -74,13 +85,17 @@ def _property(name: str, axis: str) -> property:
         calls.used(self, name, p)
         return _gathered(p, axis)
 
+    return get
+
+
+def _property(name: str, axis: str) -> property:
     def put(self: nn.Module, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)
 
-    return property(get, put)
+    return property(_reader(name, axis), put)
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(self: nn.Module, *args: object, **kwargs: object) -> object:
     if torch.compiler.is_compiling():
         return nn.Module.__call__(self, *args, **kwargs)
     _STATE.depth = getattr(_STATE, "depth", 0) + 1
@@ -96,16 +111,16 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 # Dynamo takes these into a graph where their caller is traced; where the caller is left to Python
 # they are too: a graph of its own would have no depth, or nothing but a weight.
-for read in (_call, _reading, _property("", "").fget):
-    skip_code(read.__code__)  # type: ignore[union-attr]
+for read in (_call, _reading, _reader("", "")):
+    skip_code(read.__code__)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: _Sharded, protocol: object) -> object:
     cls = type(self)
     return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
 
 
-def _save(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+def _save(self: _Sharded, destination: Any, prefix: str, keep_vars: bool) -> None:
     """Whole tensors while a library writes them."""
     type(self)._tspc_class._save_to_state_dict(self, destination, prefix, keep_vars)
     libraries.adapt()
@@ -114,7 +129,7 @@ def _save(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> No
             destination[prefix + n] = writing.written(p)
 
 
-def _load(self: nn.Module, state: Any, prefix: str, *args: Any) -> None:
+def _load(self: _Sharded, state: Any, prefix: str, *args: object) -> None:
     """A whole tensor in a state is cut like the parameter; every rank has the same one."""
     state = dict(state)
     for n, p in self._parameters.items():
@@ -127,7 +142,7 @@ def _load(self: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     type(self)._tspc_class._load_from_state_dict(self, state, prefix, *args)
 
 
-def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+def _apply(self: _Sharded, fn: Any, recurse: bool = True) -> nn.Module:
     """`.to()` and its kind keep every parameter the object that optimizers know."""
     shards = {n: p for n, p in self._parameters.items() if isinstance(p, DTensor)}
     self._parameters.update(dict.fromkeys(shards))
@@ -147,7 +162,9 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
-def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]) -> nn.Module:
+def _rebuild(
+    cls: type[nn.Module], names: tuple[str, ...], axis: str, state: dict[str, Any]
+) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
     module.__class__ = _sharded_class(cls, names, axis)
@@ -158,7 +175,7 @@ def _rebuild(cls: type, names: tuple[str, ...], axis: str, state: dict[str, Any]
     return module
 
 
-def _sharded_class(cls: type, names: tuple[str, ...], axis: str) -> type:
+def _sharded_class(cls: type[nn.Module], names: tuple[str, ...], axis: str) -> type:
     key = (cls, names, axis)
     made = _CLASSES.get(key)
     if made is None:
@@ -256,7 +273,7 @@ def _chunks(place: Place, params: Sequence[DTensor]) -> list[torch.Tensor]:
     """This rank's chunks, whole: gathered over the replicas where they are cut."""
     out = [p._local_tensor for p in params]
     cut = [i for i, p in enumerate(params) if is_cut(p)]
-    dims = [params[i].placements[0].dim for i in cut]
+    dims = [dim_of(params[i].placements[0]) for i in cut]
     sizes = [chunk_rows(place.axis, params[i].shape[d]) for i, d in zip(cut, dims)]
     for i, x in zip(cut, place.gather([out[i] for i in cut], dims, sizes)):
         out[i] = x
@@ -294,7 +311,7 @@ class Prologue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, taken: Taken, *params: DTensor) -> Any:
+    def forward(ctx: Context, taken: Taken, *params: DTensor) -> object:
         place = taken.place
         ctx.rest, ctx.shapes, outs = (taken, params), [], []
         ctx.set_materialize_grads(False)
@@ -311,14 +328,14 @@ class Prologue(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @torch.compiler.disable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @outside_of_dynamo
+    def backward(ctx: Context, *grads: torch.Tensor) -> object:
         with torch.no_grad():
             out = Prologue.returned(ctx, grads)
         return (None, *refused(out))
 
     @staticmethod
-    def returned(ctx: Any, grads: Sequence[Any]) -> list[DTensor | None]:
+    def returned(ctx: Context, grads: Sequence[torch.Tensor | None]) -> list[DTensor | None]:
         """Gradients of what a program took -> those of what is stored."""
         taken, params = ctx.rest
         place, chunks = taken.place, []

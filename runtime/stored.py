@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tspc.runtime.failures import told
@@ -32,7 +32,7 @@ def own(mesh: DeviceMesh) -> None:
     _MESHES.add(mesh)
 
 
-def is_stored(x: Any) -> bool:
+def is_stored(x: object) -> TypeGuard[DTensor]:
     return isinstance(x, DTensor) and is_ours(x._spec.mesh)
 
 
@@ -51,7 +51,13 @@ def is_cut(x: DTensor) -> bool:
 
 def cuts(spec: DTensorSpec) -> list[tuple[int, int]]:
     """(mesh dim, tensor dim) of each cut, in the order in which they are made."""
-    return [(k, p.dim) for k, p in enumerate(spec.placements) if p.is_shard()]  # pyright: ignore
+    return [(k, p.dim) for k, p in enumerate(spec.placements) if isinstance(p, Shard)]
+
+
+def dim_of(placement: Placement) -> int:
+    """The dim that it cuts."""
+    assert isinstance(placement, Shard), placement
+    return placement.dim
 
 
 def chunk(x: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
@@ -94,8 +100,7 @@ def whole(x: Any, why: str = "") -> Any:
             *(why, list(x.shape), x.nbytes / 2**20),
         )
     with torch.no_grad(), told(WHAT, x._spec.mesh.get_group(0)):
-        full = DTensor(x._local_tensor.detach(), x._spec, requires_grad=False).full_tensor()
-    return full
+        return DTensor(x._local_tensor.detach(), x._spec, requires_grad=False).full_tensor()
 
 
 def put(x: DTensor, value: torch.Tensor) -> None:
@@ -106,11 +111,12 @@ def put(x: DTensor, value: torch.Tensor) -> None:
 def wrap(local: torch.Tensor, like: DTensorSpec, placements: Any = None, shape: Any = None) -> Any:
     """A part as a stored tensor. shape: the whole one, default that of `like`."""
     meta = like.tensor_meta
-    same = placements is None and shape is None and meta is not None and local.dtype == meta.dtype
+    assert meta is not None
+    same = placements is None and shape is None and local.dtype == meta.dtype
     if same and local.is_contiguous() and meta.stride == _contiguous(meta.shape):
         return DTensor(local, like, requires_grad=False)
-    shape = torch.Size(like.shape if shape is None else shape)
-    stride = like.stride
+    shape = torch.Size(meta.shape if shape is None else shape)
+    stride = meta.stride
     if local.is_contiguous() or len(stride) != len(shape):
         stride = _contiguous(shape)
     meta = TensorMeta(shape, stride, local.dtype)

@@ -124,7 +124,7 @@ def _partition(fn: Any, fakes: Fakes, joined: bool) -> Partitioned:
     tangents: list[int] = []
     count = 0
 
-    def flat(*args: Any) -> tuple[Any, ...]:
+    def flat(*args: object) -> tuple[Any, ...]:
         nonlocal count
         outs = fn(*args)
         count = len(outs)
@@ -136,7 +136,7 @@ def _partition(fn: Any, fakes: Fakes, joined: bool) -> Partitioned:
         return tuple(map(_own, outs))
 
     with tracing(TracingContext(fakes.mode)), fakes.mode:
-        traced = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=joined)
+        traced: Any = aot_export_joint_simple(flat, tuple(fakes.inputs), trace_joint=joined)
         if not joined:
             return Partitioned(traced, None, count, ())
         checks = torch.ops.aten._assert_tensor_metadata.default  # a cast's; no part of a result

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from tspc.context import Context
 from tspc.errors import UnsupportedError
+from tspc.torch_seams import outside_of_dynamo
 
 MESSAGE = (
     "a gradient of a model that is compiled for more than one rank was differentiated again "
@@ -24,15 +26,15 @@ class Refused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *grads: torch.Tensor) -> Any:
+    def forward(ctx: Context, anchor: torch.Tensor, *grads: torch.Tensor) -> object:
         return tuple(g.view_as(g) for g in grads)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
+    def backward(ctx: Context, *cotangents: object) -> object:
         raise UnsupportedError(MESSAGE)
 
 
-def refused(grads: Sequence[Any]) -> list[Any]:
+def refused(grads: Sequence[torch.Tensor | None]) -> list[Any]:
     """Gradients of a backward that is itself recorded; else as they are."""
     if not torch.is_grad_enabled() or all(g is None for g in grads):
         return list(grads)
@@ -45,13 +47,13 @@ class Inputs(torch.autograd.Function):
     """Inputs that want gradients, as they are."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: torch.Tensor) -> Any:
+    def forward(ctx: Context, *inputs: torch.Tensor) -> object:
         ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in inputs)
 
     @staticmethod
-    @torch.compiler.disable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @outside_of_dynamo
+    def backward(ctx: Context, *grads: torch.Tensor) -> object:
         return tuple(refused(grads))
 
 

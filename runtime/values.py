@@ -8,15 +8,18 @@ gathered and run whole. DTensors on other meshes are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tspc.context import Arguments, Keywords
 from tspc.dtensor_seams import dispatch_dtensors, is_traced, read_dtensors
 from tspc.errors import ShardedParameterError
 from tspc.runtime import gradients, noise, reductions
@@ -35,9 +38,21 @@ from tspc.runtime.stored import (
 from tspc.runtime.views import parts_of, places
 
 aten = torch.ops.aten
-Ways = Callable[[Any, Any, Any, list[DTensor], list[torch.Tensor]], Any]
+
+
+class Call(NamedTuple):
+    """An op with shards among its operands, the tensors that it is called with."""
+
+    op: OpOverload
+    args: Arguments
+    kwargs: Keywords
+    shards: list[DTensor]
+    operands: list[torch.Tensor]
+
+
+Ways = Callable[[Call], object]
 _INSTALLED: list[bool] = []
-_WAYS: dict[Any, Ways] = {}
+_WAYS: dict[OpOverload, Ways] = {}
 # elementwise, without torch's tag
 _EACH = {
     *("copy", "copy_", "fill", "fill_", "zero_", "masked_fill", "masked_fill_", "_to_copy"),
@@ -61,7 +76,9 @@ def store_on(mesh: DeviceMesh) -> None:
         read_dtensors(is_stored, whole)
 
 
-def _dispatch(instead: Any, op: Any, args: Any, kwargs: Any) -> Any:
+def _dispatch(
+    instead: Callable[..., object], op: OpOverload, args: Arguments, kwargs: Keywords
+) -> object:
     if _WAYS.get(op) is _each and not kwargs:
         spec, replicated = _alike(args)
         if spec is not None and not op.is_view:
@@ -80,12 +97,12 @@ def _dispatch(instead: Any, op: Any, args: Any, kwargs: Any) -> Any:
     way = _WAYS.get(op)
     if way is None:
         way = _WAYS[op] = _way(op)
-    return way(op, args, kwargs, shards, operands)
+    return way(Call(op, args, kwargs, shards, operands))
 
 
-def _alike(args: Any) -> tuple[Any, list[Any]]:
+def _alike(args: Arguments) -> tuple[DTensorSpec | None, list[object]]:
     """What an elementwise op takes on a rank, where all is cut in one way; else None first."""
-    spec, arguments = None, []
+    spec, arguments = None, list[object]()
     for x in args:
         if isinstance(x, DTensor):
             if spec is None:
@@ -102,11 +119,11 @@ def _alike(args: Any) -> tuple[Any, list[Any]]:
     return spec, arguments
 
 
-def _wraps(local: Any, spec: Any) -> Any:
+def _wraps(local: object, spec: DTensorSpec) -> object:
     return tree_map(lambda x: wrap(x, spec), local)
 
 
-def tensors(values: Any) -> list[torch.Tensor]:
+def tensors(values: Iterable[object]) -> list[torch.Tensor]:
     out = []
     for x in values:
         if isinstance(x, torch.Tensor):
@@ -116,7 +133,7 @@ def tensors(values: Any) -> list[torch.Tensor]:
     return out
 
 
-def _way(op: Any) -> Ways:
+def _way(op: OpOverload) -> Ways:
     name = op._schema.name.removeprefix("aten::")
     if torch.Tag.nondeterministic_seeded in op.tags:
         return _noise
@@ -135,7 +152,7 @@ def _way(op: Any) -> Ways:
     return _plainly
 
 
-def _is_elementwise(op: Any, name: str) -> bool:
+def _is_elementwise(op: OpOverload, name: str) -> bool:
     if torch.Tag.pointwise in op.tags or name in _EACH:
         return True
     same = getattr(aten, name.removesuffix("_"), None)
@@ -147,7 +164,7 @@ def _is_elementwise(op: Any, name: str) -> bool:
     )
 
 
-def fit(x: Any, lead: DTensor) -> Any:
+def fit(x: object, lead: DTensor) -> Any:
     """What stands beside the part of `lead` in an elementwise op."""
     if not isinstance(x, torch.Tensor):
         return x
@@ -158,20 +175,20 @@ def fit(x: Any, lead: DTensor) -> Any:
     return chunk(whole(x), lead._spec)
 
 
-def _each(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _each(c: Call) -> object:
     """Elementwise: each rank does its part."""
-    if op._schema.name.endswith("_"):
-        lead = args[0]
+    if c.op._schema.name.endswith("_"):
+        lead = c.args[0]
         if not isinstance(lead, DTensor):
-            return _plainly(op, args, kwargs, shards, operands)
-        op(*[fit(x, lead) for x in args], **{k: fit(x, lead) for k, x in kwargs.items()})
+            return _plainly(c)
+        c.op(*[fit(x, lead) for x in c.args], **{k: fit(x, lead) for k, x in c.kwargs.items()})
         return lead
-    lead = _lead(shards, operands)
+    lead = _lead(c.shards, c.operands)
     if lead is None:
-        return _plainly(op, args, kwargs, shards, operands)
-    local = op(*[fit(x, lead) for x in args], **{k: fit(x, lead) for k, x in kwargs.items()})
+        return _plainly(c)
+    local = c.op(*[fit(x, lead) for x in c.args], **{k: fit(x, lead) for k, x in c.kwargs.items()})
     result = _wraps(local, lead._spec)
-    return return_and_correct_aliasing(op, args, kwargs, result) if op.is_view else result
+    return return_and_correct_aliasing(c.op, c.args, c.kwargs, result) if c.op.is_view else result
 
 
 def _lead(shards: Sequence[DTensor], operands: Sequence[torch.Tensor]) -> DTensor | None:
@@ -194,135 +211,136 @@ def _graphs() -> bool:
     return torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
 
 
-def _plainly(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _plainly(c: Call) -> object:
     """Whole on every rank; what it writes into goes back to where it is stored.
 
     Of what is nowhere cut, the result is a DTensor too.
     """
     back: dict[int, DTensor] = {}
-    cut = any(map(is_cut, shards))
-    name = str(op._overloadpacket).removeprefix("aten.")
+    cut = any(map(is_cut, c.shards))
+    name = str(c.op._overloadpacket).removeprefix("aten.")
 
-    def get(x: Any) -> Any:
+    def get(x: object) -> object:
         if not isinstance(x, DTensor):
             return x
         full = whole(x, name)
         back[id(full)] = x
         return full
 
-    whole_args, named = tree_map(get, (tuple(args), dict(kwargs)))
-    out = op(*whole_args, **named)
-    for i, a in enumerate(op._schema.arguments):
+    whole_args, named = tree_map(get, (tuple(c.args), dict(c.kwargs)))
+    out = c.op(*whole_args, **named)
+    for i, a in enumerate(c.op._schema.arguments):
         if a.alias_info is None or not a.alias_info.is_write:
             continue
         value = whole_args[i] if i < len(whole_args) else named.get(a.name)
         for x in tree_leaves(value):
             if id(x) in back and is_cut(back[id(x)]):
                 put(back[id(x)], x)
-    alone = not cut and len(shards) == len(operands)
-    like = shards[0]._spec
+    alone = not cut and len(c.shards) == len(c.operands)
+    like = c.shards[0]._spec
 
-    def give(x: Any) -> Any:
+    def give(x: object) -> object:
         if not isinstance(x, torch.Tensor):
             return x
         if id(x) in back:
             return back[id(x)]
-        scalar = x.dim() == 0 and max(y.dim() for y in shards) > 0
+        scalar = x.dim() == 0 and max(y.dim() for y in c.shards) > 0
         return wrap(x, like, shape=x.shape) if alone and not scalar else x
 
-    if op.is_view and cut and not (args[0].requires_grad and args[0].is_leaf and _graphs()):
-        return parts_of(args[0], whole_args[0], out)
+    if c.op.is_view and cut and not (c.args[0].requires_grad and c.args[0].is_leaf and _graphs()):
+        return parts_of(c.args[0], whole_args[0], out)
     result = tree_map(give, out)
-    if op.is_view and alone and isinstance(result, DTensor):
-        return return_and_correct_aliasing(op, args, kwargs, result)
+    if c.op.is_view and alone and isinstance(result, DTensor):
+        return return_and_correct_aliasing(c.op, c.args, c.kwargs, result)
     return result
 
 
-def _lists(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _lists(c: Call) -> object:
     """Ops on lists: each place by itself."""
-    lists = [a for a in args if isinstance(a, (list, tuple)) and tensors([a])]
-    writes = op._schema.name.endswith("_")
+    lists = [a for a in c.args if isinstance(a, (list, tuple)) and tensors([a])]
+    writes = c.op._schema.name.endswith("_")
     leads: list[DTensor | None] = []
     for i in range(len(lists[0])):
         here = [x[i] for x in lists if len(x) == len(lists[0])]
         first = here[0] if isinstance(here[0], DTensor) else None
         stored = [x for x in here if isinstance(x, DTensor)]
         leads.append(first if writes else (_lead(stored, here) if stored else None))
-    fused = op._schema.name.startswith("aten::_fused")
+    fused = c.op._schema.name.startswith("aten::_fused")
     if fused and any(
         lead is not None and not isinstance(x[i], DTensor) and x[i].dim()
         for x in lists
         for i, lead in enumerate(leads)
     ):
-        return _plainly(op, args, kwargs, shards, operands)
+        return _plainly(c)
 
-    def local(a: Any) -> Any:
+    def local(a: Any) -> object:
         if any(a is x for x in lists):
             return [whole(x) if k is None else fit(x, k) for x, k in zip(a, leads)]
         return whole(a)
 
-    out = op(*map(local, args), **{k: local(v) for k, v in kwargs.items()})
+    out = c.op(*map(local, c.args), **{k: local(v) for k, v in c.kwargs.items()})
     if isinstance(out, (list, tuple)):
         return [x if k is None else wrap(x, k._spec) for x, k in zip(out, leads)]
     return out
 
 
-def _new(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _new(c: Call) -> object:
     """Made like another: cut where its shape is the same, else plain."""
-    x, size, *trailing = args
+    x, size, *trailing = c.args
     if not isinstance(x, DTensor):
-        return _plainly(op, args, kwargs, shards, operands)
+        return _plainly(c)
     if tuple(size) != tuple(x.shape):
-        return op(x._local_tensor, size, *map(whole, trailing), **kwargs)
+        return c.op(x._local_tensor, size, *map(whole, trailing), **c.kwargs)
+    op = c.op
     if op is aten.new_empty_strided.default:
         op, trailing = aten.new_empty.default, []
-    return wrap(op(x._local_tensor, x._local_tensor.shape, *trailing, **kwargs), x._spec)
+    return wrap(op(x._local_tensor, x._local_tensor.shape, *trailing, **c.kwargs), x._spec)
 
 
-def _moved(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _moved(c: Call) -> object:
     """Dims that change places, and ranges of those that are not cut."""
-    x = args[0]
-    if len(operands) > 1 or not cuts(x._spec):
-        return _plainly(op, args, kwargs, shards, operands)
-    named = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
-    to = places(op._schema.name.removeprefix("aten::"), x, named)
+    x = c.args[0]
+    if len(c.operands) > 1 or not cuts(x._spec):
+        return _plainly(c)
+    named = {a.name: v for a, v in zip(c.op._schema.arguments, c.args)} | c.kwargs
+    to = places(c.op._schema.name.removeprefix("aten::"), x, named)
     if any(d not in to for _, d in cuts(x._spec)):
-        return _plainly(op, args, kwargs, shards, operands)
+        return _plainly(c)
     meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    arguments = list(args)
+    arguments = list(c.args)
     if "size" in named:  # the sizes of this rank
         sizes = list(x._local_tensor.shape)
         arguments[1] = [*named["size"][: len(named["size"]) - len(sizes)], *sizes]
-    shape = op(meta, *args[1:], **kwargs).shape
-    local = op(x._local_tensor, *arguments[1:], **kwargs)
+    shape = c.op(meta, *c.args[1:], **c.kwargs).shape
+    local = c.op(x._local_tensor, *arguments[1:], **c.kwargs)
     placements = list(x._spec.placements)
     for k, d in cuts(x._spec):
-        placements[k] = type(placements[k])(to[d])  # pyright: ignore
+        placements[k] = Shard(to[d])
     result = wrap(local, x._spec, placements, shape)
-    return return_and_correct_aliasing(op, args, kwargs, result) if op.is_view else result
+    return return_and_correct_aliasing(c.op, c.args, c.kwargs, result) if c.op.is_view else result
 
 
-def _reduce(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    if len(operands) == 1 and isinstance(args[0], DTensor) and is_cut(args[0]):
-        result = reductions.reduce(op, args, kwargs)
+def _reduce(c: Call) -> object:
+    if len(c.operands) == 1 and isinstance(c.args[0], DTensor) and is_cut(c.args[0]):
+        result = reductions.reduce(c.op, c.args, c.kwargs)
         if result is not None:
             return result
-    return _plainly(op, args, kwargs, shards, operands)
+    return _plainly(c)
 
 
-def _noise(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    with noise.of_first_rank(shards[0]._spec.mesh, kwargs.get("generator")):
-        lead = args[0]
-        if isinstance(lead, DTensor) and len(operands) == 1 and noise.ignores_values(op):
+def _noise(c: Call) -> object:
+    with noise.of_first_rank(c.shards[0]._spec.mesh, c.kwargs.get("generator")):
+        lead = c.args[0]
+        if isinstance(lead, DTensor) and len(c.operands) == 1 and noise.ignores_values(c.op):
             full = torch.empty(lead.shape, dtype=lead.dtype, device=lead.device)
-            result = op(full, *args[1:], **kwargs)
-            if op._schema.name.endswith("_"):
+            result = c.op(full, *c.args[1:], **c.kwargs)
+            if c.op._schema.name.endswith("_"):
                 put(lead, full)
                 return lead
             return wrap(chunk(result, lead._spec).clone(), lead._spec)
-        result = _plainly(op, args, kwargs, shards, operands)
+        result = _plainly(c)
 
-    def cut(x: Any) -> Any:
+    def cut(x: Any) -> object:
         plain = isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
         if plain and isinstance(lead, DTensor) and x.shape == lead.shape:
             return wrap(chunk(x, lead._spec).clone(), lead._spec)
@@ -331,58 +349,44 @@ def _noise(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
     return tree_map(cut, result)
 
 
-def _scalar(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    return whole(args[0]).item()
-
-
-def _equal(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    lead = shards[0]
-    if operands[0].shape != operands[1].shape:
+def _equal(c: Call) -> object:
+    lead = c.shards[0]
+    if c.operands[0].shape != c.operands[1].shape:
         return False
-    mine_is = torch.tensor(torch.equal(fit(args[0], lead), fit(args[1], lead)), device=lead.device)
+    mine_is = torch.tensor(
+        torch.equal(fit(c.args[0], lead), fit(c.args[1], lead)), device=lead.device
+    )
     return bool(parts(mine_is, lead._spec, everyone=True).all())
 
 
-def _allclose(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    return bool(torch.isclose(*args, **kwargs).all())
-
-
-def _unscale(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
+def _unscale(c: Call) -> None:
     """Gradients of a GradScaler: what one rank finds infinite, all find."""
-    grads, found_inf, scale = args
-    op([getattr(g, "_local_tensor", g) for g in grads], found_inf, whole(scale))
-    cut = next((g for g in shards if is_cut(g)), None)
+    grads, found_inf, scale = c.args
+    c.op([getattr(g, "_local_tensor", g) for g in grads], found_inf, whole(scale))
+    cut = next((g for g in c.shards if is_cut(g)), None)
     if cut is not None:
         found_inf.copy_(parts(found_inf, cut._spec, everyone=True).amax(0))
 
 
-def _no_storage(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    x, size, stride = args[:3]
+def _no_storage(c: Call) -> object:
+    x, size, stride = c.args[:3]
     if (tuple(size), tuple(stride)) == (tuple(x.shape), x.stride()):
         return aten.alias.default(x)
     if x.is_contiguous():
-        return _plainly(op, args, kwargs, shards, operands)
+        return _plainly(c)
     raise ShardedParameterError(
         "as_strided of a sharded tensor that is not contiguous: call full_tensor() first"
     )
 
 
-def _same_size(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    return args[0].shape == args[1].shape
-
-
-def _pinned(op: Any, args: Any, kwargs: Any, shards: Any, operands: Any) -> Any:
-    return args[0]._local_tensor.is_pinned()
-
-
 _OWN: dict[str, Ways] = {
-    "_local_scalar_dense": _scalar,
+    "_local_scalar_dense": lambda c: whole(c.args[0]).item(),
     "equal": _equal,
-    "allclose": _allclose,
+    "allclose": lambda c: bool(torch.isclose(*c.args, **c.kwargs).all()),
     "_amp_foreach_non_finite_check_and_unscale_": _unscale,
     "as_strided": _no_storage,
-    "is_same_size": _same_size,
-    "is_pinned": _pinned,
-    "_foreach_norm": lambda op, args, kwargs, shards, operands: reductions.norms(op, args, kwargs),
-    "_foreach_max": lambda op, args, kwargs, shards, operands: [x.max() for x in args[0]],
+    "is_same_size": lambda c: c.args[0].shape == c.args[1].shape,
+    "is_pinned": lambda c: c.args[0]._local_tensor.is_pinned(),
+    "_foreach_norm": lambda c: reductions.norms(c.op, c.args, c.kwargs),
+    "_foreach_max": lambda c: [x.max() for x in c.args[0]],
 }

@@ -6,28 +6,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tspc.context import Arguments, Keywords
 from tspc.errors import ShardedParameterError
 from tspc.runtime.stored import put, whole
 
 
 class Part(torch.Tensor):
-    """base: what is stored. full: the base, gathered when it was at `version`; inner: the view of
+    """base: what is stored. full: the base, gathered when it was at `version`; shown: the view of
     it."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     base: DTensor
     full: torch.Tensor
-    inner: torch.Tensor
+    shown: torch.Tensor
     version: int
 
     @staticmethod
     def made(base: DTensor, full: torch.Tensor, inner: torch.Tensor) -> Part:
         self: Any = torch.Tensor._make_subclass(Part, inner)
-        self.base, self.full, self.inner = base, full, inner
+        self.base, self.full, self.shown = base, full, inner
         self.version = base._local_tensor._version
         return self
 
@@ -36,12 +38,12 @@ class Part(torch.Tensor):
         if self.version != self.base._local_tensor._version:
             self.full.copy_(whole(self.base))
             self.version = self.base._local_tensor._version
-        return self.inner
+        return self.shown
 
-    def __repr__(self, **settings: Any) -> str:
+    def __repr__(self, **settings: object) -> str:
         return repr(self.fresh())
 
-    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+    def __deepcopy__(self, memo: object) -> torch.Tensor:
         return self.fresh().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -54,7 +56,9 @@ class Part(torch.Tensor):
         return self.fresh().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
         if torch.is_grad_enabled() and any(x.base.requires_grad for x in written):
@@ -83,7 +87,7 @@ def parts_of(base: DTensor, full: torch.Tensor, out: Any) -> Any:
     return type(out)(Part.made(base, full, x) for x in out)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Part]:
+def _written(func: OpOverload, args: Arguments, kwargs: Keywords) -> list[Part]:
     parts = []
     for i, a in enumerate(func._schema.arguments):
         if a.alias_info is not None and a.alias_info.is_write:

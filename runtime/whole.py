@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,7 +96,7 @@ class Sharers:
             dist.broadcast(x, source, group)
 
 
-def sharers(*tensors: Any) -> Sharers:
+def sharers(*tensors: object) -> Sharers:
     """Those of the shards among the tensors, of the world if there are none."""
     mesh = next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
     if mesh is None:
@@ -129,7 +129,7 @@ class Gathered:
     def __init__(self, among: Sharers):
         self.among = among
         # with what each was made of, whose memory is then nobody else's
-        self.made: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.made: dict[object, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def __call__(self, x: Any) -> Any:
         """A tensor whole, None on the other ranks; anything else as it is."""
@@ -169,7 +169,7 @@ def shown(take: Gathered | None) -> Iterator[None]:
         _WRITING.take = before
 
 
-def identity(x: torch.Tensor) -> Any:
+def identity(x: torch.Tensor) -> object:
     """Equal for two tensors that are one, with all of its memory alike."""
     held = x._local_tensor if isinstance(x, DTensor) else x
     if not torch._C._has_storage(held):
@@ -209,10 +209,10 @@ def _gathered(state: Mapping[str, Any], take: Gathered) -> dict[str, Any]:
     out = tree_map(take, dict(state))
     if not take.among.first:
         return {}
-    if hasattr(state, "_metadata"):
-        kept = type(state)(out)
-        kept._metadata = state._metadata
-        return kept
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        out = OrderedDict(out)
+        vars(out)["_metadata"] = metadata
     return out
 
 
@@ -250,7 +250,7 @@ class Sent:
         return x
 
 
-def _announce(x: Any) -> Any:
+def _announce(x: object) -> object:
     return _Announced(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x
 
 
@@ -274,10 +274,11 @@ def load_full_state_dict(
     among = sharers(*root.parameters())
     among.meet(what)
     sent = Sent(among)
+    given = None
     if among.first and state is not None:
-        state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
+        given = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
     with torch.no_grad(), told(what, dist.group.WORLD):
-        found = sent.structure(state)
+        found = sent.structure(given)
         if among.given((optimizer is None) != (optimizer_state is None)):
             raise PlanError(f"{what}: optimizer= and optimizer_state= go together")
         if not isinstance(found, Mapping):
@@ -286,7 +287,7 @@ def load_full_state_dict(
         ready: dict[str, Any] = {}
         for name, x in found.items():
             if isinstance(x, _Announced):
-                whole = sent.take(x, state[name] if among.first else None, device)
+                whole = sent.take(x, given and given[name], device)
                 ready[name] = fill(own.get(name), whole)
             else:
                 ready[name] = x
@@ -340,7 +341,7 @@ def _received(sent: Sent, optimizer: Any, state: Any, device: torch.device) -> d
 
     out = {}
     for key, x in found.items():
-        given = state[key] if first else None
+        given: Any = state[key] if first else None
         if key == "state":
             out[key] = {
                 i: take(s, given[i] if first else None, params.get(i)) for i, s in x.items()

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -41,12 +41,12 @@ def guard(mesh: DeviceMesh) -> None:
     cut_loaded_states(loaded)
 
 
-def is_shard(x: Any) -> bool:
+def is_shard(x: object) -> TypeGuard[DTensor]:
     """A tensor stored on a mesh that tspc shards a model on."""
     return isinstance(x, DTensor) and x.device_mesh in _MESHES
 
 
-def _instead(x: DTensor) -> Any:
+def _instead(x: DTensor) -> torch.Tensor:
     """What is pickled in the place of a DTensor: the tensor itself where each rank has all of it.
     Raises `ShardedParameterError` for a shard of ours."""
     if not is_shard(x):

@@ -75,7 +75,7 @@ def observed() -> dict[tuple[Any, Rule, Read], Samples]:
             seen: set[tuple[Any, Rule, Read]] = set()
 
             def note(r: Rule, op: Op, seen: set = seen) -> Rule:
-                read = frozenset(i for i, d in enumerate(op.ins) if d is not None)
+                read = frozenset(i for i, x in enumerate(op.refs) if x is not None)
                 seen.add((op.node.op, r, read))  # type: ignore[attr-defined]
                 return r
 
@@ -104,6 +104,20 @@ def renamed(rule: Rule) -> Any:
     return tensors, {(names.setdefault(l, len(names)), role) for l, role in rule.roles}
 
 
+def exchanged(rule: Rule, read: Read) -> Iterator[Rule]:
+    """Two letters of a tensor, or two operands, take each other's place."""
+    for side in ("ins", "outs"):
+        tensors = getattr(rule, side)
+        for i, tensor in enumerate(tensors):
+            for j, k in itertools.combinations(range(len(tensor)), 2):
+                if side == "outs" or i in read:
+                    yield replace(rule, **{side: swapped(tensors, i, j, k)})
+    for i, j in itertools.combinations(sorted(read & set(range(len(rule.ins)))), 2):
+        if len(rule.ins[i]) == len(rule.ins[j]):
+            other = {i: rule.ins[j], j: rule.ins[i]}
+            yield replace(rule, ins=tuple(other.get(n, x) for n, x in enumerate(rule.ins)))
+
+
 def mutations(op: Any, rule: Rule, read: Read) -> Iterator[Mutant]:
     """Drop a role, change a role, swap two letters, drop `once`, name another operand."""
     for letter, role in rule.roles:
@@ -113,18 +127,7 @@ def mutations(op: Any, rule: Rule, read: Read) -> Iterator[Mutant]:
             if (letter, other) not in rule.roles:
                 made = replace(rule, roles=(*rest, (letter, other)))
                 yield Mutant(op, rule, made, f"{other} {letter} for {role}")
-    made = []
-    for side in ("ins", "outs"):
-        tensors = getattr(rule, side)
-        for i, tensor in enumerate(tensors):
-            for j, k in itertools.combinations(range(len(tensor)), 2):
-                if side == "outs" or i in read:
-                    made.append(replace(rule, **{side: swapped(tensors, i, j, k)}))
-    for i, j in itertools.combinations(sorted(read & set(range(len(rule.ins)))), 2):
-        if len(rule.ins[i]) == len(rule.ins[j]):
-            other = {i: rule.ins[j], j: rule.ins[i]}
-            made.append(replace(rule, ins=tuple(other.get(n, x) for n, x in enumerate(rule.ins))))
-    for m in made:
+    for m in exchanged(rule, read):
         if renamed(m) != renamed(rule):
             yield Mutant(op, rule, m, str(m))
     if ONCE.get(op) in read:

@@ -89,7 +89,12 @@ def contraction_samples() -> list[Sample]:
         of(attend, x(3, 6, 5, 7), x(3, 2, 5, 7), x(3, 2, 5, 7), x(3, 6, 5, 5), enable_gqa=True),
         of(attend, x(3, 5, 6), x(3, 7, 6), x(3, 7, 6)),
         of(pick, x(3, 5, 7), ids(7, 3, 5)),
+        (in_range, (x(3, 5, 7),)),
     ]
+
+
+def in_range(p: torch.Tensor) -> torch.Tensor:
+    return torch.ops.tspc.in_range.default((p > 0).long(), 2, "here")
 
 
 def positive(op: Any, p: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -132,7 +132,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.router(x).softmax(-1)
-        return sum(parts[..., i : i + 1] * e(x) for i, e in enumerate(self.experts))  # type: ignore
+        return sum(parts[..., i : i + 1] * e(x) for i, e in enumerate(self.experts))  # pyright: ignore[reportReturnType]
 
 
 class MLP(nn.Module):

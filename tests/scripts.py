@@ -90,8 +90,7 @@ class Script:
 
     @property
     def options(self) -> dict[str, Any]:
-        names = {"schedule": self.schedule, "memory_budget": self.budget, "layout": self.layout}
-        return names
+        return {"schedule": self.schedule, "memory_budget": self.budget, "layout": self.layout}
 
 
 @st.composite

@@ -67,7 +67,7 @@ def entropy(**given: object) -> Loss:
         kwargs = dict(given)
         if kwargs.pop("weighted", False):
             kwargs["weight"] = s.model.weights
-        found = F.cross_entropy(s.logits.flatten(0, 1), s.labels.flatten(), **kwargs)  # type: ignore
+        found = F.cross_entropy(s.logits.flatten(0, 1), s.labels.flatten(), **kwargs)  # type: ignore[arg-type]
         return (found * torch.arange(found.shape[0])).sum() if found.dim() else found
 
     return loss

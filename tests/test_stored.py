@@ -62,7 +62,7 @@ def evaluate(text: str, made: Mapping[str, Any], grad: bool) -> Any:
         total = sum(
             (x.double() * torch.cos(torch.arange(x.numel()).view(x.shape))).sum() for x in flat
         )
-        total.backward()  # pyright: ignore
+        total.backward()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as e:
         return e
     grads = [names[k].grad for k in leaves]
@@ -145,11 +145,11 @@ def over_replicas() -> dict[str, float]:
         value = loss(p, x)
         value.backward()
         assert type(value) is torch.Tensor and p.grad is not None and x.grad is not None
-        assert p.grad.placements == p.placements  # pyright: ignore
+        assert p.grad.placements == p.placements  # pyright: ignore[reportAttributeAccessIssue]
         found = {
             "loss": value - losses[mine],
-            "of the weight": p.grad.full_tensor() - one.grad,  # pyright: ignore
-            "of the input": x.grad / 2 - inputs[mine].grad,  # pyright: ignore
+            "of the weight": p.grad.full_tensor() - one.grad,  # pyright: ignore[reportAttributeAccessIssue]
+            "of the input": x.grad / 2 - inputs[mine].grad,  # pyright: ignore[reportAttributeAccessIssue]
             "norm": p.norm() - w.norm(),
             "spread": p.std() - w.std(),
         }

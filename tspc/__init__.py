@@ -22,6 +22,7 @@ from tspc.errors import (
 from tspc.runtime.accumulate import no_sync
 from tspc.runtime.reading import load_safetensors
 from tspc.runtime.whole import full_state_dict, load_full_state_dict
+from tspc.version import __version__ as __version__
 
 __all__ = [
     "CacheError",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tspc.context import Arguments, Context
 from tspc.ops import DIM, LIB, local_rows
 from tspc.rule import ALONG
 
@@ -101,12 +102,12 @@ def _tile_conv_backward_fake(g, x, weight, dilation, groups, tiles, wanted, axis
     return [g.new_empty(s) for s, w in zip(shapes, wanted) if w]
 
 
-def _tile_conv_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _tile_conv_keep(ctx: Context, inputs: Arguments, output: object) -> None:
     x, weight, _, *ctx.rest, ctx.axis = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _tile_conv_grad(ctx: Any, g: Tensor) -> Any:
+def _tile_conv_grad(ctx: Context, g: Tensor) -> object:
     wanted = list(ctx.needs_input_grad[:3])
     args = (g, *ctx.saved_tensors, *ctx.rest, wanted, ctx.axis)
     gradients = iter(torch.ops.tspc.tile_conv_backward(*args))
@@ -118,15 +119,15 @@ torch.library.register_autograd(
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _keep(ctx: Context, inputs: Arguments, output: object) -> None:
     ctx.rest = inputs[1:]
 
 
-def _extend_grad(ctx: Any, g: Tensor) -> Any:
+def _extend_grad(ctx: Context, g: Tensor) -> object:
     return (torch.ops.tspc.extend_backward(g, *ctx.rest), *(None for _ in ctx.rest))
 
 
-def _carry_grad(ctx: Any, g: Tensor) -> Any:
+def _carry_grad(ctx: Context, g: Tensor) -> object:
     dim, lead, after, *geometry = ctx.rest
     return (torch.ops.tspc.carry(g, dim, lead, not after, *geometry), *(None for _ in ctx.rest))
 

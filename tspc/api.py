@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,7 +62,7 @@ class Plan:
 
     ranks: int
     rewritten: Rewritten = field(repr=False)
-    sizes: dict[Any, int] = field(repr=False)
+    sizes: dict[sympy.Symbol, int] = field(repr=False)
     options: Options = field(default=Options(), repr=False)
     parameters: dict[str, str] = field(default_factory=dict, repr=False)  # of the model planned
 
@@ -109,7 +110,7 @@ class Plan:
         self,
         model: nn.Module,
         build: Callable[[], nn.Module] | None = None,
-        init_fn: Callable[[nn.Module], Any] | None = None,
+        init_fn: Callable[[nn.Module], object] | None = None,
     ) -> None:
         """Give the parameters and buffers of an applied model the values of one device's under
         the same `torch.manual_seed` (rank 0's), bit for bit. Collective.
@@ -154,7 +155,7 @@ class Verification:
         return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
 
 
-def _device(given: Sequence[Any], mesh: DeviceMesh | None) -> torch.device:
+def _device(given: Sequence[object], mesh: DeviceMesh | None) -> torch.device:
     """Where the plan would run."""
     if mesh is not None:
         return torch.device(mesh.device_type)
@@ -166,12 +167,12 @@ class _Stop(Exception):
 
 
 def plan(
-    model: Callable[..., Any],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    model: Callable[..., object],
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     ranks: int | None = None,
     mesh: DeviceMesh | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Plan:
     """Trace the model on these inputs and decide; nothing runs, so meta tensors will do. No process
     group is needed.
@@ -202,7 +203,7 @@ def plan(
     named = parameters_of(model) if isinstance(model, nn.Module) else {}
 
     @plainly
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))
         found.append(Plan(count, rewritten, dict(captured.program.hints), chosen, named))
@@ -232,7 +233,7 @@ def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[
     """If anything is on meta, all tensors are fake ones on one device while it is planned; -> what
     makes the inputs so."""
     owners = list(model.modules()) if isinstance(model, nn.Module) else []
-    tables = [t for m in owners for t in (m._parameters, m._buffers)]
+    tables: list[dict[str, Any]] = [t for m in owners for t in (m._parameters, m._buffers)]
     tensors = [x for x in tree_leaves((tables, inputs)) if isinstance(x, torch.Tensor)]
     if not any(x.is_meta for x in tensors):
         yield lambda x: x
@@ -241,7 +242,7 @@ def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[
         device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
     mode, made, kept = FakeTensorMode(), {}, [dict(t) for t in tables]
 
-    def fake(x: Any) -> Any:
+    def fake(x: object) -> object:
         if not isinstance(x, torch.Tensor):
             return x
         if id(x) not in made:
@@ -290,7 +291,7 @@ def _explained(graph: Compiled) -> str:
     return _text(graph.rewritten, graph.place.axis.size, graph.sizes)
 
 
-def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
+def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> str:
     schedules, kept = {}, []
     if rewritten.choice.leaves and all(s in sizes for s in rewritten.symbols):
         values = [sizes[s] for s in rewritten.symbols]
@@ -308,10 +309,10 @@ def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> str:
 
 def verify(
     model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     ranks: int = 2,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     tolerance: float = 1e-5,
 ) -> Verification:
     """Run the model on one device and on `ranks` simulated ranks in this process; compare outputs,
@@ -353,8 +354,8 @@ def verify(
 def _outcome(
     fn: Callable[..., Any],
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
     start: Mapping[str, torch.Tensor],
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Outputs, gradients of parameters and float inputs, and what parameters and buffers are

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.types import IntLikeType as IntLike
 
 from tspc.errors import UnsupportedError
 
@@ -84,7 +85,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return True
 
 
-def _span(x: torch.Tensor) -> tuple[int, int]:
+def _span(x: torch.Tensor) -> tuple[IntLike, IntLike]:
     """The first and the last byte of its elements, from the start of its storage."""
     first = x.storage_offset()
     last = first + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))

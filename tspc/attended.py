@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 
 from tspc.body import evaluate
@@ -18,7 +19,7 @@ from tspc.score import shown as readable
 CAT = torch.ops.aten.cat.default
 
 
-def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[Any, int]) -> list[str]:
+def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
     """One of all attentions along one sequence under one predicate."""
     typed = rewritten.typed
     groups: dict[tuple[Any, ...], list[str]] = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +51,7 @@ from tspc.runtime.pieces import InductorPieces
 from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.runtime.twice import watched
+from tspc.shard import ShardMap
 from tspc.torch_seams import compiled_roots, plainly
 
 
@@ -63,7 +65,7 @@ class Compiled:
     captured: Captured
     rewritten: Rewritten
     place: Place
-    sizes: dict[Any, int] = field(default_factory=dict)
+    sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
 
 
 # compiled root -> its graphs, newest last
@@ -98,8 +100,8 @@ def tsp(
     if chosen.mesh is None:
         chosen = replace(chosen, mesh=meshes[0] if meshes else None)
     place, mesh = resolve(chosen, _device(example_inputs))
-    for theirs in meshes if mesh is not None else ():
-        if theirs.shape != mesh.shape:
+    for theirs in meshes:
+        if mesh is not None and theirs.shape != mesh.shape:
             raise PlanError(
                 f"the parameters are stored on a mesh of {tuple(theirs.shape)} ranks, the options "
                 f"give one of {tuple(mesh.shape)}: compile with the mesh of plan.apply"
@@ -108,7 +110,8 @@ def tsp(
         if chosen.check_nan:
             log.warning("check_nan does nothing on one rank: torch.autograd.detect_anomaly does")
         calls.given()
-        return compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
+        return compiled
     if mode is not None:
         raise OptionError(
             f"mode={mode!r} is Inductor's and works on one rank only; on {place.axis.size} ranks "
@@ -118,8 +121,9 @@ def tsp(
         raise PlanError(
             f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
         )
-    for root in compiled_roots(gm)[:1] if chosen.plan is not None else ():
-        check_planned("options", chosen.plan.parameters, root)
+    if chosen.plan is not None:
+        for root in compiled_roots(gm)[:1]:
+            check_planned("options", chosen.plan.parameters, root)
     if only_shards(gm, example_inputs):
         calls.given()
         return gm
@@ -140,7 +144,7 @@ def _compile(
     captured: Captured,
     chosen: Options,
     gm: torch.fx.GraphModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[object],
     place: Place,
     mesh: DeviceMesh,
     refused: Refused = NOTHING,
@@ -177,7 +181,7 @@ def _compile(
     return run
 
 
-def _device(example_inputs: Sequence[Any]) -> torch.device:
+def _device(example_inputs: Sequence[object]) -> torch.device:
     for x in example_inputs:
         if isinstance(x, torch.nn.Parameter):
             return x.device
@@ -188,7 +192,7 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
 
 
 def _storage_dims(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any]
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object]
 ) -> dict[int, int | None]:
     out: dict[int, int | None] = {}
     for name, s in rewritten.choice.storages.items():
@@ -197,7 +201,7 @@ def _storage_dims(
 
 
 def _wanted(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any]
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object]
 ) -> list[tuple[DTensor, Placement]]:
     """The stored parameters, and how the graph takes each."""
     nodes = [n for n in rewritten.typed.program.nodes if n.op == PARAM]
@@ -207,7 +211,7 @@ def _wanted(
     return [(x, placed(m)) for x, m in stored if isinstance(x, DTensor)]
 
 
-def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
+def _fakes(compiled: Compiled, example_inputs: Sequence[object]) -> Fakes:
     captured, rewritten = compiled.captured, compiled.rewritten
     hints = captured.program.hints
     types: list[tuple[Type, torch.device]] = []
@@ -223,16 +227,16 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[Any]) -> Fakes:
     return local_fakes(rewritten.symbols, hints, _rows(compiled, hints), types)
 
 
-def _rows(compiled: Compiled, sizes: Mapping[Any, Any]) -> list[Any]:
+def _rows(compiled: Compiled, sizes: Mapping[sympy.Symbol, Any]) -> list[Any]:
     """C of each sequence."""
     extents, ranks = compiled.rewritten.choice.extents, compiled.place.axis.size
     return [e.chunk_rows(ranks, sizes) for e in extents]
 
 
-def _dynamos(compiled: Compiled, fakes: Fakes) -> dict[Any, Any]:
+def _dynamos(compiled: Compiled, fakes: Fakes) -> dict[sympy.Symbol, Any]:
     """Symbol of the local sizes -> what it is of Dynamo's; before lowering, which may fix one."""
     outer = compiled.captured.outer_symbols
-    bind: dict[Any, Any] = {
+    bind: dict[sympy.Symbol, Any] = {
         v.node.expr: outer[s] for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)
     }
     rows = zip(fakes.rows, _rows(compiled, outer))
@@ -253,7 +257,7 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
                 _require(guard, {**outer, **{rows_of(i): n for i, n in enumerate(rows)}})
 
 
-def _require(guard: Any, bind: Mapping[Any, Any]) -> None:
+def _require(guard: Any, bind: Mapping[sympy.Symbol, Any]) -> None:
     """An assumption becomes a guard of Dynamo's."""
     values = {s: bind[s] for s in guard.free_symbols}
     if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
@@ -261,7 +265,7 @@ def _require(guard: Any, bind: Mapping[Any, Any]) -> None:
 
 
 def _function(
-    compiled: Compiled, options: Options, example_inputs: Sequence[Any], gm: torch.fx.GraphModule
+    compiled: Compiled, options: Options, example_inputs: Sequence[object], gm: torch.fx.GraphModule
 ) -> Callable[..., Any]:
     captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
     fakes = _fakes(compiled, example_inputs)
@@ -277,18 +281,7 @@ def _function(
     device = _device(example_inputs)
     examples = captured.given(nodes, example_inputs, None)
     sharded = [i for i, x in enumerate(examples) if isinstance(x, DTensor)]
-    maps, elsewhere = [], []
-    for i in sharded:
-        storage = rewritten.choice.storages.get(nodes[i].name)
-        maps.append(storage.map if storage is not None else None)
-        stored, wanted = examples[i].placements[0], placed(maps[-1])
-        if stored != wanted:
-            elsewhere.append(f"{nodes[i].name} ({stored}, wanted {wanted})")
-    if elsewhere and place.axis.rank == 0:
-        log.warning(
-            f"{len(elsewhere)} parameters are stored otherwise than this graph takes them, and "
-            f"exchanged at every call: {elsewhere[0]}" + ", ..." * (len(elsewhere) > 1)
-        )
+    maps = _maps(compiled, {nodes[i].name: examples[i] for i in sharded})
     plain = [i for i, n in enumerate(nodes) if i not in sharded and n.name != SEED]
     names = [nodes[i].name for i in sharded]
     wanted = reached(gm, [i for i, r in enumerate(rewritten.results) if r and r.kind != "deferred"])
@@ -309,7 +302,7 @@ def _function(
     numbers = [s for s, (_, dim) in captured.symbols.items() if dim is None]
     indices = Indices(rewritten.lookups, device)
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> object:
         calls.ran()
         sizes = captured.sizes(args)
         compiled.sizes = sizes
@@ -341,6 +334,23 @@ def _function(
     return run
 
 
+def _maps(compiled: Compiled, stored: Mapping[str, DTensor]) -> list[ShardMap | None]:
+    """How the graph takes each stored parameter; those stored otherwise are told."""
+    maps, elsewhere = [], []
+    for name, x in stored.items():
+        storage = compiled.rewritten.choice.storages.get(name)
+        maps.append(storage.map if storage is not None else None)
+        there, wanted = x.placements[0], placed(maps[-1])
+        if there != wanted:
+            elsewhere.append(f"{name} ({there}, wanted {wanted})")
+    if elsewhere and compiled.place.axis.rank == 0:
+        log.warning(
+            f"{len(elsewhere)} parameters are stored otherwise than this graph takes them, and "
+            f"exchanged at every call: {elsewhere[0]}" + ", ..." * (len(elsewhere) > 1)
+        )
+    return maps
+
+
 def _output_names(captured: Captured, count: int) -> list[str]:
     """What each result of the local program is: an output, or the new value of an input."""
     plain = [f"output {i}" for i in range(count - len(captured.writes))]
@@ -348,7 +358,10 @@ def _output_names(captured: Captured, count: int) -> list[str]:
 
 
 def _results(
-    compiled: Compiled, outs: Sequence[Any], sizes: Mapping[Any, int], rows_of_each: Sequence[int]
+    compiled: Compiled,
+    outs: Sequence[Any],
+    sizes: Mapping[sympy.Symbol, int],
+    rows_of_each: Sequence[int],
 ) -> list[Any]:
     """rows_of_each: c of each sequence."""
     place, extents = compiled.place, compiled.rewritten.choice.extents

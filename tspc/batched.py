@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
@@ -22,7 +23,7 @@ from tspc.torch_seams import NESTING
 Node = torch.fx.Node
 
 
-def inlined(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: Any) -> None:
+def inlined(gm: torch.fx.GraphModule, inputs: Sequence[object], mode: FakeTensorMode) -> None:
     """inputs: fake tensors and SymInts of the placeholders, of the fake mode `mode`.
 
     Raises `UnsupportedError` for a loop that turns gradients off in part or holds a function with
@@ -63,7 +64,7 @@ def _loops(graph: torch.fx.Graph) -> Iterator[list[Node]]:
 
 
 def _replace(
-    gm: torch.fx.GraphModule, loop: Sequence[Node], values: dict[Node, Any], mode: Any
+    gm: torch.fx.GraphModule, loop: Sequence[Node], values: dict[Node, Any], mode: FakeTensorMode
 ) -> None:
     inside = set(loop)
     inputs = list(dict.fromkeys(x for n in loop for x in n.all_input_nodes if x not in inside))
@@ -95,7 +96,7 @@ def _replace(
         gm.graph.erase_node(n)
 
 
-def like(value: Any, mode: Any) -> Any:
+def like(value: Any, mode: FakeTensorMode) -> Any:
     """A value of Dynamo's own fake mode in `mode`, that of the backend."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -105,7 +106,7 @@ def like(value: Any, mode: Any) -> Any:
         )
 
 
-def copied(gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+def copied(gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[object]) -> Any:
     """The traced ops, at the insertion point of `gm`; what they return."""
     env: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
     for n in traced.graph.nodes:

@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.types import IntLikeType
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -23,6 +24,7 @@ from tspc.hardware import HARDWARE, Hardware
 from tspc.layout import Layout
 
 Size = Any  # int or sympy.Expr
+Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
 
 
@@ -41,11 +43,11 @@ class Extent:
     def layout(self, ranks: int) -> Layout:
         return Layout(ranks, self.order)
 
-    def chunk_rows(self, ranks: int, sizes: Mapping[Any, Any]) -> Any:
+    def chunk_rows(self, ranks: int, sizes: Lengths) -> Any:
         """C of the layout."""
         return self.layout(ranks).chunk_rows(evaluate(self.length, sizes))
 
-    def rows(self, ranks: int, sizes: Mapping[Any, Any]) -> Any:
+    def rows(self, ranks: int, sizes: Lengths) -> Any:
         """Of one rank."""
         return self.layout(ranks).chunks * self.chunk_rows(ranks, sizes)
 
@@ -53,7 +55,7 @@ class Extent:
 # run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
 # made inside) -> all values by name
 Named = dict[str, torch.Tensor]
-Run = Callable[[Mapping[sympy.Symbol, Any], torch.Tensor, Named, Named], dict[str, Any]]
+Run = Callable[[Lengths, torch.Tensor, Named, Named], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def made_again(body: Body) -> Body:
     return made
 
 
-def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Any]) -> Any:
+def evaluate(size: Size, sizes: Lengths) -> Any:
     """An int, or a SymInt where `sizes` holds SymInts."""
     if type(size) is int or not isinstance(size, sympy.Expr):
         return size
@@ -218,10 +220,10 @@ def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Any]) -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
-    return tuple(sorted(size.free_symbols, key=str))
+    return tuple(sorted((s for s in size.free_symbols if isinstance(s, sympy.Symbol)), key=str))
 
 
-def _interpreted(size: sympy.Expr, values: tuple[Any, ...]) -> Any:
+def _interpreted(size: sympy.Expr, values: tuple[IntLikeType, ...]) -> Any:
     symbols = _symbols(size)
     if not symbols:
         return int(size)
@@ -231,7 +233,7 @@ def _interpreted(size: sympy.Expr, values: tuple[Any, ...]) -> Any:
 _known = lru_cache(maxsize=1 << 16)(_interpreted)  # the sizes of a call return at the next ones
 
 
-def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Any]) -> Any:
+def numel(shape: Sequence[Size], sizes: Lengths) -> Any:
     n = 1
     for s in shape:
         n = n * evaluate(s, sizes)

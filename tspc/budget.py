@@ -8,11 +8,13 @@ computation per byte come first, of equal ones the last; each that still fits ke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tspc.body import Body, evaluate, numel, rows_of
+import sympy
+
+from tspc.body import Body, Lengths, evaluate, numel, rows_of
 from tspc.errors import OptionError
 
 Budget = str | float | int
@@ -39,12 +41,12 @@ class Keeping:
     body: Body
     kept: bool
 
-    def bytes(self, sizes: Mapping[Any, Any]) -> int:
+    def bytes(self, sizes: Lengths) -> int:
         """Of one rank, at these values of the symbols."""
         return kept_bytes(self.body, sizes)
 
 
-def check(budget: Any) -> None:
+def check(budget: object) -> None:
     """Raises `OptionError` naming what is valid."""
     limit(budget, 0)
 
@@ -65,7 +67,7 @@ def limit(budget: Any, most: int) -> float:
     raise OptionError(f"memory_budget={budget!r}; valid: {VALID}{hint}")
 
 
-def kept_bytes(body: Body, sizes: Mapping[Any, Any]) -> int:
+def kept_bytes(body: Body, sizes: Lengths) -> int:
     """What the pieces of a fold keep on one rank, all shards together."""
     values = _values(body, sizes)
     elements = (
@@ -76,18 +78,18 @@ def kept_bytes(body: Body, sizes: Mapping[Any, Any]) -> int:
     return int(body.ranks * sum(elements))
 
 
-def spared(body: Body, sizes: Mapping[Any, Any]) -> int:
+def spared(body: Body, sizes: Lengths) -> int:
     """FLOPs of one rank's backward that keeping them spares, all shards together."""
     return int(body.ranks * evaluate(body.spared, _values(body, sizes)))
 
 
-def _values(body: Body, sizes: Mapping[Any, Any]) -> dict[Any, Any]:
+def _values(body: Body, sizes: Lengths) -> dict[sympy.Symbol, Any]:
     rows = {rows_of(i): int(e.rows(body.ranks, sizes)) for i, e in enumerate(body.extents)}
     return {**sizes, **rows}
 
 
 def choose(
-    budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Mapping[Any, Any]
+    budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Lengths
 ) -> tuple[Keeping, ...]:
     """Which regions keep their matrix products; those without any are left out."""
     regions = [(n, b) for n, b in regions if any(p.saves for p in b.pieces)]
@@ -101,7 +103,7 @@ def choose(
     return tuple(Keeping(n, b, i in kept) for i, (n, b) in enumerate(regions))
 
 
-def lines(keepings: Sequence[Keeping], sizes: Mapping[Any, Any]) -> list[str]:
+def lines(keepings: Sequence[Keeping], sizes: Lengths) -> list[str]:
     """For people: which regions keep, which make again, with bytes of one rank."""
     out = []
     for title, kept in (("kept for backward", True), ("recomputed in backward", False)):

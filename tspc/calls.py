@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 from tspc.errors import UnsupportedError
 from tspc.journal import log
@@ -116,7 +117,7 @@ def watched(compiled: Callable[..., Any], root: Any, strict: bool) -> Callable[.
     of = Compiled(weakref.ref(root), strict)
 
     @functools.wraps(compiled)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         if not of.given and _ranks() > 1:
             check_wrapped(of.root() if of.root is not None else None)
         call = enter(of)
@@ -131,7 +132,7 @@ def watched(compiled: Callable[..., Any], root: Any, strict: bool) -> Callable[.
     return run
 
 
-def tell(call: Call, given: Any = ()) -> None:
+def tell(call: Call, given: object = ()) -> None:
     """After a call: what of it ran whole."""
     of, root = call.of, call.of.root() if call.of.root is not None else None
     if call.used:
@@ -163,9 +164,9 @@ def _whole(call: Call, root: Any) -> str:
     )
 
 
-def _modules(function: Any, given: Any) -> list[nn.Module]:
+def _modules(function: object, given: object) -> list[nn.Module]:
     """Those that a function has at hand."""
-    found, todo, seen = [], [function, *torch.utils._pytree.tree_leaves(given)], set()
+    found, todo, seen = [], [function, *tree_leaves(given)], set()
     while todo:
         x = todo.pop()
         if isinstance(x, nn.Module):
@@ -178,14 +179,14 @@ def _modules(function: Any, given: Any) -> list[nn.Module]:
     return found
 
 
-def _filled(cell: Any) -> bool:
+def _filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
     except ValueError:
         return False
 
 
-def _name(root: Any) -> str:
+def _name(root: object) -> str:
     return type(root).__name__ if isinstance(root, nn.Module) else getattr(root, "__name__", "?")
 
 

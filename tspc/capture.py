@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
     dispatch_functionalize,
@@ -28,10 +28,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
 from tspc import batched, checkpoint, custom, flex, precision, refused, scalars
+from tspc.context import Arguments
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.gradients import gives_itself, is_input
 from tspc.hardware import hardware
+from tspc.index import rounded_down
 from tspc.options import Options
 from tspc.overwritten import Overwriting
 from tspc.passes.ladder import NOTHING, Refused
@@ -50,6 +52,7 @@ from tspc.program import (
     refs_in,
 )
 from tspc.source import graph_break, source_line
+from tspc.torch_seams import source_name
 
 _SKIPPED = ("sym_size", "_assert")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -77,7 +80,7 @@ class Captured:
         return {i: n for n, i in self.positions.items()}
 
     def given(
-        self, nodes: Sequence[Node], args: Sequence[Any], seed: torch.Tensor | None
+        self, nodes: Sequence[Node], args: Sequence[object], seed: torch.Tensor | None
     ) -> list[Any]:
         """What each of these placeholders is at a call."""
         return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
@@ -105,7 +108,7 @@ class Captured:
 
 def capture(
     gm: torch.fx.GraphModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[object],
     name: str = "graph",
     param_dtype: torch.dtype | None = None,
 ) -> Captured:
@@ -132,7 +135,7 @@ def capture(
         grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
         own = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
         interpreter = Overwriting(gm, kinds, own)
-        out = interpreter.run(*given)
+        out: Any = interpreter.run(*given)
         for i, ((kind, wanted), x, a) in enumerate(zip(kinds, given, args)):
             if isinstance(x, FunctionalTensor) and has_data_mutation(x):
                 if grads[i] and i not in interpreter.places or x is not a:
@@ -174,13 +177,12 @@ def _fake(context: TracingContext, x: Any) -> Any:
     return context.fake_mode.from_tensor(x, symbolic_context=symbolic, source=source)
 
 
-def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[str, str]]:
+def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> list[tuple[str, str]]:
     """(kind, name) of each graph input; parameters and buffers by their qualified name."""
     out = []
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
         source = getattr(node, "_dynamo_source", None)
-        text = source.name if source is not None else ""
-        text = text() if callable(text) else text
+        text = source_name(node)
         path = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
         of_module = source is not None and "_NN_MODULE" in source.guard_source.name
         if isinstance(x, torch.nn.Parameter):
@@ -195,7 +197,7 @@ def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> list[tupl
 
 
 def _cut_whole_weights(
-    gm: torch.fx.GraphModule, fakes: list[Any], mode: Any
+    gm: torch.fx.GraphModule, fakes: list[Any], mode: FakeTensorMode
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
     """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole
     weight."""
@@ -258,77 +260,85 @@ def convert(
     Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad`
     sections.
     """
-    enabled = True
-    env: dict[torch.fx.Node, Any] = {}
-    nodes: list[Node] = []
-    positions: dict[str, int] = {}
-    names: set[str] = set()
-    differentiable: set[Ref] = set()
+    made = _Conversion(traced)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    for i, (n, (kind, wanted), grad) in enumerate(zip(placeholders, kinds, grads)):
+        made.placeholder(n, kind, wanted, grad, i)
+    for n in traced.graph.nodes:
+        if n.op != "placeholder":
+            made.node(n)
+    return Program(name, tuple(made.nodes), hints).without_dead_nodes(), made.positions
 
-    def unique(wanted: str) -> str:
+
+class _Conversion:
+    """The nodes so far. enabled: what comes next is under no `no_grad`."""
+
+    def __init__(self, traced: torch.fx.GraphModule):
+        self.traced, self.enabled = traced, True
+        self.env: dict[torch.fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.positions: dict[str, int] = {}
+        self.names: set[str] = set()
+        self.differentiable: set[Ref] = set()
+
+    def unique(self, wanted: str) -> str:
         got, k = wanted, 1
-        while got in names:
+        while got in self.names:
             got, k = f"{wanted}_{k}", k + 1
-        names.add(got)
+        self.names.add(got)
         return got
 
-    def argument(a: Any) -> Any:
+    def argument(self, a: Any) -> Any:
         if isinstance(a, torch.fx.Node):
             value = a.meta.get("val")
-            return divided(value.node.expr) if isinstance(value, _SYMBOLIC) else env[a]
+            return divided(value.node.expr) if isinstance(value, _SYMBOLIC) else self.env[a]
         if isinstance(a, (list, tuple)):
-            return tuple(argument(x) for x in a)
+            return tuple(self.argument(x) for x in a)
         if isinstance(a, dict):
-            return {k: argument(v) for k, v in a.items()}
+            return {k: self.argument(v) for k, v in a.items()}
         return divided(a.node.expr) if isinstance(a, _SYMBOLIC) else a
 
-    index = 0
-    for n in traced.graph.nodes:
+    def add(self, n: torch.fx.Node, node: Node) -> None:
+        self.nodes.append(node)
+        self.env[n] = Ref(node.name)
+        self.differentiable |= _differentiable(node)
+
+    def placeholder(self, n: torch.fx.Node, kind: str, wanted: str, grad: bool, i: int) -> None:
         value = n.meta.get("val")
-        if n.op == "placeholder":
-            kind, wanted = kinds[index]
-            if isinstance(value, torch.Tensor):
-                node = Node(unique(wanted), kind, types=(type_of(value, grads[index]),))
-                nodes.append(node)
-                positions[node.name], env[n] = index, Ref(node.name)
-            index += 1
-        elif n.op == "get_attr":
-            tensor = getattr(traced, n.target, None)
+        if isinstance(value, torch.Tensor):
+            self.add(n, Node(self.unique(wanted), kind, types=(type_of(value, grad),)))
+            self.positions[self.nodes[-1].name] = i
+
+    def node(self, n: torch.fx.Node) -> None:
+        if n.op == "get_attr":
+            tensor = getattr(self.traced, str(n.target), None)
             if isinstance(tensor, torch.Tensor):
-                nodes.append(constant(unique(n.name), tensor))
-                env[n] = Ref(nodes[-1].name)
+                self.add(n, constant(self.unique(n.name), tensor))
         elif n.op == "output":
             results = n.args[0] if isinstance(n.args[0], (tuple, list)) else (n.args[0],)
-            nodes.append(Node(OUTPUT, OUTPUT, argument(results)))
+            self.nodes.append(Node(OUTPUT, OUTPUT, self.argument(results)))
         elif n.target is operator.getitem:
-            source = env[n.args[0]]
-            env[n] = Ref(source.name, n.args[1])
+            source, item = self.argument(n.args)
+            self.env[n] = Ref(source.name, item)
         elif "_set_grad_enabled" in str(n.target):
-            enabled = bool(n.args[0])
-        elif isinstance(value, _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
-            continue
-        elif not enabled and gives_itself(n):
-            env[n] = env[n.args[0]]
+            self.enabled = bool(n.args[0])
+        elif isinstance(n.meta.get("val"), _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
+            return
+        elif not self.enabled and gives_itself(n):
+            self.env[n] = self.argument(n.args[0])
         else:
-            args, kwargs = argument(n.args), argument(n.kwargs)
-            grad = enabled and "detach" not in str(n.target)
-            grad = grad and any(r in differentiable for r in refs_in((args, kwargs)))
-            values = value if isinstance(value, (tuple, list)) else [value]
-            types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
-            node = Node(
-                unique(n.name),
-                n.target,
-                args,
-                kwargs,
-                types,
-                source_line(n),
-                n.meta.get("ac_graph_id", 0),
-            )
-            nodes.append(node)
-            env[n] = Ref(node.name)
-        if n in env and isinstance(env[n], Ref):
-            differentiable |= _differentiable(nodes[-1])
-    return Program(name, tuple(nodes), hints).without_dead_nodes(), positions
+            self.call(n)
+
+    def call(self, n: torch.fx.Node) -> None:
+        args, kwargs = self.argument(n.args), self.argument(n.kwargs)
+        grad = self.enabled and "detach" not in str(n.target)
+        grad = grad and any(r in self.differentiable for r in refs_in((args, kwargs)))
+        value = n.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else [value]
+        types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
+        group = n.meta.get("ac_graph_id", 0)
+        name = self.unique(n.name)
+        self.add(n, Node(name, n.target, args, kwargs, types, source_line(n), group))
 
 
 def _differentiable(node: Node) -> set[Ref]:
@@ -362,19 +372,19 @@ def divided(size: sympy.Expr) -> sympy.Expr:
         whole = exact.is_polynomial() and all(
             c.is_Integer for c in sympy.Poly(exact, *exact.free_symbols or [sympy.Dummy()]).coeffs()
         )
-        return exact if whole else FloorDiv(a, b)
+        return exact if whole else rounded_down(a, b)
 
-    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size
+    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size  # pyright: ignore[reportReturnType]
 
 
 def capture_model(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], use: Callable[..., Any]
+    fn: Callable[..., Any], args: Arguments, kwargs: dict[str, Any], use: Callable[..., Any]
 ) -> Any:
     """Call `fn` through Dynamo; `use(captured, gm, example_inputs)` returns what runs in place of
     the graph."""
     torch._dynamo.reset()
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
         return use(capture(gm, example_inputs), gm, example_inputs)
 
     return torch.compile(fn, backend=backend, fullgraph=False)(*args, **kwargs)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 
 from tspc.arguments import before_writes, check_apart, dense, written
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
+from tspc.context import Context
 from tspc.layout import Layout
 from tspc.options import Options
 from tspc.passes.ladder import Refused, climb
@@ -30,7 +32,7 @@ from tspc.runtime.lookups import Indices
 from tspc.runtime.requests import Axis
 from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
-from tspc.torch_seams import plainly
+from tspc.torch_seams import outside_of_dynamo, plainly
 
 AXIS = "simulated"
 
@@ -46,7 +48,7 @@ class Simulated:
     captured: Captured
     rewritten: Rewritten
     parts: Partitioned
-    sizes: dict[Any, int] = field(default_factory=dict)
+    sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
     saved_elements: int = 0  # of rank 0, by the last forward
 
     def rows(self) -> list[int]:
@@ -62,17 +64,21 @@ class Simulated:
 
 def simulated_backend(
     ranks: int, options: Options | None = None, made: list[Simulated] | None = None
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """A Dynamo backend; `made` collects its graphs."""
     chosen = options or Options()
 
     @plainly
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def backend(
+        gm: torch.fx.GraphModule, example_inputs: Sequence[object]
+    ) -> Callable[..., object]:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         with off():
             return simulate_graph(captured, example_inputs)
 
-    def simulate_graph(captured: Captured, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def simulate_graph(
+        captured: Captured, example_inputs: Sequence[object]
+    ) -> Callable[..., object]:
         def attempt(refused: Refused) -> Simulated:
             rewritten = captured.rewritten(ranks, AXIS, chosen, "cpu", refused)
             parts = _trace(captured, rewritten, example_inputs, ranks)
@@ -88,7 +94,7 @@ def simulated_backend(
 
 
 def _trace(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[Any], ranks: int
+    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object], ranks: int
 ) -> Partitioned:
     hints = captured.program.hints
     rows = [int(e.chunk_rows(ranks, hints)) for e in rewritten.choice.extents]
@@ -106,7 +112,7 @@ def _trace(
     return partition(rewritten.local, fakes)
 
 
-def _call(graph: Simulated, args: Sequence[Any], indices: Indices) -> list[Any]:
+def _call(graph: Simulated, args: Sequence[object], indices: Indices) -> list[Any]:
     graph.sizes = graph.captured.sizes(args)
     wrong = indices(graph.sizes, {n: args[i] for n, i in graph.captured.positions.items()})
     if wrong is not None:
@@ -127,13 +133,13 @@ class _Run(torch.autograd.Function):
     """All ranks' forward and backward as one autograd node over the whole tensors."""
 
     @staticmethod
-    def forward(ctx: Any, graph: Simulated, *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Context, graph: Simulated, *tensors: torch.Tensor) -> object:
         ctx.graph = graph
         with off():
             return _Run._forward(ctx, graph, tensors)
 
     @staticmethod
-    def _forward(ctx: Any, graph: Simulated, tensors: Sequence[torch.Tensor]) -> Any:
+    def _forward(ctx: Context, graph: Simulated, tensors: Sequence[torch.Tensor]) -> object:
         base = [*(graph.sizes[s] for s in graph.rewritten.symbols), *graph.rows()]
         shards = _shards(graph, tensors)
         given = [[*base, *(s[rank] for s in shards)] for rank in range(graph.ranks)]
@@ -150,13 +156,13 @@ class _Run(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @torch.compiler.disable
-    def backward(ctx: Any, *gs: Any) -> Any:
+    @outside_of_dynamo
+    def backward(ctx: Context, *gs: torch.Tensor) -> object:
         with off():
             return _Run._backward(ctx, gs)
 
     @staticmethod
-    def _backward(ctx: Any, gs: Sequence[Any]) -> Any:
+    def _backward(ctx: Context, gs: Sequence[torch.Tensor]) -> object:
         graph: Simulated = ctx.graph
         tangents = {i: gs[i] if gs[i] is not None else ctx.shapes[i] for i in graph.parts.tangents}
         backward = graph.parts.backward

@@ -17,6 +17,7 @@ import torch
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils.checkpoint import CheckpointPolicy
 
+from tspc.context import Keywords
 from tspc.journal import log
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -85,7 +86,7 @@ def _is_body(gm: torch.fx.GraphModule, n: torch.fx.Node) -> bool:
     )
 
 
-def _tag(group: int, leaves: bool = False) -> dict[str, Any]:
+def _tag(group: int, leaves: bool = False) -> Keywords:
     policy = CheckpointPolicy.MUST_SAVE if leaves else CheckpointPolicy.PREFER_RECOMPUTE
     return {"recompute": policy, "ac_graph_id": group}
 

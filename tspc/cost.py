@@ -7,13 +7,13 @@ sizes they are sympy expressions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
-from tspc.body import Body, evaluate, numel, symbol_values
+from tspc.body import Body, Lengths, evaluate, numel, symbol_values
 from tspc.hardware import Hardware
 
 RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
@@ -69,7 +69,7 @@ class Sizes:
     saved: bool
 
 
-def sizes(body: Body, symbols: Mapping[sympy.Symbol, Any], *rows: Any) -> Sizes:
+def sizes(body: Body, symbols: Lengths, *rows: object) -> Sizes:
     """rows: of all ranks together, each sequence with its pads."""
     values = symbol_values(body, [symbols[s] for s in body.symbols], rows)
     steps = body.real_steps()

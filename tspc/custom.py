@@ -9,21 +9,22 @@ bᵀ would be worth is never computed. A backward that is not linear is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, Node
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.batched import copied, like
+from tspc.context import Context
 from tspc.errors import UnsupportedError
 from tspc.ops import LIB
 from tspc.source import source_line
 
-Node = torch.fx.Node
 Tensor = torch.Tensor
 APPLY = torch.ops.higher_order.autograd_function_apply
 # what is zero where: every operand is, one is, the first is
@@ -44,12 +45,12 @@ ALWAYS = {"zeros", "zeros_like", "new_zeros"}
 
 class _Graft(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Context, value: Tensor, gradient: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return None, g
+    def backward(ctx: Context, *gs: Tensor) -> tuple[None, Tensor]:
+        return None, gs[0]
 
 
 def _graft(value: Tensor, gradient: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ LIB.define("graft(Tensor value, Tensor gradient) -> Tensor", tags=(torch.Tag.poi
 LIB.impl("graft", _graft, "CompositeImplicitAutograd")
 
 
-def inlined(gm: torch.fx.GraphModule, given: Sequence[Any], mode: Any) -> None:
+def inlined(gm: torch.fx.GraphModule, given: Sequence[object], mode: FakeTensorMode) -> None:
     """given: as in `batched.inlined`. Raises `UnsupportedError` for a backward that is not linear
     in the cotangents."""
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), given))
@@ -78,8 +79,10 @@ def _refuse(n: Node, why: str) -> UnsupportedError:
     )
 
 
-def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: Any) -> None:
-    forward, backward = (gm.get_submodule(str(a.target)) for a in n.args[:2])
+def _replace(
+    gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: FakeTensorMode
+) -> None:
+    forward, backward = (_graph(gm, a) for a in n.args[:2])
     if "saved_for_backward_idx" not in n.kwargs:
         raise _refuse(n, "is read with torch 2.13 only")
     if n.kwargs.get("dirty_idx"):
@@ -97,7 +100,9 @@ def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: A
         linear = _traced(functionalize(_called(backward)), gs, saved) if wants else None
     if linear is not None:
         _check_linear(n, linear, len(gs))
-    run = _with_transposed(forward, linear, set(n.kwargs["non_differentiable_idx"]))
+    unseen = n.kwargs["non_differentiable_idx"]
+    assert isinstance(unseen, (tuple, list))
+    run = _with_transposed(forward, linear, unseen)
     with mode, preserve_node_meta():
         traced = _traced(run, fakes, again, gs)
     traced.graph.eliminate_dead_code()
@@ -111,7 +116,7 @@ def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: A
             for x, z in zip(flat[: len(gs)], flat[len(gs) :])
         ]
     for user in list(n.users):
-        assert user.target is operator.getitem
+        assert user.target is operator.getitem and isinstance(user.args[1], int)
         new = made[user.args[1]]
         new.meta.setdefault("example_value", user.meta.get("example_value"))
         new.meta.setdefault("stack_trace", n.meta.get("stack_trace"))
@@ -120,7 +125,14 @@ def _replace(gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: A
     gm.graph.erase_node(n)
 
 
-def _traced(fn: Any, *args: Any) -> torch.fx.GraphModule:
+def _graph(gm: torch.fx.GraphModule, a: Argument) -> torch.fx.GraphModule:
+    assert isinstance(a, Node)
+    graph = gm.get_submodule(str(a.target))
+    assert isinstance(graph, torch.fx.GraphModule)
+    return graph
+
+
+def _traced(fn: Any, *args: object) -> torch.fx.GraphModule:
     return make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
 
 
@@ -129,7 +141,7 @@ def _called(backward: torch.fx.GraphModule) -> Any:
 
 
 def _with_transposed(
-    forward: torch.fx.GraphModule, linear: torch.fx.GraphModule | None, unseen: set[int]
+    forward: torch.fx.GraphModule, linear: torch.fx.GraphModule | None, unseen: Container[int]
 ) -> Any:
     """(arguments, the same again, cotangents) -> the results of the first, bᵀ of the second.
 
@@ -186,7 +198,7 @@ def _check_linear(n: Node, traced: torch.fx.GraphModule, cotangents: int) -> Non
         raise _refuse(n, "adds to what the cotangents make, or uses an op that is not known here")
 
 
-def _holds_numbers(x: Any) -> bool:
+def _holds_numbers(x: object) -> bool:
     value = x.meta.get("val") if isinstance(x, Node) else None
     held = isinstance(x, Node) and x.op == "get_attr"
     return held or (isinstance(value, Tensor) and _is_number(value))
@@ -200,17 +212,18 @@ def _is_number(x: Tensor) -> bool:
 def _is_zero(m: Node, zero: set[Node]) -> bool:
     if m.target is operator.getitem:
         return m.args[0] in zero
+    assert isinstance(m.target, torch._ops.OpOverload)
     name = m.target._schema.name.split("::")[1]
     found = [x in zero for x in m.all_input_nodes if _holds_numbers(x)]
     if name in ("add", "sub", "where"):
         numbers = [x for x in m.args if not isinstance(x, Node)]
         return all(found) and not any(numbers)
     if name in ("full", "scalar_tensor"):
-        return m.args[-1] == 0
+        return bool(m.args[-1] == 0)
     return (
         name in ALWAYS
         or (name in EVERY and all(found))
         or (name in ANY and any(found))
         or (name in FIRST and found[:1] == [True])
-        or (name == "masked_fill" and found[:1] == [True] and m.args[2] == 0)
+        or (name == "masked_fill" and found[:1] == [True] and bool(m.args[2] == 0))
     )

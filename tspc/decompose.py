@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from tspc.torch_seams import parts_of
 
@@ -71,7 +72,7 @@ def std_mean(
     return std, torch.mean(x, dim, keepdim)
 
 
-OWN: dict[Any, Callable[..., Any]] = {
+OWN: dict[OpOverload, Callable[..., object]] = {
     aten.cosine_similarity.default: cosine_similarity,
     aten.nll_loss_nd.default: nll_loss,
     aten.var_mean.correction: var_mean,
@@ -80,7 +81,7 @@ OWN: dict[Any, Callable[..., Any]] = {
 
 
 @lru_cache(maxsize=1)
-def taken_apart() -> dict[Any, Callable[..., Any]]:
+def taken_apart() -> dict[OpOverload, Callable[..., object]]:
     """Op -> what it is made of, as a function."""
     out = dict(OWN)
     for text in " ".join((LOSSES, MOVES, SUMS)).split():

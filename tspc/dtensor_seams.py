@@ -8,14 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._op_schema import OutputSharding
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from tspc.context import Arguments, Keywords
+from tspc.torch_seams import replace_member
 
-def dispatch_dtensors(handle: Callable[..., Any]) -> None:
+
+def dispatch_dtensors(handle: Callable[..., object]) -> None:
     """Every aten op on DTensors goes to handle(instead, op, args, kwargs); `instead` is what torch
     does with it.
 
@@ -30,15 +34,15 @@ def dispatch_dtensors(handle: Callable[..., Any]) -> None:
     dispatcher._custom_op_handlers = {**before, **handlers}
     propagate: Any = dispatcher._propagate_op_sharding_dispatch_slow_path
 
-    def ask(op: Any, args: Any, kwargs: Any, info: Any, cached: bool) -> Any:
+    def ask(op: OpOverload, args: Arguments, kwargs: Keywords, info: Any, cached: bool) -> object:
         return handle(lambda *_: propagate(op, args, kwargs, info, cached), op, args, kwargs)
 
-    dispatcher._propagate_op_sharding_dispatch_slow_path = ask
+    replace_member(dispatcher, "_propagate_op_sharding_dispatch_slow_path", ask)
     _PROPAGATE.append(propagate)
     torch._C._clear_DTensor_sharding_propagator_cache()
 
 
-_PROPAGATE: list[Callable[..., Any]] = []
+_PROPAGATE: list[Callable[..., object]] = []
 
 
 def _aten_ops() -> list[Any]:
@@ -51,7 +55,7 @@ def _aten_ops() -> list[Any]:
     return found
 
 
-def _as_torch(op: Any, args: Any, kwargs: Any) -> Any:
+def _as_torch(op: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """DTensor's own way with an op, spelled in Python."""
     dispatcher: Any = DTensor._op_dispatcher
     info = dispatcher.unwrap_to_op_info(op, args, kwargs)
@@ -80,13 +84,15 @@ def is_traced(x: DTensor) -> bool:
     return local.is_meta or isinstance(local, FakeTensor) or _are_we_tracing()
 
 
-def read_dtensors(chosen: Callable[[DTensor], bool], whole: Callable[..., Any]) -> None:
+def read_dtensors(
+    chosen: Callable[[DTensor], bool], whole: Callable[[DTensor], torch.Tensor]
+) -> None:
     """What reads the memory of a tensor in C++ reads the whole of those that are chosen."""
 
-    def reads(name: str) -> Callable[..., Any]:
+    def reads(name: str) -> Callable[..., object]:
         plain = getattr(torch.Tensor, name)
 
-        def read(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        def read(self: DTensor, *args: Any, **kwargs: object) -> object:
             if not chosen(self):
                 return plain(self, *args, **kwargs)
             if name == "__format__":

@@ -8,14 +8,16 @@ or `cat` (dims laid end to end). A dim therefore reads as a sum of products of l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import sympy
+from typing_extensions import TypeIs
 
-Size = Any  # int or sympy.Expr
+from tspc.program import Size
+
 Dim = tuple["Factor", ...]
+Dims = Sequence[Dim]  # of a tensor
 
 MAX_SEGMENTS = 16
 
@@ -39,7 +41,7 @@ def norm(n: Size) -> Size:
     return int(n) if isinstance(n, sympy.Integer) else n
 
 
-def const(n: Size) -> bool:
+def const(n: Size) -> TypeIs[int]:
     return isinstance(n, int)
 
 
@@ -68,12 +70,12 @@ class Factors:
     `hints` gives each symbol an example value.
     """
 
-    def __init__(self, hints: dict[Any, int] | None = None):
+    def __init__(self, hints: Mapping[sympy.Symbol, int] | None = None):
         self.all: list[Factor] = []
         self.hints = hints or {}
-        self.assumed: list[tuple[Size, Size]] = []
-        self.mismatch: list[tuple[str, str, str]] = []
-        self.on_image: Callable[[Factor], Any] | None = None  # the factor that has to be gathered
+        self.on_image: Callable[[Factor], object] | None = (
+            None  # the factor that has to be gathered
+        )
 
     # construction
     def new(self, size: Size, origin: str = "") -> Factor:
@@ -84,7 +86,7 @@ class Factors:
     def dim(self, size: Size, origin: str = "") -> Dim:
         return () if size == 1 else (self.new(size, origin),)
 
-    def concat(self, dims: Sequence[Dim], origin: str = "") -> Dim:
+    def concat(self, dims: Dims, origin: str = "") -> Dim:
         """A dim that is `dims` end to end; segments of segments are flattened."""
         flat = self.flat(dims)
         if len(flat) == 1:
@@ -113,7 +115,7 @@ class Factors:
 
     def expand(self, dim: Sequence[Factor]) -> Dim:
         """The dim as roots that are leaves or segmented."""
-        out = []
+        out: list[Factor] = []
         for f in dim:
             f = self.find(f)
             if f.seq:
@@ -122,15 +124,15 @@ class Factors:
                 out.append(f)
         return tuple(out)
 
-    def flat(self, dims: Sequence[Dim]) -> list[Dim]:
+    def flat(self, dims: Dims) -> list[Dim]:
         """Segments, those that were themselves cut later spelled out."""
-        out = []
+        out: list[Dim] = []
         for d in map(self.expand, dims):
             out += self.flat(d[0].cat) if len(d) == 1 and d[0].cat else [d]
         return out
 
     def size(self, dim: Sequence[Factor]) -> Size:
-        n = 1
+        n: Size = 1
         for f in dim:
             n = n * self.find(f).size
         return norm(n)
@@ -144,7 +146,7 @@ class Factors:
                 yield f
 
     def show(self, dim: Sequence[Factor], names: dict[int, str] | None = None) -> str:
-        def one(f):
+        def one(f: Factor) -> str:
             if f.cat:
                 return "(" + " + ".join(self.show(d, names) for d in f.cat) + ")"
             return (names or {}).get(f.id) or f"{f.size}#{f.id}"
@@ -176,14 +178,15 @@ class Factors:
         if not fs:
             return None
         f, minor = fs[0], self.size(fs[1:])
-        inner = [divide(n, minor) for n in sizes]
-        if None in inner:
+        inner = [q for n in sizes if (q := divide(n, minor)) is not None]
+        if len(inner) < len(sizes):
             return None
         if not f.cat:
             f.cat = tuple(self.dim(n, f.origin) for n in inner)
         segs, it = [], self.flat(f.cat)
         for n in inner:
-            got, total = [], 0
+            got: list[Dim] = []
+            total: Size = 0
             while total != n and it:
                 got.append(it.pop(0))
                 total = norm(total + self.size(got[-1]))
@@ -194,7 +197,7 @@ class Factors:
             segs.append(self.concat(got, f.origin) + fs[1:])
         return segs
 
-    def regroup(self, dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
+    def regroup(self, dims: Dims, sizes: Sequence[Size]) -> list[Dim] | None:
         """The factors of all dims, in order, cut to the new sizes; None where division is
         not exact."""
         todo, out = [f for d in dims for f in self.expand(d)], []
@@ -227,13 +230,10 @@ class Factors:
         if const(a) or const(b):
             return False
 
-        def v(e: Any) -> Any:
-            return e.subs({s: self.hints.get(s) for s in e.free_symbols})
+        def example(e: sympy.Expr) -> sympy.Basic:
+            return e.subs([(s, n) for s, n in self.hints.items()])
 
-        if v(a) == v(b):
-            self.assumed.append((a, b))
-            return True
-        return False
+        return example(a) == example(b)
 
     def unify(self, a: Sequence[Factor], b: Sequence[Factor]) -> bool:
         """Make two dims one, refining the coarser where they differ.
@@ -284,7 +284,7 @@ class Factors:
         return True
 
     def merge_segments(self, x: Factor, y: Factor) -> bool:
-        a, b, n = self.flat(x.cat), self.flat(y.cat), 0
+        a, b, n = self.flat(x.cat or ()), self.flat(y.cat or ()), 0
         while a and b:
             n += 1
             p, q = self.size(a[0]), self.size(b[0])

@@ -110,7 +110,7 @@ def _writes(n: torch.fx.Node) -> bool:
     return n.target is operator.setitem or in_place or name in IN_PLACE
 
 
-def _is_own(x: Any, gone: set[torch.fx.Node]) -> bool:
+def _is_own(x: object, gone: set[torch.fx.Node]) -> bool:
     """Of memory that nothing which stays can see: back to where it was made, all goes."""
     while isinstance(x, torch.fx.Node):
         if x not in gone:

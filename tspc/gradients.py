@@ -4,9 +4,9 @@ the tracing of a graph must not lose."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tspc.torch_seams import storage_key
@@ -17,16 +17,18 @@ ITSELF = (torch.ops.aten.to, torch.ops.aten.contiguous)  # these may give back t
 def gives_itself(n: torch.fx.Node) -> bool:
     """The result of a traced op is its operand, whose gradient no `no_grad` takes away: tracing
     lets every later use of the one be a use of the other."""
-    if getattr(n.target, "overloadpacket", None) not in ITSELF:
+    op, x = n.target, n.args[0] if n.args else None
+    if not isinstance(op, OpOverload) or op.overloadpacket not in ITSELF:
         return False
-    x, y = (m.meta.get("val") for m in (n.args[0], n))  # type: ignore[union-attr]
-    given = zip((a.name for a in n.target._schema.arguments), n.args)  # type: ignore[union-attr]
+    assert isinstance(x, torch.fx.Node)
+    x, y = x.meta["val"], n.meta["val"]
+    given = zip((a.name for a in op._schema.arguments), n.args)
     copied = {**dict(given), **n.kwargs}.get("copy", False)
     same = (x.dtype, x.device, x.stride()) == (y.dtype, y.device, y.stride())
     return same and not copied
 
 
-def is_input(x: Any, given: Any) -> bool:
+def is_input(x: object, given: object) -> bool:
     """An output is the very input (`out=`, an in-place op), not another view of its memory."""
     if not (isinstance(x, FunctionalTensor) and isinstance(given, FunctionalTensor)):
         return False

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
+from sympy import Expr
+from sympy.logic.boolalg import Boolean
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 At = sympy.Function(
     "At", integer=True
@@ -29,18 +32,33 @@ class Cases:
     """A float: each value where its predicate holds; the predicates cover everything,
     disjointly."""
 
-    values: tuple[tuple[float, Any], ...]
+    values: tuple[tuple[float, Boolean], ...]
 
 
-def nonnegative(e: Any) -> Any:
+Expression = Expr | Boolean | Cases
+
+
+def expanded(e: Expr) -> Expr:
+    return sympy.expand(e)  # pyright: ignore[reportReturnType]
+
+
+def rounded_down(a: Expr, b: Expr) -> Expr:
+    return FloorDiv(a, b)  # pyright: ignore[reportReturnType]
+
+
+def remainder(a: Expr, b: Expr) -> Expr:
+    return PythonMod(a, b)  # pyright: ignore[reportReturnType]
+
+
+def nonnegative(e: Expr) -> Boolean:
     """e >= 0, decided where the symbols allow it."""
-    e = sympy.expand(e)
+    e = expanded(e)
     if e.is_nonnegative:
         return TRUE
     if e.is_negative:
         return FALSE
     for a in e.atoms(sympy.Abs):  # c - |x| >= 0 is c - x >= 0 and c + x >= 0
-        times, x = e.coeff(a), a.args[0]
+        times, x = e.coeff(a) or sympy.Integer(0), a.args[0]
         if times.is_negative:
             return sympy.And(*(nonnegative(e - times * a + sign * times * x) for sign in (1, -1)))
         if times.is_positive:
@@ -48,30 +66,32 @@ def nonnegative(e: Any) -> Any:
     return sympy.Ge(e, 0, evaluate=False)
 
 
-def zero(e: Any) -> Any:
+def zero(e: Expr) -> Boolean:
     """e == 0."""
-    e = sympy.expand(e)
+    e = expanded(e)
     if e.is_zero:
         return TRUE
     if e.is_Integer or e.is_positive or e.is_negative:
         return FALSE
-    if e.could_extract_minus_sign():
-        e = -e
-    return sympy.Eq(e, 0, evaluate=False)
+    e = -e if e.could_extract_minus_sign() else e
+    return sympy.Eq(e, 0, evaluate=False)  # pyright: ignore[reportReturnType]
 
 
-def negate(p: Any) -> Any:
+def negate(p: Boolean) -> Boolean:
     """not p, inequalities turned round so that equal predicates have equal forms."""
     if p in (TRUE, FALSE):
         return FALSE if p == TRUE else TRUE
     if isinstance(p, sympy.Ge):
-        return nonnegative(-p.lhs - 1)
+        lhs: Any = p.lhs
+        return nonnegative(-lhs - 1)
     if isinstance(p, sympy.And):
         return sympy.Or(*map(negate, p.args))
     if isinstance(p, sympy.Or):
         return sympy.And(*map(negate, p.args))
     if isinstance(p, sympy.Not):
-        return p.args[0]
+        (inner,) = p.args
+        assert isinstance(inner, Boolean)
+        return inner
     return sympy.Not(p, evaluate=False)
 
 
@@ -85,8 +105,13 @@ COMPARE = {
 }
 
 
-def is_predicate(e: Any) -> bool:
-    return isinstance(e, sympy.logic.boolalg.Boolean) and not isinstance(e, sympy.Symbol)
+def is_predicate(e: object) -> TypeGuard[Boolean]:
+    return isinstance(e, Boolean) and not isinstance(e, sympy.Symbol)
+
+
+def is_number(e: object) -> TypeGuard[Expr]:
+    """An integer: neither a float's cases nor a predicate."""
+    return isinstance(e, Expr) and not is_predicate(e)
 
 
 def substitute(e: Any, to: Mapping[Any, Any]) -> Any:
@@ -109,18 +134,21 @@ def substitute(e: Any, to: Mapping[Any, Any]) -> Any:
     return e.func(*args)
 
 
-def select(p: Any, a: Any, b: Any) -> Any:
-    """where(p, a, b) of predicates or of finite floats."""
-    if isinstance(a, Cases) and isinstance(b, Cases):
-        merged: dict[float, Any] = {}
-        for where, cases in ((p, a), (negate(p), b)):
-            for v, q in cases.values:
-                merged[v] = sympy.Or(merged.get(v, FALSE), sympy.And(where, q))
-        return Cases(tuple((v, q) for v, q in merged.items() if q != FALSE))
+def select_float(p: Boolean, a: Cases, b: Cases) -> Cases:
+    """where(p, a, b) of finite floats."""
+    merged: dict[float, Boolean] = {}
+    for where, cases in ((p, a), (negate(p), b)):
+        for v, q in cases.values:
+            merged[v] = sympy.Or(merged.get(v, FALSE), sympy.And(where, q))
+    return Cases(tuple((v, q) for v, q in merged.items() if q != FALSE))
+
+
+def select(p: Boolean, a: Boolean, b: Boolean) -> Boolean:
+    """where(p, a, b) of predicates."""
     return sympy.Or(sympy.And(p, a), sympy.And(negate(p), b))
 
 
-def clauses(p: Any) -> list[Any]:
+def clauses(p: Boolean) -> list[Boolean]:
     """The conjuncts of a predicate."""
     if isinstance(p, sympy.And):
         return list(p.args)

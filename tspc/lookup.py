@@ -23,6 +23,7 @@ from tspc.program import (
     Node,
     Program,
     Ref,
+    Size,
 )
 
 aten = torch.ops.aten
@@ -52,7 +53,7 @@ class Lookup:
     """
 
     index: Ref
-    shape: tuple[Any, ...]
+    shape: tuple[Size, ...]
     size: Any
     wraps: bool
     table: str
@@ -74,7 +75,7 @@ def lookups(program: Program) -> Lookups:
     """Of the whole program; an index that hangs on random numbers is left out."""
     by_name = {n.name: n for n in program.nodes}
     known = _known(program)
-    found: dict[Any, Lookup] = {}
+    found: dict[object, Lookup] = {}
     for n in program.nodes:
         for table, index, size, wraps in _of(n, by_name):
             t = by_name[index.name].types[index.item or 0]
@@ -95,7 +96,8 @@ def watched(program: Program) -> Program:
     for n in program.nodes:
         for table, index, size, _ in _of(n, by_name) if n.op in OWN else ():
             made = by_name[index.name]
-            if index.name in known or made.types[index.item or 0].dtype not in INTEGERS:
+            t = made.types[index.item or 0]
+            if index.name in known or t is None or t.dtype not in INTEGERS:
                 continue
             where = f"{n.source}: {_word(n)} in {_name(table, by_name)}"
             types = (made.types[index.item or 0],)
@@ -132,7 +134,7 @@ def _of(n: Node, by_name: Mapping[str, Node]) -> list[tuple[Ref, Ref, Any, bool]
         return []
     x = n.args[0]
     t = by_name[x.name].types[x.item or 0]
-    shape = () if t is None else t.shape
+    shape = tuple[Size, ...]() if t is None else t.shape
     if n.op == aten.embedding.default:
         return [(x, n.args[1], shape[0], False)]
     if n.op == PICK:

@@ -42,8 +42,8 @@ def scores_of(
     score: str = "",
 ) -> Tensor:
     """q kᵀ · scale, what `score` makes of it, + mask, in fp32 or wider."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)) * scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)) * factor
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     scores = modified(score, scores)
     q, k = (torch.arange(n, device=query.device) for n in scores.shape[-2:])

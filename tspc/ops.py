@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tspc.body import BODIES, Body, evaluate, symbol_values
+from tspc.context import Arguments, Context
 
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
@@ -186,23 +187,23 @@ def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any
     torch.library.register_autograd(f"tspc::{name}", backward, setup_context=setup, lib=LIB)
 
 
-def _keep_rest(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _keep_rest(ctx: Context, inputs: Arguments, output: object) -> None:
     ctx.rest = inputs[1:]
 
 
 def _sequence_backward(op: str) -> Callable[..., Any]:
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
+    def backward(ctx: Context, g: torch.Tensor) -> object:
         return (getattr(torch.ops.tspc, op)(g, *ctx.rest), *(None for _ in ctx.rest))
 
     return backward
 
 
-def _whole_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _whole_weight_setup(ctx: Context, inputs: Arguments, output: object) -> None:
     local, *ctx.rest = inputs
     ctx.rows = local.shape[ctx.rest[0]] if ctx.rest[0] >= 0 else 0
 
 
-def _whole_weight_grad(ctx: Any, g: torch.Tensor) -> Any:
+def _whole_weight_grad(ctx: Context, g: torch.Tensor) -> object:
     return (torch.ops.tspc.whole_weight_backward(g, *ctx.rest, ctx.rows), *(None for _ in ctx.rest))
 
 
@@ -213,12 +214,12 @@ _register("clear_pads", _keep_rest, _sequence_backward("clear_pads"))
 _register("all_reduce", _keep_rest, lambda ctx, g: (g, None))
 
 
-def _vary_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _vary_setup(ctx: Context, inputs: Arguments, output: object) -> None:
     ctx.rest = inputs[1:]
     ctx.set_materialize_grads(False)  # what no result hangs on has no gradient, not one of zeros
 
 
-def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
+def _vary_backward(ctx: Context, gs: list[torch.Tensor | None]) -> object:
     present = [i for i, g in enumerate(gs) if g is not None]
     reduced = torch.ops.tspc.vary_backward([gs[i] for i in present], *ctx.rest) if present else []
     out: list[torch.Tensor | None] = [None] * len(gs)
@@ -230,12 +231,12 @@ def _vary_backward(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
 _register("vary", _vary_setup, _vary_backward)
 
 
-def _gather_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _gather_weight_setup(ctx: Context, inputs: Arguments, output: object) -> None:
     shard, ctx.dim, _, ctx.partial, _, ctx.reduce, ctx.axis = inputs
     ctx.units, ctx.dtype = shard.shape[ctx.dim], shard.dtype
 
 
-def _gather_weight_backward(ctx: Any, g: torch.Tensor) -> Any:
+def _gather_weight_backward(ctx: Context, g: torch.Tensor) -> object:
     context = (ctx.dim, ctx.units, ctx.partial, ctx.dtype, ctx.reduce, ctx.axis)
     return (torch.ops.tspc.gather_weight_backward(g, *context), *[None] * 6)
 
@@ -243,13 +244,13 @@ def _gather_weight_backward(ctx: Any, g: torch.Tensor) -> Any:
 _register("gather_weight", _gather_weight_setup, _gather_weight_backward)
 
 
-def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _embed_setup(ctx: Context, inputs: Arguments, output: object) -> None:
     shard, ids, *flags, _, rows, length, order, axis = inputs
     ctx.rest = (shard.shape[0], *flags, shard.dtype, rows, length, order, axis)
     ctx.save_for_backward(ids)
 
 
-def _embed_grad(ctx: Any, g: torch.Tensor) -> Any:
+def _embed_grad(ctx: Context, g: torch.Tensor) -> object:
     (ids,) = ctx.saved_tensors
     return (torch.ops.tspc.embed_backward(g, ids, *ctx.rest), *[None] * 8)
 
@@ -257,13 +258,13 @@ def _embed_grad(ctx: Any, g: torch.Tensor) -> Any:
 _register("embed", _embed_setup, _embed_grad)
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _attention_setup(ctx: Context, inputs: Arguments, output: Any) -> None:
     tensors, ctx.rest = inputs[:6], inputs[6:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _attention_grad(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+def _attention_grad(ctx: Context, g: torch.Tensor, _: Any) -> object:
     biased = ctx.needs_input_grad[3]
     grads = torch.ops.tspc.attention_backward(g, *ctx.saved_tensors, biased, *ctx.rest)
     mask = grads[3] if biased else None
@@ -311,7 +312,7 @@ def _fold_backward_fake(
     ]
 
 
-def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _fold_setup(ctx: Context, inputs: Arguments, output: Any) -> None:
     tokens, invariants, shards, ctx.sizes, *ctx.rest = inputs
     body = BODIES[ctx.rest[-2]]
     ctx.counts = (len(tokens), len(invariants), len(shards))
@@ -322,7 +323,7 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tokens, *invariants, *shards, *output[ctx.outs :])
 
 
-def _fold_grad(ctx: Any, gs: list[torch.Tensor | None]) -> Any:
+def _fold_grad(ctx: Context, gs: list[torch.Tensor | None]) -> object:
     body, operand_values = BODIES[ctx.rest[-2]], list(ctx.saved_tensors)
     operands: list[list[torch.Tensor]] = []
     for n in ctx.counts:

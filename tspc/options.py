@@ -17,7 +17,7 @@ from tspc.usage import check_mesh, said
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CHOICES: dict[str, tuple[Any, ...]] = {
+_CHOICES: dict[str, tuple[object, ...]] = {
     "layout": ("auto", "contiguous", "zigzag"),
     "outputs": ("auto", "full", "sharded"),
     "check_inputs": ("auto", True, False),
@@ -94,12 +94,7 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
     if chosen is not None and not isinstance(chosen, Mapping):
         raise OptionError(f"options is a dict by name, not {said(chosen)}")
     chosen = dict(chosen or {})
-    valid = [f.name for f in fields(Options)]
-    for name in chosen:
-        if name not in valid:
-            close = difflib.get_close_matches(str(name), valid, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise OptionError(f"unknown option {name!r}{hint} (valid: {', '.join(valid)})")
+    _check_names(chosen)
     for name, choices in _CHOICES.items():
         if name in chosen and not _one_of(chosen[name], choices):
             raise OptionError(f"{name}={chosen[name]!r}; valid: {', '.join(map(repr, choices))}")
@@ -111,13 +106,7 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
         raise OptionError(f"plan is what tspc.plan(...) returns, not {said(plan)}")
     if "memory_budget" in chosen:
         budget.check(chosen["memory_budget"])
-    schedule = chosen.get("schedule", "auto")
-    values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
-    if isinstance(schedule, Mapping) and any(not isinstance(k, str) for k in schedule):
-        raise OptionError(f"schedule by region: names or globs are strings, not {list(schedule)}")
-    for v in values:
-        if not _one_of(v, SCHEDULES):
-            raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
+    _check_schedule(chosen.get("schedule", "auto"))
     for name in ("param_dtype", "reduce_dtype"):
         if not _one_of(chosen.get(name), (None, *FLOATS)):
             valid_types = ", ".join(map(str, FLOATS))
@@ -125,6 +114,24 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
     if chosen.get("hardware") is not None:
         hardware(chosen["hardware"], "")
     return replace(getattr(plan, "options", Options()), **chosen)
+
+
+def _check_names(chosen: Mapping[str, object]) -> None:
+    valid = [f.name for f in fields(Options)]
+    for name in chosen:
+        if name not in valid:
+            close = difflib.get_close_matches(str(name), valid, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"unknown option {name!r}{hint} (valid: {', '.join(valid)})")
+
+
+def _check_schedule(schedule: object) -> None:
+    values = schedule.values() if isinstance(schedule, Mapping) else [schedule]
+    if isinstance(schedule, Mapping) and any(not isinstance(k, str) for k in schedule):
+        raise OptionError(f"schedule by region: names or globs are strings, not {list(schedule)}")
+    for v in values:
+        if not _one_of(v, SCHEDULES):
+            raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
 
 
 def mode_options(mode: Any) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def mode_options(mode: Any) -> dict[str, Any]:
     return dict(modes[mode]) if mode is not None else {}
 
 
-def _one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+def _one_of(value: object, choices: tuple[object, ...]) -> bool:
     """Values that are no plain ones (tensors) are not compared."""
     plain = isinstance(value, (str, int, float))
     return any(value is c or (plain and value == c) for c in choices)

@@ -6,7 +6,8 @@ A name is a region's, a parameter's or a value's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+import sympy
 
 from tspc.cost import seconds
 from tspc.errors import PlanError
@@ -23,7 +24,7 @@ PLACED = {
 }
 
 
-def origin(rewritten: Rewritten, name: str, sizes: Mapping[Any, int]) -> str:
+def origin(rewritten: Rewritten, name: str, sizes: Mapping[sympy.Symbol, int]) -> str:
     """sizes: of the symbols. Raises `PlanError` for an unknown name."""
     name = name.removeprefix("%")
     for node in rewritten.folds:
@@ -46,7 +47,7 @@ def _op(n: Node) -> str:
     return n.op if isinstance(n.op, str) else n.op._schema.name.split("::")[1]
 
 
-def _region(rewritten: Rewritten, node: Node, sizes: Mapping[Any, int]) -> list[str]:
+def _region(rewritten: Rewritten, node: Node, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
     fold, body = node.kwargs["fold"], node.kwargs["body"]
     pads = fold.units * body.ranks - fold.size
     out = [

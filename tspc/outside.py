@@ -4,13 +4,12 @@ compiled function. They run as they are, op by op on the shards."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 
-def only_shards(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+def only_shards(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> bool:
     """Whether a graph takes shards, and none of them as the weight of a module."""
     if not any(isinstance(x, DTensor) for x in example_inputs):
         return False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch.fx import Node
+from torch.utils._pytree import tree_map
 
 from tspc.errors import UnsupportedError
 from tspc.precision import Entered
@@ -100,7 +101,7 @@ class Overwriting(Entered):
             n = n.args[0]  # type: ignore[assignment]
         return self.names[n]
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         if n in self.aliases and _may_write(n) and torch.is_grad_enabled() and not _detached(n):
             raise UnsupportedError(f"{self._name(n)}: the model writes into it; {ADVICE}")
         value = super().run_node(n)
@@ -116,10 +117,10 @@ class Overwriting(Entered):
             return args, kwargs
         new = {id(x): self._read(p) for p, x in self.now.items() if has_data_mutation(x)}
 
-        def given(x: Any) -> Any:
+        def given(x: object) -> object:
             return new.get(id(x), x)
 
-        return torch.utils._pytree.tree_map(given, (args, kwargs))
+        return tree_map(given, (args, kwargs))
 
     def _read(self, p: Node) -> Any:
         """The new value, with the parameter's gradient."""

@@ -12,10 +12,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.node import Argument
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tspc.context import Arguments, Keywords
 
 aten = torch.ops.aten
 State = dict[str, torch.dtype]  # device type -> the dtype that its autocast casts to
@@ -28,14 +32,16 @@ def ambient() -> State:
     return {d: torch.get_autocast_dtype(d) for d in KEYS if torch.is_autocast_enabled(d)}
 
 
-def explicit(gm: torch.fx.GraphModule, state: State, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def explicit(
+    gm: torch.fx.GraphModule, state: State, inputs: Sequence[object]
+) -> torch.fx.GraphModule:
     """The graph with every cast a node; `gm` itself where no op of it is under autocast."""
     while state or any(n.target is _enter_autocast for n in gm.graph.nodes):
         gm, state = retraced(_Explicit(gm, state), inputs), {}
     return gm
 
 
-def retraced(interpreter: torch.fx.Interpreter, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def retraced(interpreter: torch.fx.Interpreter, inputs: Sequence[object]) -> torch.fx.GraphModule:
     """What an interpreter runs, as a graph before dispatch, without autocast."""
     with ExitStack() as stack:
         for device in ambient():
@@ -51,16 +57,16 @@ class Entered(torch.fx.Interpreter):
 
     def __init__(self, gm: torch.fx.GraphModule):
         super().__init__(gm)
-        self.stack: list[Any] = []
+        self.stack: list[torch.autocast] = []
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> object:
         try:
             return super().run(*args, **kwargs)
         finally:
             while self.stack:  # after an error
                 self.stack.pop().__exit__(None, None, None)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
         if target is _enter_autocast:
             self.stack.append(torch.autocast(*args))
             return self.stack[-1].__enter__()
@@ -90,7 +96,7 @@ class _Explicit(torch.fx.Interpreter):
         self.states = [state]
         self.expected: Any = None
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: torch.fx.Node) -> object:
         if n.target is _enter_autocast:
             return self._enter(*n.args)
         if n.target is _exit_autocast:
@@ -99,13 +105,17 @@ class _Explicit(torch.fx.Interpreter):
         self.expected = n.meta.get("val")
         return super().run_node(n)
 
-    def _enter(self, device: str, dtype: Any = None, enabled: bool = True, _: Any = None) -> None:
+    def _enter(
+        self, device: Argument, dtype: Argument = None, enabled: Argument = True, _: object = None
+    ) -> None:
+        assert isinstance(device, str)
         state = {d: t for d, t in self.states[-1].items() if d != device}
         if enabled:
-            state[device] = dtype or torch.get_autocast_dtype(device)
+            known = isinstance(dtype, torch.dtype)
+            state[device] = dtype if known else torch.get_autocast_dtype(device)
         self.states.append(state)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
         state = self.states[-1]
         if not state or not isinstance(target, torch._ops.OpOverload):
             return super().call_function(target, args, kwargs)
@@ -124,7 +134,7 @@ class _Explicit(torch.fx.Interpreter):
             return self._opened(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _casts_inside(self, target: Any, args: Any, kwargs: Any) -> bool:
+    def _casts_inside(self, target: Any, args: Arguments, kwargs: Keywords) -> bool:
         """The result is not what the op gives without autocast."""
         if not isinstance(self.expected, torch.Tensor):
             return False
@@ -137,7 +147,7 @@ class _Explicit(torch.fx.Interpreter):
             except RuntimeError:  # operands of unlike types, which autocast makes one
                 return True
 
-    def _opened(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def _opened(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
         """An op made of others that autocast meets one by one."""
         if target is aten.cross_entropy_loss.default:  # kept whole, in the type of its loss
             return target(aten.to.dtype(args[0], self.expected.dtype), *args[1:], **kwargs)
@@ -147,7 +157,7 @@ class _Explicit(torch.fx.Interpreter):
             return _kernel(target, "CompositeImplicitAutograd", args, kwargs)
 
 
-def _kernel(op: torch._ops.OpOverload, key: str, args: Any, kwargs: Any) -> Any:
+def _kernel(op: torch._ops.OpOverload, key: str, args: Arguments, kwargs: Keywords) -> object:
     with torch._C.DisableTorchFunction():  # the tracer's mode would drop the key
         return op._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
 
@@ -166,7 +176,9 @@ class OneType(FunctionalTensorMode):
             return x
         return x.to(self.dtype) if x.is_floating_point() and x.dtype != self.dtype else x
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if self.dtype is not None and not _promotes(func):
             found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -176,6 +188,6 @@ class OneType(FunctionalTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _promotes(op: Any) -> bool:
+def _promotes(op: OpOverload) -> bool:
     """The op takes operands of several types."""
     return torch.Tag.pointwise in op.tags or op in (aten.cat.default, aten.stack.default)

@@ -24,18 +24,56 @@ Tensor = torch.Tensor
 B, H, Q, K = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "bhqk")
 
 
+SIGNS = {sympy.And: " & ", sympy.Or: " | ", sympy.Add: " + ", sympy.Mul: " * "}
+FUNCTIONS = {sympy.Abs: "abs", sympy.Min: "least", sympy.Max: "most"}
+
+
 def printed(e: Any, data: Callable[[Any], str], size: Callable[[Any], str]) -> str:
     """The text of a predicate or an integer. data, size: of an element `At` and of a symbol."""
+    return _Printer(data, size).show(e)
 
-    def joined(sign: str, parts: Sequence[Any]) -> str:
-        texts = sorted(map(show, parts), key=lambda t: (t.isdigit(), t))
+
+@dataclass(frozen=True)
+class _Printer:
+    data: Callable[[Any], str]
+    size: Callable[[Any], str]
+
+    def show(self, e: Any) -> str:
+        if e.is_Integer:
+            return str(int(e))
+        if e.is_Symbol:
+            return e.name if e in (Q, K) else self.size(e)
+        if e.func == At:
+            return self.data(e)
+        sign = next((s for kind, s in SIGNS.items() if isinstance(e, kind)), None)
+        if sign is not None:
+            return self.joined(sign, e.args)
+        name = next((s for kind, s in FUNCTIONS.items() if isinstance(e, kind)), None)
+        if name is not None:
+            return f"{name}({', '.join(sorted(map(self.show, e.args)))})"
+        if isinstance(e, (FloorDiv, PythonMod)):
+            sign = "//" if isinstance(e, FloorDiv) else "%"
+            return f"({self.show(e.args[0])} {sign} {self.show(e.args[1])})"
+        return self.truth(e)
+
+    def truth(self, e: Any) -> str:
+        if e in (TRUE, FALSE):
+            return str(bool(e))
+        if isinstance(e, sympy.Not) and isinstance(e.args[0], sympy.Eq):
+            return self.compared(e.args[0], "!=")
+        if isinstance(e, (sympy.Ge, sympy.Eq, sympy.Ne)):
+            return self.compared(e, e.rel_op)
+        raise Unprintable(str(e))
+
+    def joined(self, sign: str, parts: Sequence[Any]) -> str:
+        texts = sorted(map(self.show, parts), key=lambda t: (t.isdigit(), t))
         return f"({sign.join(texts)})"
 
-    def side(terms: Sequence[Any]) -> str:
-        text = show(sympy.Add(*terms))
+    def side(self, terms: Sequence[Any]) -> str:
+        text = self.show(sympy.Add(*terms))
         return text[1:-1] if len(terms) > 1 else text
 
-    def compared(e: Any, relation: str) -> str:
+    def compared(self, e: Any, relation: str) -> str:
         """a - b >= 0 as a >= b, with a number on the right."""
         left, right = [], []
         for term in sympy.Add.make_args(sympy.expand(e.lhs - e.rhs)):
@@ -43,36 +81,7 @@ def printed(e: Any, data: Callable[[Any], str], size: Callable[[Any], str]) -> s
             (right if negative else left).append(-term if negative else term)
         if not sympy.Add(*left).free_symbols:
             left, right, relation = right, left, relation.replace(">", "<")
-        return f"({side(left)} {relation} {side(right)})"
-
-    def show(e: Any) -> str:
-        if e in (TRUE, FALSE):
-            return str(bool(e))
-        if e.is_Integer:
-            return str(int(e))
-        if e.is_Symbol:
-            return e.name if e in (Q, K) else size(e)
-        if e.func == At:
-            return data(e)
-        if isinstance(e, (sympy.And, sympy.Or)):
-            return joined(" & " if isinstance(e, sympy.And) else " | ", e.args)
-        if isinstance(e, sympy.Not) and isinstance(e.args[0], sympy.Eq):
-            return compared(e.args[0], "!=")
-        if isinstance(e, (sympy.Ge, sympy.Eq, sympy.Ne)):
-            return compared(e, e.rel_op)
-        if isinstance(e, (FloorDiv, PythonMod)):
-            sign = "//" if isinstance(e, FloorDiv) else "%"
-            return f"({show(e.args[0])} {sign} {show(e.args[1])})"
-        if isinstance(e, sympy.Abs):
-            return f"abs({show(e.args[0])})"
-        if isinstance(e, (sympy.Min, sympy.Max)):
-            name = "least" if isinstance(e, sympy.Min) else "most"
-            return f"{name}({', '.join(sorted(map(show, e.args)))})"
-        if e.is_Add or e.is_Mul:
-            return joined(" + " if e.is_Add else " * ", e.args)
-        raise Unprintable(str(e))
-
-    return show(e)
+        return f"({self.side(left)} {relation} {self.side(right)})"
 
 
 class Unprintable(Exception):
@@ -88,11 +97,11 @@ class Truth:
     def __init__(self, value: bool | None):
         self.value = value
 
-    def __and__(self, other: Any) -> Truth:
+    def __and__(self, other: Truth | bool) -> Truth:
         values = self.value, _truth(other).value
         return Truth(False if False in values else None if None in values else True)
 
-    def __or__(self, other: Any) -> Truth:
+    def __or__(self, other: Truth | bool) -> Truth:
         return ~(~self & ~_truth(other))
 
     def __invert__(self) -> Truth:
@@ -112,26 +121,26 @@ class Interval:
     lo: float
     hi: float
 
-    def __add__(self, other: Any) -> Interval:
+    def __add__(self, other: Interval | int) -> Interval:
         o = _interval(other)
         return Interval(self.lo + o.lo, self.hi + o.hi)
 
     def __neg__(self) -> Interval:
         return Interval(-self.hi, -self.lo)
 
-    def __mul__(self, other: Any) -> Interval:
+    def __mul__(self, other: Interval | int) -> Interval:
         o = _interval(other)
         ends = [0 if 0 in (a, b) else a * b for a in (self.lo, self.hi) for b in (o.lo, o.hi)]
         return Interval(min(ends), max(ends))
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __floordiv__(self, other: Any) -> Interval:
+    def __floordiv__(self, other: Interval | int) -> Interval:
         if not isinstance(other, int) or other <= 0:
             return ANY
         return Interval(*(x if math.isinf(x) else x // other for x in (self.lo, self.hi)))
 
-    def __mod__(self, other: Any) -> Interval:
+    def __mod__(self, other: Interval | int) -> Interval:
         if not isinstance(other, int) or other <= 0:
             return ANY
         first = self // other
@@ -139,10 +148,10 @@ class Interval:
             return self + -(first * other)
         return Interval(0, other - 1)
 
-    def __rfloordiv__(self, other: Any) -> Interval:
+    def __rfloordiv__(self, other: Interval | int) -> Interval:
         return ANY
 
-    def __rmod__(self, other: Any) -> Interval:
+    def __rmod__(self, other: Interval | int) -> Interval:
         return ANY
 
     def __abs__(self) -> Interval:
@@ -150,11 +159,11 @@ class Interval:
             return self if self.lo >= 0 else -self
         return Interval(0, max(-self.lo, self.hi))
 
-    def __ge__(self, other: Any) -> Any:
+    def __ge__(self, other: object) -> Truth:
         o = _interval(other)
         return Truth(True if self.lo >= o.hi else False if self.hi < o.lo else None)
 
-    def __le__(self, other: Any) -> Any:
+    def __le__(self, other: object) -> Truth:
         return _interval(other) >= self
 
     def __eq__(self, other: Any) -> Any:
@@ -185,7 +194,7 @@ def _extreme(name: str) -> Callable[..., Any]:
         a, b = _interval(a), _interval(b)
         return Interval(on_numbers(a.lo, b.lo), on_numbers(a.hi, b.hi))
 
-    def of(first: Any, *others: Any) -> Any:
+    def of(first: Any, *others: object) -> Any:
         for x in others:
             first = pair(first, x)
         return first

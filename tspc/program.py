@@ -14,6 +14,8 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.context import Arguments, Keywords
+
 Size = int | sympy.Expr
 PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD, APART = (
     "param",
@@ -73,9 +75,9 @@ class Node:
     """
 
     name: str
-    op: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    op: Any  # an OpOverload, or one of the kinds above
+    args: Arguments = ()
+    kwargs: Keywords = field(default_factory=dict)
     types: tuple[Type | None, ...] = ()
     source: str = ""  # "file:line" of the user's model
     recompute: int = 0  # the checkpointed part of the model that it is of; 0: none
@@ -89,6 +91,10 @@ class Node:
     @property
     def is_call(self) -> bool:
         return not isinstance(self.op, str)
+
+    def argument(self, i: int, default: Any = None) -> Any:
+        """A positional one, or the default where it is not given."""
+        return self.args[i] if i < len(self.args) else default
 
     def refs(self) -> list[Ref]:
         return list(refs_in((self.args, self.kwargs)))

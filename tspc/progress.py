@@ -7,7 +7,6 @@ import importlib.util
 import sys
 import threading
 import time
-from typing import Any
 
 from torch._dynamo.utils import counters
 
@@ -34,7 +33,7 @@ class Compiling:
         _OPEN.append(self)
         return self
 
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
         _OPEN.remove(self)
         self.timer.cancel()
         with self.lock:

@@ -19,7 +19,7 @@ from tspc.torch_seams import plainly
 
 
 @plainly
-def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
     """A Dynamo backend: graphs without random ops run as they are."""
     captured = capture(gm, example_inputs)
     program = prepare(captured.program)
@@ -31,7 +31,7 @@ def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
 def _runner(captured: Captured, program: Program) -> Callable[..., list[Any]]:
     placeholders = [n for n in program.nodes if n.op in PLACEHOLDERS]
 
-    def run(*args: Any) -> list[Any]:
+    def run(*args: object) -> list[Any]:
         inputs = captured.given(placeholders, args, draw())
         sizes = Sizes(Factors(), captured.sizes(args), {})
         env = {(n.name, 0): x for n, x in zip(placeholders, inputs)}

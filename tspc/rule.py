@@ -26,26 +26,34 @@ form for pieces. See docs/design.md, "Factors".
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch._ops import OpOverload
+
+from tspc.context import Keywords
 from tspc.errors import RuleError
-from tspc.factor import divide
+from tspc.factor import Dim, Dims, Factor, Factors, Size, divide
+from tspc.program import Node, Ref
 
 ROLES = ("reduce", "whole", "select", "exchange", "lse", "at", "halo", "scan")
 KEPT = ("at", "halo", "scan")  # of a letter that stays
-ALONG: dict[str, set[object]] = {"halo": set(), "scan": set()}  # the ops that may have the role
+ALONG: dict[str, set[OpOverload]] = {"halo": set(), "scan": set()}  # the ops that may have the role
+Pattern = tuple[str | tuple[str, ...], ...]  # of a tensor: "...", "1" or letters
+Key = str | tuple[str, int]  # a letter, or a leading dim counted from the right
+Computed = Callable[["Op"], Sequence[Dims]]  # -> the dims of the results
 
 
 @dataclass(frozen=True)
 class Rule:
-    ins: tuple  # per tensor: tuple of tokens; a token is "...", "1" or a tuple of letters
-    outs: tuple
-    roles: tuple = ()  # (letter, role)
-    once: tuple = ()
+    ins: tuple[Pattern, ...]
+    outs: tuple[Pattern, ...]
+    roles: tuple[tuple[str, str], ...] = ()  # (letter, role)
+    once: tuple[int, ...] = ()
 
     @staticmethod
-    def parse(text, once=(), **roles):
-        def tensor(t):
+    def parse(text: str, once: int | Sequence[int] = (), /, **roles: str) -> Rule:
+        def tensor(t: str) -> Pattern:
             toks = re.findall(r"\([^)]*\)|\.\.\.|\S+", t.strip())
             return tuple(x if x in ("...", "1") else tuple(x.strip("()").split()) for x in toks)
 
@@ -70,7 +78,7 @@ class Rule:
         r.check_roles(text)
         return r
 
-    def check_roles(self, text):
+    def check_roles(self, text: str) -> None:
         """Summed, selected and exchanged letters go; a position is read of one that stays; what is
         new on the right can only be made whole."""
         kept, given = self.letters(self.outs), self.letters(self.ins)
@@ -83,37 +91,38 @@ class Rule:
                 raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} is new: it can only be whole")
 
     @staticmethod
-    def letters(tensors):
+    def letters(tensors: Iterable[Pattern]) -> set[str]:
         return {l for t in tensors for tok in t if tok not in ("...", "1") for l in tok}
 
-    def __str__(self):
-        def token(x):
+    def __str__(self) -> str:
+        def token(x: str | tuple[str, ...]) -> str:
             return x if isinstance(x, str) else x[0] if len(x) == 1 else f"({' '.join(x)})"
 
-        def t(ts):
+        def t(ts: Iterable[Pattern]) -> str:
             return ", ".join(" ".join(map(token, t)) for t in ts)
 
         return f"{t(self.ins)} -> {t(self.outs)}" + "".join(f", {k}={l}" for l, k in self.roles)
 
 
-RULES, COMPUTED = {}, {}
-ONCE = {}  # op -> the operand that is added after the sum
+RULES: dict[OpOverload, Rule] = {}
+COMPUTED: dict[OpOverload, Computed] = {}
+ONCE: dict[OpOverload, int] = {}  # op -> the operand that is added after the sum
 
 
-def rule(op, text, **kw):
+def rule(op: OpOverload, text: str, once: int | None = None, **roles: str) -> None:
     _unique(op)
-    RULES[op] = Rule.parse(text, **kw)
-    if RULES[op].once:
-        (ONCE[op],) = RULES[op].once
+    RULES[op] = Rule.parse(text, () if once is None else once, **roles)
+    if once is not None:
+        ONCE[op] = once
 
 
-def _unique(op):
+def _unique(op: OpOverload) -> None:
     if op in RULES or op in COMPUTED:
         raise RuleError(f"two rules for {op}")
 
 
-def computed(*ops, once=None):
-    def register(fn):
+def computed(*ops: OpOverload, once: int | None = None) -> Callable[[Computed], Computed]:
+    def register(fn: Computed) -> Computed:
         for op in ops:
             _unique(op)
             COMPUTED[op] = fn
@@ -128,7 +137,7 @@ def computed(*ops, once=None):
 class Event:
     node: str
     operand: int | None  # index among the tensor operands
-    dim: tuple  # factors, resolved when read
+    dim: Dim  # factors, resolved when read
     role: str
     why: str = ""
 
@@ -137,39 +146,46 @@ class Event:
 class Op:
     """What a rule sees of one node: arguments by schema name, operand dims, the factor table."""
 
-    node: object
-    args: dict  # schema name -> value
-    refs: list  # tensor operands in schema order (None where absent)
-    ins: list  # their dims
-    F: object
-    events: list
-    env: object  # value -> (dims, type), program-wide
-    siblings: list = field(default_factory=list)  # slices of the same operand
+    node: Node
+    args: Keywords  # schema name -> value
+    refs: Sequence[Ref | None]  # tensor operands in schema order (None where absent)
+    ins: list[Dims]  # their dims (none where absent)
+    F: Factors
+    events: list[Event] = field(default_factory=list)
+    # arguments of the slices of the same operand
+    siblings: Sequence[Keywords] = ()
     exchanged: int | None = (
         None  # of two output dims with one class, the one that a later op needs whole
     )
-    weak: list = field(
-        default_factory=list
-    )  # per operand: replicated by nature, follows the others and refines nothing
+    # per operand: replicated by nature, follows the others and refines nothing
+    weak: Sequence[bool] = ()
 
-    def event(self, role, dim, operand=None, why=""):
+    def shape(self, item: int = 0) -> tuple[Size, ...]:
+        """Of a result."""
+        t = self.node.types[item]
+        assert t is not None, f"{self.node.op} makes no result {item}"
+        return t.shape
+
+    def event(
+        self, role: str, dim: Iterable[Factor], operand: int | None = None, why: str = ""
+    ) -> None:
         if role in ALONG and self.node.op not in ALONG[role]:
             raise RuleError(f"{self.node.op} has no form for pieces: its role cannot be {role}")
-        if dim:
-            self.events.append(Event(self.node.name, operand, tuple(dim), role, why))
+        if dim := tuple(dim):
+            self.events.append(Event(self.node.name, operand, dim, role, why))
 
-    def new(self, size, why):
+    def new(self, size: Size, why: str) -> Dim:
         """A dim that the op makes as a whole."""
         dim = self.F.dim(size, self.node.name)
         self.event("whole", dim, None, why)
         return dim
 
-    def fresh(self, why, item=0):
+    def fresh(self, why: str, item: int = 0) -> list[Dim]:
         """The dims of a result that is made as a whole."""
         t = self.node.types[item]
         return [self.new(n, why) for n in t.shape] if t else []
 
-    def join(self, a, b, i=None, j=None):
+    def join(self, a: Dim, b: Dim, i: int | None = None, j: int | None = None) -> Dim:
         """Unify operand i's dim with b (met in operand j); the dim to go on with.
 
         Image against original gathers.
@@ -179,19 +195,18 @@ class Op:
         if not b:
             return a
 
-        def weak(k):
+        def weak(k: int | None) -> bool:
             return k is not None and k < len(self.weak) and self.weak[k]
 
         if weak(i):
             return b
         if weak(j):
             return a
-        hit = []
-        self.F.on_image = lambda f: hit.append(f)
+        hit: list[Factor] = []
+        self.F.on_image = hit.append
         ok = self.F.unify(a, b)
         self.F.on_image = None
         if not ok:
-            self.F.mismatch.append((self.node.name, self.F.show(a), self.F.show(b)))
             self.event("whole", a, i, "mismatch")
             self.event("whole", b, j, "mismatch")
         for f in hit:
@@ -202,98 +217,132 @@ class Op:
         return a
 
 
-def apply(r, op):
+class _Letters:
+    """What the letters of a declared rule stand for at one op."""
+
+    def __init__(self, r: Rule, op: Op):
+        self.op, self.F = op, op.F
+        self.roles: dict[Key, str] = dict(r.roles)
+        self.dims: dict[Key, Dim] = {}
+        self.first: dict[Key, int] = {}  # the operand that it was met in first
+        self.ones: set[Key] = set()  # those of size 1
+        self.uses: list[tuple[Key, int, Dim | None]] = []  # of letters with a role
+        self.tokens: dict[int, list[tuple[Key, ...]]] = {}  # operand -> the letters of its dims
+        self.lead = 0  # as many dims as "..." stands for
+
+    def read(self, patterns: Sequence[Pattern]) -> None:
+        """The operands that have one; what they say of themselves first, then what the others
+        say. Composites last: sizes known from the other operands, at most one open."""
+        op, late = self.op, []
+        met = range(min(len(patterns), len(op.ins)))
+        for i in sorted(met, key=lambda i: op.weak[i] if op.weak else False):
+            if op.refs[i] is None:
+                continue
+            dims = op.ins[i]
+            toks = _spelled(patterns[i], len(dims) - len(patterns[i]) + 1)
+            if "..." in patterns[i]:
+                self.lead = max(self.lead, len(dims) - len(patterns[i]) + 1)
+            assert len(toks) == len(dims), f"{op.node.op}: operand {i} has {len(dims)} dims"
+            self.tokens[i] = toks
+            for tok, dim in zip(toks, dims):
+                if len(tok) == 1:
+                    self.bind(tok[0], dim, i)
+                elif dim:
+                    late.append((tok, dim, i))
+        for tok, dim, i in late:
+            self.composite(tok, dim, i)
+        for key, i, dim in self.uses:
+            op.event(self.roles[key], dim or self.dims[key], i)
+
+    def bind(self, key: Key, dim: Dim, i: int) -> None:
+        if not dim:
+            self.ones.add(key)
+            return
+        if self.roles.get(key) == "exchange":
+            self.op.event("exchange", dim, i)
+            return
+        before = len(self.op.events)
+        met = key in self.dims
+        self.dims[key] = self.op.join(self.dims[key], dim, self.first[key], i) if met else dim
+        self.first.setdefault(key, i)
+        gathered = {e.operand for e in self.op.events[before:] if e.role == "exchange"}
+        if key in self.roles:
+            self.uses.append((key, i, dim if i not in gathered else None))
+
+    def composite(self, tok: tuple[Key, ...], dim: Dim, i: int) -> None:
+        known: dict[Key, Size] = {l: 1 for l in tok if l in self.ones}
+        known |= {l: self.F.size(self.dims[l]) for l in tok if l in self.dims}
+        rest: Size | None = self.F.size(dim)
+        for n in known.values():
+            rest = rest and divide(rest, n)
+        parts = rest and self.F.regroup([dim], [known.get(l, rest) for l in tok])
+        if not parts:
+            self.op.event("whole", dim, i, "composite does not divide")
+            return
+        for l, d in zip(tok, parts):
+            self.bind(l, d, i)
+
+    def follow(self) -> None:
+        """A weak operand is read with the factors of the letters."""
+        for i, toks in self.tokens.items():
+            if self.op.weak and self.op.weak[i]:
+                self.op.ins[i] = [
+                    sum((self.dims.get(l, d) for l in tok), ()) if d else ()
+                    for tok, d in zip(toks, self.op.ins[i])
+                ]
+
+    def result(self, pattern: Pattern, shape: Sequence[Size]) -> list[Dim]:
+        """The dims of one output; a class met twice in it is gathered."""
+        toks = _spelled(pattern, self.lead)
+        dims: list[Dim] = [()] * len(toks)
+        seen: set[Factor] = set()
+        for at in sorted(range(len(toks)), key=lambda k: k == self.op.exchanged):
+            if shape[at] == 1 or toks[at] == ("1",):
+                continue
+            for l in toks[at]:
+                if l not in self.dims:
+                    self.make(l, shape[at] if len(toks[at]) == 1 else 1)
+                twice = {f for f in self.F.leaves(self.dims[l]) if f in seen}
+                if twice:  # S x S: the later one is exchanged
+                    for i, it in self.tokens.items():
+                        if any(l in t for t in it):
+                            self.op.event("exchange", twice, i)
+                    self.dims[l] = replace(self.F, self.dims[l], twice)
+                seen |= set(self.F.leaves(self.dims[l]))
+            dims[at] = tuple(f for l in toks[at] for f in self.dims[l])
+        return dims
+
+    def make(self, key: Key, size: Size) -> None:
+        """A letter that no operand has."""
+        self.dims[key] = self.F.dim(size, self.op.node.name)
+        if key in self.roles:
+            self.op.event(self.roles[key], self.dims[key])
+
+
+def _spelled(pattern: Pattern, lead: int) -> list[tuple[Key, ...]]:
+    """The letters of each dim, where "..." stands for `lead` dims."""
+    out: list[tuple[Key, ...]] = []
+    for tok in pattern:
+        if tok == "...":
+            out += [(("...", lead - k),) for k in range(lead)]
+        else:
+            out.append((tok,) if isinstance(tok, str) else tok)
+    return out
+
+
+def apply(r: Rule, op: Op) -> list[Dims]:
     """Outputs of a declared rule: letters unify over the operands; a class met twice in an output
     is gathered."""
-    F, env, first, roles, lead, seen_as, uses, late = op.F, {}, {}, dict(r.roles), 0, {}, [], []
-
-    ones = set()
-
-    def bind(key, dim, i):
-        if not dim:
-            ones.add(key)
-            return
-        if roles.get(key) == "exchange":
-            op.event("exchange", dim, i)
-            return
-        before = len(op.events)
-        env[key] = op.join(env[key], dim, first[key], i) if key in env else dim
-        first.setdefault(key, i)
-        gathered = {e.operand for e in op.events[before:] if e.role == "exchange"}
-        if key in roles:
-            uses.append((key, i, dim if i not in gathered else None))
-
-    strong_first = sorted(
-        range(min(len(r.ins), len(op.ins))), key=lambda i: op.weak[i] if op.weak else 0
-    )
-    for i in strong_first:
-        pattern, dims = r.ins[i], op.ins[i]
-        if dims is None:
-            continue
-        toks = list(pattern)
-        if "..." in toks:
-            at, n = toks.index("..."), len(dims) - len(toks) + 1
-            lead = max(lead, n)
-            toks[at : at + 1] = [(("...", n - k),) for k in range(n)]
-        assert len(toks) == len(dims), f"{op.node.op}: {r}: operand {i} has {len(dims)} dims"
-        seen_as[i] = toks
-        for tok, dim in zip(toks, dims):
-            if len(tok) == 1:
-                bind(tok[0], dim, i)
-            else:
-                late.append((tok, dim, i))
-    for tok, dim, i in late:  # composite: sizes known from the other operands, at most one open
-        if not dim:
-            continue
-        known = {l: F.size(env[l]) if l in env else 1 for l in tok if l in env or l in ones}
-        rest = F.size(dim)
-        for n in known.values():
-            rest = divide(rest, n)
-        parts = rest and F.regroup([dim], [known.get(l, rest) for l in tok])
-        if not parts:
-            op.event("whole", dim, i, "composite does not divide")
-            continue
-        for l, d in zip(tok, parts):
-            bind(l, d, i)
-    for key, i, dim in uses:
-        op.event(roles[key], dim or env[key], i)
-    for i, toks in seen_as.items():  # a weak operand is read with the factors of the letters
-        if op.weak and op.weak[i]:
-            op.ins[i] = [
-                () if not d else sum((env.get(l, d) for l in tok), ())
-                for tok, d in zip(toks, op.ins[i])
-            ]
-    outs = []
-    for item, pattern in enumerate(r.outs[: len(op.node.types)]):
-        shape, toks = op.node.types[item].shape, list(pattern)
-        if "..." in toks:
-            at = toks.index("...")
-            toks[at : at + 1] = [(("...", lead - k),) for k in range(lead)]
-        dims, seen = [()] * len(toks), set()
-        for at in sorted(range(len(toks)), key=lambda k: k == op.exchanged):
-            tok, n = toks[at], shape[at]
-            if n == 1 or tok == "1":
-                continue
-            for l in tok:
-                if l not in env:
-                    env[l] = F.dim(n, op.node.name) if len(tok) == 1 else ()
-                    if l in roles:
-                        op.event(roles[l], env[l])
-                twice = {f for f in F.leaves(env[l]) if f in seen}
-                if twice:  # S x S: the later one is exchanged
-                    for i, it in seen_as.items():
-                        if any(l in t for t in it):
-                            op.event("exchange", twice, i)
-                    env[l] = replace(F, env[l], twice)
-                seen |= set(F.leaves(env[l]))
-            dims[at] = tuple(f for l in tok for f in env[l])
-        outs.append(dims)
-    return outs
+    letters = _Letters(r, op)
+    letters.read(r.ins)
+    letters.follow()
+    outs = r.outs[: len(op.node.types)]
+    return [letters.result(pattern, op.shape(item)) for item, pattern in enumerate(outs)]
 
 
-def replace(F, dim, leaves):
+def replace(F: Factors, dim: Dim, leaves: Collection[Factor]) -> Dim:
     """The dim with these leaves replaced by their images."""
-    out = []
+    out: list[Factor] = []
     for f in F.expand(dim):
         if f in leaves:
             out.append(F.image(f))
@@ -304,17 +353,17 @@ def replace(F, dim, leaves):
     return tuple(out)
 
 
-def pointwise(op):
+def pointwise(op: Op) -> list[Dims]:
     """Broadcast from the right; operands' dims unify."""
-    n = len(op.node.types[0].shape)
+    n = len(op.shape())
     letters = [f"d{k}" for k in range(n)]
-    ins = [tuple((l,) for l in letters[n - len(d) :]) if d is not None else () for d in op.ins]
+    ins = [tuple((l,) for l in letters[n - len(d) :]) for d in op.ins]
     return apply(Rule(tuple(ins), (tuple((l,) for l in letters),)), op)
 
 
-def fallback(op, why="no rule"):
+def fallback(op: Op, why: str = "no rule") -> list[Dims]:
     """An op that runs as a whole: every dim whole, outputs new."""
     for i, dims in enumerate(op.ins):
-        for d in dims or ():
+        for d in dims:
             op.event("whole", d, i, why)
     return [op.fresh(why, item) for item in range(len(op.node.types))]

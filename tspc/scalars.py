@@ -18,6 +18,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import TensorReferenceAnalysis
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from tspc.context import Arguments, Keywords
 from tspc.precision import retraced
 from tspc.torch_seams import FLEX, NESTING
 
@@ -44,7 +45,7 @@ AS_TENSORS = {
 }
 
 
-def as_tensors(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def as_tensors(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> torch.fx.GraphModule:
     """The graph without symbolic floats; `gm` itself where it has none. To be called under the
     fake mode of the inputs."""
     items = [n for n in gm.graph.nodes if n.target in ITEMS and _floats(n)]
@@ -76,7 +77,7 @@ def _expression(x: Any) -> sympy.Expr:
     return x.node.expr
 
 
-def _free(value: Any) -> Iterator[sympy.Symbol]:
+def _free(value: object) -> Iterator[sympy.Symbol]:
     """The symbols of floats in what a node gives or takes, and in its sizes."""
     for x in tree_leaves(value):
         parts = x.shape if isinstance(x, torch.Tensor) else (x,)
@@ -100,7 +101,7 @@ def _in_sizes(n: torch.fx.Node) -> bool:
     return sized or any(isinstance(x, whole) and any(_free(x)) for x in given)
 
 
-def _fix(values: dict[sympy.Expr, torch.SymFloat], *used: Any) -> None:
+def _fix(values: dict[sympy.Expr, torch.SymFloat], *used: object) -> None:
     for s in set(_free(used)):
         float(values[s])
 
@@ -112,11 +113,11 @@ class _Tensors(torch.fx.Interpreter):
         self.known: dict[Any, torch.Tensor] = {}  # symbol or expression -> its tensor
         self.expected: Any = None
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: torch.fx.Node) -> object:
         self.expected = n.meta.get("val")
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
         value = self.expected
         if isinstance(value, SYMBOLIC) and any(_free(value)):
             if target in ITEMS:
@@ -136,7 +137,7 @@ class _Tensors(torch.fx.Interpreter):
         args, kwargs = tree_map(_number, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-    def _computed(self, target: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    def _computed(self, target: Any, args: Arguments, kwargs: Keywords) -> torch.Tensor | None:
         """The op's value, of tensors; None if it takes none."""
         dtype = self.expected.dtype
         if target in AS_TENSORS:
@@ -150,7 +151,7 @@ class _Tensors(torch.fx.Interpreter):
             given, rest = tree_map(lambda x: self._typed(x, beside), (given, rest))
             op = AS_TENSORS[target]
             return _clamped(op, given, rest) if "clamp" in op.name() else op(*given, **rest)
-        if target is aten.rsub.Scalar and len(args) < 3:
+        if target is aten.rsub.Scalar and not args[2:]:
             return aten.sub.Tensor(self._typed(args[1], args[0]), args[0])
         if target is aten.masked_fill.Scalar:
             return aten.where.self(args[1], self._tensor(args[2]).to(dtype), args[0])
@@ -184,9 +185,10 @@ def _clamped(op: Callable[..., torch.Tensor], given: list[Any], rest: dict[str, 
     """Bounds that are numbers become tensors too."""
     x = given[0]
 
-    def bound(b: Any) -> Any:
-        plain = isinstance(b, torch.Tensor) or b is None
-        return b if plain else torch.full((), b, dtype=x.dtype, device=x.device)
+    def bound(b: torch.Tensor | float | None) -> torch.Tensor | None:
+        if isinstance(b, torch.Tensor) or b is None:
+            return b
+        return torch.full((), b, dtype=x.dtype, device=x.device)
 
     return op(x, *map(bound, given[1:]), **{k: bound(b) for k, b in rest.items()})
 

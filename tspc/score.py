@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import CodeType
 from typing import Any
 
 import torch
 
+from tspc.context import Arguments, Keywords
+
 Tensor = torch.Tensor
-Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # an op of ATen, its first operand the score
+Step = tuple[str, Arguments, Keywords]  # an op of ATen, its first operand the score
 SCORE = "s"
 # with the constant first: the op that has it last, and what it takes of the score
 _MIRRORED = {
@@ -29,7 +31,7 @@ _MIRRORED = {
 _NAMES = {"aten": torch.ops.aten, "inf": math.inf, "nan": math.nan}
 
 
-def applied(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int = 0) -> str | None:
+def applied(packet: str, args: Sequence[Any], kwargs: Keywords, at: int = 0) -> str | None:
     """The text of an op of ATen whose operand `at` is the text of a score; None where the op is not
     pointwise, or another operand is no constant."""
     if at and packet in _MIRRORED:

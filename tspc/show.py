@@ -11,7 +11,7 @@ import torch
 
 from tspc.passes.fold import Fold
 from tspc.passes.pipeline import Rewritten
-from tspc.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
+from tspc.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Size, Type
 
 _SHORT = {
     torch.float32: "f32",
@@ -67,11 +67,17 @@ def _symbol_names(rewritten: Rewritten) -> dict[sympy.Symbol, sympy.Symbol]:
     return out
 
 
-def _size(size: Any, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+def _size(size: Size, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
     return str(size.xreplace(dict(names))) if isinstance(size, sympy.Expr) else str(size)
 
 
-def _type(t: Type | None, place: str, cut: int | None, names: Any, axis: str) -> str:
+def _type(
+    t: Type | None,
+    place: str,
+    cut: int | None,
+    names: Mapping[sympy.Symbol, sympy.Symbol],
+    axis: str,
+) -> str:
     if t is None:
         return "-"
     dims = [_size(s, names) + (f"@{axis}" if k == cut else "") for k, s in enumerate(t.shape)]
@@ -80,7 +86,11 @@ def _type(t: Type | None, place: str, cut: int | None, names: Any, axis: str) ->
 
 
 def _line(
-    n: Node, rewritten: Rewritten, names: Any, axis: str, schedules: Mapping[str, str]
+    n: Node,
+    rewritten: Rewritten,
+    names: Mapping[sympy.Symbol, sympy.Symbol],
+    axis: str,
+    schedules: Mapping[str, str],
 ) -> tuple[str, str, str, str]:
     typed = rewritten.typed
 
@@ -119,7 +129,7 @@ def _line(
     return f"%{n.name}", types, f"{op}({', '.join(_value(a, names) for a in n.args)})", n.source
 
 
-def _value(a: Any, names: Any) -> str:
+def _value(a: Any, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
     if isinstance(a, (tuple, list)):
         return "[" + ", ".join(_value(x, names) for x in a) + "]"
     if isinstance(a, Ref):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import types
 from collections.abc import Callable
+from copy import _reconstruct as reconstruct  # pyright: ignore[reportAttributeAccessIssue]
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -29,6 +29,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import predispatch
 from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, Replicate, debug, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.experimental import register_sharding
@@ -37,6 +38,7 @@ from torch.optim.optimizer import Optimizer
 
 from tspc.errors import ShardedParameterError, TspcError
 
+Function = TypeVar("Function", bound=Callable[..., object])
 _TORCH = str(Path(torch.__file__).parent)
 _TSPC = str(Path(__file__).parent)
 FLEX = torch.ops.higher_order.flex_attention
@@ -66,17 +68,27 @@ class _Plain(ShortenTraceback):
         return self.error
 
 
-def plainly(backend: Callable[..., Any]) -> Callable[..., Any]:
+def plainly(backend: Callable[..., object]) -> Callable[..., object]:
     """A backend whose `TspcError`s reach the caller of the compiled model as they are."""
 
     @functools.wraps(backend)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         try:
             return backend(*args, **kwargs)
         except TspcError as e:
             raise _Plain(e) from e
 
     return call
+
+
+def outside_of_dynamo(fn: Function) -> Function:
+    """`torch.compiler.disable`, which says of its result less than it is."""
+    return torch.compiler.disable(fn)  # pyright: ignore[reportReturnType]
+
+
+def uses(x: torch.Tensor) -> int:
+    """How many hold it, autograd's graphs among them."""
+    return x._use_count()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def real_tensors(gm: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
@@ -86,9 +98,19 @@ def real_tensors(gm: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
         argument = node.meta.get("grapharg")
         example = getattr(argument, "example", None) if argument is not None else None
         if isinstance(example, torch.Tensor):
-            source = node._dynamo_source.name
-            out.append((source() if callable(source) else source, example))
+            out.append((source_name(node), example))
     return out
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """Where Dynamo has a graph input from, as Python code; "" where it does not say."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def replace_member(owner: object, name: str, value: object) -> None:
+    """In the place of torch's own."""
+    setattr(owner, name, value)
 
 
 def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
@@ -107,6 +129,7 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
     if found is not None:
         roots[id(found)] = found
     translator = InstructionTranslator.current_tx().output.root_tx
+    assert translator is not None
     scope = {"L": translator.f_locals, "G": translator.f_globals}
     cache: dict[Any, Any] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -127,7 +150,7 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
     return list(roots.values())
 
 
-def parts_of(op: Any) -> Callable[..., Any]:
+def parts_of(op: OpOverload) -> Callable[..., object]:
     """An op spelled out in other ops: torch's own kernel of a composite one, else the entry of its
     table of decompositions."""
     return op.decompose if op._can_decompose() else decomposition_table[op]
@@ -144,7 +167,7 @@ def on_compile(backend: Any, wrap: Callable[[Any, Any, bool], Any]) -> None:
     modules: list[nn.Module] = []
 
     @functools.wraps(plain)
-    def make(self: Any, fn: Any) -> Any:
+    def make(self: Any, fn: Any) -> object:
         found = eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
         if getattr(found, "compiler_fn", found) is not backend or isinstance(fn, type):
             return plain(self, fn)
@@ -231,8 +254,10 @@ def default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def timeout_of(group: Any) -> timedelta | None:
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """How long a collective of the group waits; None where its backend does not tell."""
+    if group is None:
+        return None
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
         found = getattr(options, "_timeout", None)
@@ -274,7 +299,7 @@ def assign_data_of_shards() -> None:
             )
         self._local_tensor.data = value.redistribute(self.device_mesh, self.placements).to_local()
 
-    DTensor.data = property(lambda self: plain.__get__(self), put)
+    replace_member(DTensor, "data", property(lambda self: plain.__get__(self), put))
 
 
 def find_nan_in_shards() -> None:
@@ -291,7 +316,7 @@ def orthogonalise_whole() -> None:
     """Muon's iteration for a shard runs on the whole matrix, one at a time, on every rank: its sums
     are in bfloat16, where those of shards would differ from one device's. Idempotent."""
     before = _muon._zeropower_via_newtonschulz
-    if hasattr(before, "_tspc"):
+    if before.__module__ == __name__:
         return
 
     def whole(grad: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -300,7 +325,6 @@ def orthogonalise_whole() -> None:
         made = before(grad.full_tensor(), *args)
         return distribute_tensor(made, grad.device_mesh, grad.placements, src_data_rank=None)
 
-    whole._tspc = True
     _muon._zeropower_via_newtonschulz = whole
 
 
@@ -311,9 +335,11 @@ def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
     torch's way with subclasses (`swap_tensors`) refuses what anyone holds a weak reference to.
     """
     if p.is_meta != moved.is_meta:
-        if not hasattr(p, "_tspc_moved"):
-            p._tspc_moved = torch.nn.Parameter(moved, p.requires_grad)
-        return p._tspc_moved
+        new = vars(p).get("_tspc_moved")
+        if new is None:
+            new = vars(p)["_tspc_moved"] = torch.nn.Parameter(moved, p.requires_grad)
+        return new
+    assert isinstance(p, DTensor)
     plain: Any = torch.Tensor.data
     plain.__set__(p, moved)
     p._local_tensor, p._spec = moved._local_tensor, moved._spec
@@ -333,20 +359,20 @@ def refuse_pickles(instead: Callable[[DTensor], Any]) -> None:
         return
     plain: Any = torch.Tensor.__reduce_ex__
 
-    def reduce(self: DTensor, protocol: Any) -> Any:
+    def reduce(self: DTensor, protocol: int) -> object:
         given = instead(self)
         return plain(self, protocol) if given is self else given.__reduce_ex__(protocol)
 
-    DTensor.__reduce_ex__ = reduce
-    DTensor.__copy__ = lambda self: copy._reconstruct(self, None, *plain(self, 4))  # type: ignore
+    replace_member(DTensor, "__reduce_ex__", reduce)
+    replace_member(DTensor, "__copy__", lambda x: reconstruct(x, None, *plain(x, 4)))
     ForkingPickler.register(DTensor, lambda x: plain(x, 4))
 
 
 def cut_loaded_states(cut: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """`Optimizer.load_state_dict` stores `cut(parameter, value)` for each tensor but the steps."""
-    if hasattr(Optimizer, "_tspc_plain_policy"):
-        return
     plain = Optimizer._process_value_according_to_param_policy
+    if plain.__module__ == __name__:
+        return
 
     def policy(
         param: torch.Tensor, value: torch.Tensor, param_id: int, param_groups: Any, key: Any = None
@@ -354,5 +380,4 @@ def cut_loaded_states(cut: Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
         value = plain(param, value, param_id, param_groups, key)
         return value if key == "step" else cut(param, value)
 
-    Optimizer._tspc_plain_policy = staticmethod(plain)
-    Optimizer._process_value_according_to_param_policy = staticmethod(policy)
+    replace_member(Optimizer, "_process_value_according_to_param_policy", staticmethod(policy))

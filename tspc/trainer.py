@@ -21,7 +21,7 @@ _OPTIONS: dict[str, Any] = {}
 _DONE: list[str] = []
 
 
-def register(**options: Any) -> None:
+def register(**options: object) -> None:
     """Make accelerate, and transformers' Trainer where it is installed, take `"tsp"` as the
     backend of torch.compile; on one process this changes nothing else.
 
@@ -66,25 +66,25 @@ def _accelerate() -> None:
         """Whether ranks share the model."""
         return state.PartialState._shared_state.get("distributed_type") is tsp
 
-    def start(do: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    def start(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> None:
         do(self, *args, **kwargs)
         if self.num_processes > 1:
             self.distributed_type, self.num_processes = tsp, 1
 
-    def wait(do: Callable[..., Any], self: Any) -> None:
+    def wait(do: Callable[..., object], self: Any) -> None:
         if shared():
             dist.barrier()
         else:
             do(self)
 
-    def compiling(do: Callable[..., Any], self: Any) -> dict[str, Any]:
+    def compiling(do: Callable[..., dict[str, Any]], self: Any) -> dict[str, Any]:
         kwargs = do(self)
         if kwargs.get("backend") == _NAME.lower() and _OPTIONS:
             kwargs.pop("mode", None)
             kwargs["options"] = {**_OPTIONS, **(kwargs.get("options") or {})}
         return kwargs
 
-    def loader(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def loader(do: Callable[..., object], *args: object, **kwargs: object) -> object:
         """Every rank reads for itself: nobody sends batches."""
         if shared():
             kwargs["dispatch_batches"] = False
@@ -103,23 +103,23 @@ def _trainer(cls: Any, module: Any) -> None:
     def shared(self: Any) -> bool:
         return self.args.distributed_state.distributed_type.value == _NAME
 
-    def on_writer(do: Callable[..., Any], self: Any, *args: Any) -> None:
+    def on_writer(do: Callable[..., object], self: Any, *args: object) -> None:
         if not shared(self) or self.args.should_save:
             do(self, *args)
 
-    def seed(do: Callable[..., Any], worker: int, num_workers: int, rank: int) -> None:
+    def seed(do: Callable[..., object], worker: int, num_workers: int, rank: int) -> None:
         do(worker, num_workers, 0 if PartialState().distributed_type.value == _NAME else rank)
 
     _wrap(cls, "_save_rng_state", on_writer)
     _wrap(module, "seed_worker", seed)
 
 
-def _wrap(owner: Any, name: str, do: Callable[..., Any]) -> None:
+def _wrap(owner: Any, name: str, do: Callable[..., object]) -> None:
     """owner.name(...) becomes do(what it was, ...)."""
     before = getattr(owner, name)
 
     @functools.wraps(before)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         return do(before, *args, **kwargs)
 
     setattr(owner, name, call)

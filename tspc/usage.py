@@ -18,7 +18,7 @@ MODEL = "a torch.nn.Module, or what torch.compile made of one"
 MESH = 'a DeviceMesh, as init_device_mesh("cpu", (2,), mesh_dim_names=("tsp",)) makes one'
 
 
-def said(value: Any) -> str:
+def said(value: object) -> str:
     """A value for a message: short, with its type."""
     if isinstance(value, (torch.Tensor, nn.Module)):
         return f"a {type(value).__name__}"
@@ -26,12 +26,14 @@ def said(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def check_module(where: str, model: Any) -> None:
+def check_module(where: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise OptionError(f"{where} takes {MODEL}; it was given {said(model)}")
 
 
-def check_called(where: str, model: Any, args: Any, kwargs: Any, module: bool = False) -> None:
+def check_called(
+    where: str, model: object, args: object, kwargs: object, module: bool = False
+) -> None:
     """A model and what it is to be called with."""
     if module or not callable(model) or isinstance(model, type):
         check_module(where, model)
@@ -44,21 +46,20 @@ def check_called(where: str, model: Any, args: Any, kwargs: Any, module: bool = 
         raise OptionError(f"{where}: kwargs is a dict by name, not {said(kwargs)}")
 
 
-def check_ranks(where: str, ranks: Any) -> None:
-    whole = isinstance(ranks, int) and not isinstance(ranks, bool)
-    if not whole or not 1 <= ranks <= MOST:
+def check_ranks(where: str, ranks: object) -> None:
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= MOST:
         raise OptionError(
             f"{where}: ranks is how many ranks the axis has, an int from 1 to {MOST}, not "
             f"{said(ranks)}"
         )
 
 
-def check_mesh(where: str, mesh: Any) -> None:
+def check_mesh(where: str, mesh: object) -> None:
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise OptionError(f"{where}: mesh is {MESH}, not {said(mesh)}")
 
 
-def check_name(where: str, name: Any) -> None:
+def check_name(where: str, name: object) -> None:
     if not isinstance(name, str):
         raise OptionError(
             f"{where}: name is that of a region, parameter or value in the printed program, a "
@@ -71,9 +72,13 @@ def check_function(where: str, name: str, fn: Callable[..., Any] | None) -> None
         raise OptionError(f"{where}: {name} is a function, not {said(fn)}")
 
 
-def check_tolerance(where: str, tolerance: Any) -> None:
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not number or not math.isfinite(tolerance) or tolerance < 0:
+def check_tolerance(where: str, tolerance: object) -> None:
+    if (
+        not isinstance(tolerance, (int, float))
+        or isinstance(tolerance, bool)
+        or not math.isfinite(tolerance)
+        or tolerance < 0
+    ):
         raise OptionError(f"{where}: tolerance is a relative error >= 0, not {said(tolerance)}")
 
 

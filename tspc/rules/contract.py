@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
 from tspc import counter  # noqa: F401  defines the ops
 from tspc.along import SEQUENCE_CONV
+from tspc.factor import Dims
 from tspc.rule import Op, Rule, apply, computed, fallback, rule
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
@@ -21,13 +23,13 @@ rule(aten.embedding.default, "v d, ... -> ... d", select="v")
 
 
 @computed(aten.addmm.default, once=0)
-def addmm(op: Op) -> list:
+def addmm(op: Op) -> Sequence[Dims]:
     bias = "m n" if len(op.ins[0]) > 1 else "n"
     return apply(Rule.parse(f"{bias}, m k, k n -> m n", reduce="k"), op)
 
 
 @computed(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-def convolution(op: Op) -> list:
+def convolution(op: Op) -> Sequence[Dims]:
     """The channels are summed where nothing is added after the sum."""
     before, window, after = (
         " ".join(f"{l}{k}" for k in range(len(op.ins[1]) - 2)) for l in ("x", "w", "y")
@@ -38,16 +40,16 @@ def convolution(op: Op) -> list:
         text = f"{b}c {before}, o i {window}, o -> {b}o {after}"
         return apply(Rule.parse(text, whole=f"c i o {places}"), op)
     roles = {"whole": places, "reduce": "c"}
-    if op.ins[2] is not None:
+    if op.refs[2] is not None:
         roles = {"whole": f"{places} c"}
     return apply(Rule.parse(f"{b}c {before}, o c {window}, o -> {b}o {after}", **roles), op)
 
 
 @computed(SEQUENCE_CONV)
-def sequence_conv(op: Op) -> list:
+def sequence_conv(op: Op) -> Sequence[Dims]:
     """The length stays. Channels are summed where nothing is added after the sum, or each runs
     alone."""
-    groups, biased = op.args["groups"], op.ins[2] is not None
+    groups, biased = op.args["groups"], op.refs[2] is not None
     text, roles = "b c s, o c w, o -> b o s", {"whole": "w"}
     if groups == 1:
         roles = {"whole": "w c"} if biased else {"whole": "w", "reduce": "c"}
@@ -64,7 +66,7 @@ def sequence_conv(op: Op) -> list:
     tspc.masked_attention.default,
     tspc.sink_attention.default,
 )
-def attention(op: Op) -> list:
+def attention(op: Op) -> Sequence[Dims]:
     """States go with the queries, a sink with its head, the data of a predicate with neither."""
     h = "(k g)" if op.args["enable_gqa"] else "k"
     n = len(op.ins[0])
@@ -87,7 +89,7 @@ def attention(op: Op) -> list:
 
 
 @computed(aten.matmul.default)
-def matmul(op: Op) -> list:
+def matmul(op: Op) -> Sequence[Dims]:
     a, b = (len(d) for d in op.ins)
     return apply(
         Rule.parse(
@@ -106,7 +108,7 @@ def matmul(op: Op) -> list:
 
 
 @computed(aten.einsum.default)
-def einsum(op: Op) -> list:
+def einsum(op: Op) -> Sequence[Dims]:
     left, arrow, right = op.args["equation"].replace(" ", "").partition("->")
     tensors = [re.findall(r"\.\.\.|\w", t) for t in left.split(",")]
     letters = [l for t in tensors for l in t if l != "..."]

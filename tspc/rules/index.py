@@ -5,29 +5,35 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, PythonMod
+from sympy.logic.boolalg import Boolean
 
 from tspc.index import (
     COMPARE,
     FALSE,
     TRUE,
     Cases,
+    Expression,
     index,
+    is_number,
     is_predicate,
     negate,
     nonnegative,
+    remainder,
+    rounded_down,
     select,
+    select_float,
     substitute,
     zero,
 )
-from tspc.program import Node, Ref, Type
+from tspc.program import Node, Ref, Size, Type
 
-RULES: dict[str, Callable[..., Any]] = {}
+Operand = Ref | sympy.Expr | float  # what an op is called with: a value or a number
+RULES: dict[str, Callable[..., Expression | None]] = {}
 MAX_CASES = 4
 
 
@@ -38,10 +44,10 @@ class Reader:
         self.node, self.env, self.types = node, env, types
         self.rank = len(node.type.shape)
 
-    def shape(self, ref: Any) -> tuple[Any, ...]:
+    def shape(self, ref: Ref) -> tuple[Size, ...]:
         return self.types[ref].shape
 
-    def aligned(self, a: Any) -> Any:
+    def aligned(self, a: Operand) -> Any:
         """An operand's expression over the node's dims, broadcast from the right."""
         if not isinstance(a, Ref):
             return literal(a, self.node.type.dtype)
@@ -53,7 +59,7 @@ def moved(e: Any, to: dict[int, int]) -> Any:
     return substitute(e, {index(a): index(b) for a, b in to.items() if a != b})
 
 
-def literal(v: Any, dtype: torch.dtype) -> Any:
+def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Any:
     """A number as an expression of the dtype."""
     if isinstance(v, sympy.Expr):
         return v
@@ -80,8 +86,10 @@ def as_dtype(e: Any, dtype: torch.dtype) -> Any:
     return None if isinstance(e, Cases) or is_predicate(e) else e
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+def rule(
+    *names: str,
+) -> Callable[[Callable[..., Expression | None]], Callable[..., Expression | None]]:
+    def register(fn: Callable[..., Expression | None]) -> Callable[..., Expression | None]:
         for n in names:
             assert n not in RULES, n
             RULES[n] = fn
@@ -92,7 +100,7 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _compare(kind: str) -> None:
     @rule(kind)
-    def compare(r: Reader, x: Any, y: Any) -> Any:
+    def compare(r: Reader, x: Operand, y: Operand) -> Any:
         if isinstance(x, Ref) and isinstance(r.env[x], Cases) and isinstance(y, (int, float)):
             number = float(torch.tensor(y, dtype=r.types[x].dtype))
             values = r.aligned(x).values
@@ -106,7 +114,7 @@ def _compare(kind: str) -> None:
         return COMPARE[kind](a, b)
 
 
-def _integer(v: Any) -> Any:
+def _integer(v: float | sympy.Expr) -> Any:
     """A number that integers are compared with, None if it is none of them."""
     if isinstance(v, float):
         return sympy.Integer(int(v)) if v.is_integer() else None
@@ -118,23 +126,23 @@ for _kind in COMPARE:
 
 
 @rule("add", "sub", "mul")
-def arithmetic(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
+def arithmetic(r: Reader, x: Operand, y: Operand, alpha: float = 1) -> Expression | None:
     kind = r.node.op._schema.name.split("::")[1]
     a, b = r.aligned(x), r.aligned(y)
     if isinstance(a, Cases) and isinstance(b, Cases):
         return _float(kind, a, b, alpha)
     if r.node.type.dtype == torch.bool and is_predicate(a) and is_predicate(b) and kind != "sub":
         return sympy.Or(a, b) if kind == "add" else sympy.And(a, b)
-    if any(isinstance(e, Cases) or is_predicate(e) for e in (a, b)):
+    if not (is_number(a) and is_number(b)):
         return None
     b = b * alpha
     return sympy.expand({"add": a + b, "sub": a - b, "mul": a * b}[kind])
 
 
-def _float(kind: str, a: Cases, b: Cases, alpha: Any) -> Any:
+def _float(kind: str, a: Cases, b: Cases, alpha: float) -> Expression | None:
     if len(a.values) * len(b.values) > MAX_CASES:
         return None
-    merged: dict[float, Any] = {}
+    merged: dict[float, Boolean] = {}
     for v, p in a.values:
         for w, q in b.values:
             x = {"add": v + alpha * w, "sub": v - alpha * w, "mul": v * w}[kind]
@@ -145,28 +153,30 @@ def _float(kind: str, a: Cases, b: Cases, alpha: Any) -> Any:
 
 
 @rule("floor_divide", "remainder")
-def division(r: Reader, x: Any, y: Any) -> Any:
+def division(r: Reader, x: Operand, y: Operand) -> Expression | None:
     """By a number, rounded down."""
     e = r.aligned(x)
     if isinstance(e, Cases) or is_predicate(e) or not (isinstance(y, int) and y > 0):
         return None
     whole = r.node.op._schema.name.endswith("floor_divide")
-    return FloorDiv(e, sympy.Integer(y)) if whole else PythonMod(e, sympy.Integer(y))
+    return (rounded_down if whole else remainder)(e, sympy.Integer(y))
 
 
 @rule("div")
-def rounded(r: Reader, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+def rounded(
+    r: Reader, x: Operand, y: Operand, rounding_mode: str | None = None
+) -> Expression | None:
     if r.node.type.is_float or rounding_mode is None:
         return None
     e = division(r, x, y) if isinstance(y, int) and y > 0 else None
     if e is None:
         return None
-    e = FloorDiv(r.aligned(x), sympy.Integer(y))
+    e = rounded_down(r.aligned(x), sympy.Integer(y))
     return e if rounding_mode == "floor" or r.aligned(x).is_nonnegative else None
 
 
 @rule("neg", "abs")
-def unary(r: Reader, x: Any) -> Any:
+def unary(r: Reader, x: Ref) -> Expression | None:
     e = r.env[x]
     if isinstance(e, Cases) or is_predicate(e):
         return None
@@ -174,7 +184,7 @@ def unary(r: Reader, x: Any) -> Any:
 
 
 @rule("rsub")
-def reversed_sub(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
+def reversed_sub(r: Reader, x: Operand, y: Operand, alpha: float = 1) -> Expression | None:
     e = r.aligned(x)
     if isinstance(e, Cases) or is_predicate(e) or alpha != 1:
         return None
@@ -183,7 +193,7 @@ def reversed_sub(r: Reader, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 
 @rule("__xor__", "bitwise_xor", "logical_xor")
-def exclusive(r: Reader, x: Any, y: Any) -> Any:
+def exclusive(r: Reader, x: Operand, y: Operand) -> Expression | None:
     a, b = r.aligned(x), r.aligned(y)
     if not (is_predicate(a) and is_predicate(b)):
         return None
@@ -191,25 +201,25 @@ def exclusive(r: Reader, x: Any, y: Any) -> Any:
 
 
 @rule("__and__", "bitwise_and", "logical_and")
-def conjunction(r: Reader, x: Any, y: Any) -> Any:
+def conjunction(r: Reader, x: Operand, y: Operand) -> Expression | None:
     a, b = r.aligned(x), r.aligned(y)
     return sympy.And(a, b) if is_predicate(a) and is_predicate(b) else None
 
 
 @rule("__or__", "bitwise_or", "logical_or")
-def disjunction(r: Reader, x: Any, y: Any) -> Any:
+def disjunction(r: Reader, x: Operand, y: Operand) -> Expression | None:
     a, b = r.aligned(x), r.aligned(y)
     return sympy.Or(a, b) if is_predicate(a) and is_predicate(b) else None
 
 
 @rule("bitwise_not", "logical_not", "__invert__")
-def inversion(r: Reader, x: Any) -> Any:
+def inversion(r: Reader, x: Operand) -> Expression | None:
     e = r.aligned(x)
     return negate(e) if is_predicate(e) else None
 
 
 @rule("arange")
-def arange(r: Reader, *args: Any, **_: Any) -> Any:
+def arange(r: Reader, *args: object, **_: object) -> Expression | None:
     if len(args) > 2 or r.node.type.dtype.is_floating_point:
         return None
     start = args[0] if len(args) == 2 else 0
@@ -217,89 +227,89 @@ def arange(r: Reader, *args: Any, **_: Any) -> Any:
 
 
 @rule("full", "new_full")
-def full(r: Reader, *args: Any, **_: Any) -> Any:
+def full(r: Reader, *args: Any, **_: object) -> Expression | None:
     return literal(args[-1], r.node.type.dtype)
 
 
 @rule("ones", "new_ones", "ones_like")
-def ones(r: Reader, *_: Any, **__: Any) -> Any:
+def ones(r: Reader, *_: object, **__: object) -> Expression | None:
     return literal(1, r.node.type.dtype)
 
 
 @rule("zeros", "new_zeros", "zeros_like")
-def zeros(r: Reader, *_: Any, **__: Any) -> Any:
+def zeros(r: Reader, *_: object, **__: object) -> Expression | None:
     return literal(0, r.node.type.dtype)
 
 
 @rule("full_like")
-def full_like(r: Reader, x: Any, value: Any, **_: Any) -> Any:
+def full_like(r: Reader, x: Ref, value: float | sympy.Expr, **_: object) -> Expression | None:
     return literal(value, r.node.type.dtype)
 
 
 @rule("to", "_to_copy")
-def cast(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+def cast(r: Reader, x: Ref, *_: object, **__: object) -> Expression | None:
     return as_dtype(r.env[x], r.node.type.dtype)
 
 
 @rule("alias", "clone", "detach", "contiguous", "lift_fresh_copy")
-def same(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+def same(r: Reader, x: Ref, *_: object, **__: object) -> Expression | None:
     return r.env[x]
 
 
 @rule("where")
-def where(r: Reader, p: Any, x: Any, y: Any) -> Any:
+def where(r: Reader, p: Operand, x: Operand, y: Operand) -> Expression | None:
     e, a, b = r.aligned(p), r.aligned(x), r.aligned(y)
     return _selected(r, e, a, b)
 
 
 @rule("masked_fill")
-def masked_fill(r: Reader, x: Any, p: Any, value: Any) -> Any:
+def masked_fill(r: Reader, x: Operand, p: Operand, value: Operand) -> Expression | None:
     return _selected(r, r.aligned(p), r.aligned(value), r.aligned(x))
 
 
-def _selected(r: Reader, p: Any, a: Any, b: Any) -> Any:
+def _selected(r: Reader, p: Ref, a: Any, b: Any) -> Expression | None:
     a, b = (as_dtype(e, r.node.type.dtype) if e is not None else None for e in (a, b))
     if not is_predicate(p) or a is None or b is None:
         return None
-    if isinstance(a, Cases) != isinstance(b, Cases):
-        return None
-    return select(p, a, b) if isinstance(a, Cases) or is_predicate(a) else None
+    if isinstance(a, Cases) and isinstance(b, Cases):
+        return select_float(p, a, b)
+    return select(p, a, b) if is_predicate(a) and is_predicate(b) else None
 
 
 @rule("tril", "triu")
-def triangle(r: Reader, x: Any, diagonal: int = 0) -> Any:
+def triangle(r: Reader, x: Ref, diagonal: int = 0) -> Expression | None:
     sign = 1 if r.node.op._schema.name.endswith("tril") else -1
     keep = nonnegative(sign * (index(r.rank - 2) + diagonal - index(r.rank - 1)))
     e = r.env[x]
     if is_predicate(e):
         return sympy.And(keep, e)
-    return select(keep, e, Cases(((0.0, TRUE),))) if isinstance(e, Cases) else None
+    return select_float(keep, e, Cases(((0.0, TRUE),))) if isinstance(e, Cases) else None
 
 
 @rule("unsqueeze")
-def unsqueeze(r: Reader, x: Any, dim: int) -> Any:
+def unsqueeze(r: Reader, x: Ref, dim: int) -> Expression | None:
     dim %= r.rank
     return moved(r.env[x], {d: d + (d >= dim) for d in reversed(range(r.rank - 1))})
 
 
 @rule("expand", "broadcast_to")
-def expand(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+def expand(r: Reader, x: Ref, *_: object, **__: object) -> Expression | None:
     return r.aligned(x)
 
 
 @rule("transpose")
-def transpose(r: Reader, x: Any, a: int, b: int) -> Any:
+def transpose(r: Reader, x: Ref, a: int, b: int) -> Expression | None:
     a, b = a % r.rank, b % r.rank
     return substitute(r.env[x], {index(a): index(b), index(b): index(a)})
 
 
 @rule("permute")
-def permute(r: Reader, x: Any, order: Any) -> Any:
+def permute(r: Reader, x: Ref, order: Sequence[int]) -> Expression | None:
     return moved(r.env[x], {a % r.rank: b for b, a in enumerate(order)})
 
 
 @rule("squeeze")
-def squeeze(r: Reader, x: Any, dim: Any = None) -> Any:
+def squeeze(r: Reader, x: Ref, dim: int | Sequence[int] | None = None) -> Expression | None:
     shape = r.shape(x)
     dims = range(len(shape)) if dim is None else (dim,) if isinstance(dim, int) else dim
     gone = {d % len(shape) for d in dims if shape[d] == 1}
@@ -308,7 +318,7 @@ def squeeze(r: Reader, x: Any, dim: Any = None) -> Any:
 
 
 @rule("select")
-def select_(r: Reader, x: Any, dim: int, at: Any) -> Any:
+def select_(r: Reader, x: Ref, dim: int, at: Size) -> Expression | None:
     rank = len(r.shape(x))
     dim %= rank
     if isinstance(at, int) and at < 0:
@@ -318,7 +328,7 @@ def select_(r: Reader, x: Any, dim: int, at: Any) -> Any:
 
 
 @rule("view", "reshape", "_unsafe_view")
-def view(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
+def view(r: Reader, x: Ref, *_: object, **__: object) -> Expression | None:
     """Where only dims of size 1 come or go."""
     before, after = (
         [d for d, n in enumerate(shape) if n != 1] for shape in (r.shape(x), r.node.type.shape)
@@ -329,7 +339,9 @@ def view(r: Reader, x: Any, *_: Any, **__: Any) -> Any:
 
 
 @rule("slice")
-def slice_(r: Reader, x: Any, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> Any:
+def slice_(
+    r: Reader, x: Ref, dim: int = 0, start: Size | None = 0, end: object = None, step: int = 1
+) -> Expression | None:
     start = start or 0
     size = r.shape(x)[dim % r.rank]
     if isinstance(start, int) and start < 0:
@@ -340,12 +352,12 @@ def slice_(r: Reader, x: Any, dim: int = 0, start: Any = 0, end: Any = None, ste
 
 
 @rule("index")
-def gather(r: Reader, x: Any, indices: Any) -> Any:
+def gather(r: Reader, x: Ref, indices: Sequence[Ref | None]) -> Expression | None:
     """x[i, j] with an integer index for every dim."""
     if any(i is None for i in indices) or len(indices) != len(r.shape(x)):
         return None
     at = {}
-    for d, i in enumerate(indices):
+    for d, i in enumerate(i for i in indices if i is not None):
         e = r.aligned(i)
         if isinstance(e, Cases) or is_predicate(e) or not e.is_nonnegative:
             return None
@@ -354,7 +366,7 @@ def gather(r: Reader, x: Any, indices: Any) -> Any:
 
 
 @rule("cumsum")
-def cumsum(r: Reader, x: Any, dim: int, **_: Any) -> Any:
+def cumsum(r: Reader, x: Ref, dim: int, **_: object) -> Expression | None:
     e = r.env[x]
     if e == FALSE:
         return sympy.Integer(0)
@@ -363,7 +375,12 @@ def cumsum(r: Reader, x: Any, dim: int, **_: Any) -> Any:
 
 @rule("diff")
 def diff(
-    r: Reader, x: Any, order: int = 1, dim: int = -1, prepend: Any = None, append: Any = None
+    r: Reader,
+    x: Ref,
+    order: int = 1,
+    dim: int = -1,
+    prepend: Ref | None = None,
+    append: Ref | None = None,
 ) -> Any:
     """Where the first difference equals all others."""
     if order != 1 or prepend is None or append is not None or r.shape(prepend)[dim] != 1:

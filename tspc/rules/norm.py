@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from tspc.factor import const
+from tspc.factor import Dims, const
 from tspc.rule import Op, Rule, apply, computed, rule
 
 aten = torch.ops.aten
@@ -14,21 +16,21 @@ rule(aten.tril.default, "... a b -> ... a b", whole="a b")
 rule(aten.triu.default, "... a b -> ... a b", whole="a b")
 
 
-def letters(n, but=()):
+def letters(n: int) -> list[str]:
     return [f"a{k}" for k in range(n)]
 
 
-def at(op, dim, i=0):
+def at(op: Op, dim: int, i: int = 0) -> int:
     return dim % len(op.ins[i])
 
 
 @computed(aten.rms_norm.default, aten.layer_norm.default)
-def norm(op: Op) -> list:
+def norm(op: Op) -> Sequence[Dims]:
     d = " ".join(letters(len(op.args["normalized_shape"])))
     return apply(Rule.parse(f"... {d}, {d}, {d} -> ... {d}", whole=d), op)
 
 
-def along(op, role, keep):
+def along(op: Op, role: str, keep: bool) -> Sequence[Dims]:
     """Ops along args['dim']: the dim gets the role and stays, or goes."""
     n = len(op.ins[0])
     dims = op.args.get("dim", op.args.get("dims"))
@@ -52,7 +54,7 @@ def along(op, role, keep):
 
 
 @computed(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
-def reduction(op: Op) -> list:
+def reduction(op: Op) -> Sequence[Dims]:
     return along(op, "reduce", False)
 
 
@@ -67,17 +69,17 @@ def reduction(op: Op) -> list:
     aten.sort.default,
     aten.sort.stable,
 )
-def whole_dim(op: Op) -> list:
+def whole_dim(op: Op) -> Sequence[Dims]:
     return along(op, "whole", True)
 
 
 @computed(aten.cumsum.default)
-def scanned(op: Op) -> list:
+def scanned(op: Op) -> Sequence[Dims]:
     return along(op, "scan", True)
 
 
 @computed(aten.flip.default, aten.roll.default)
-def moved(op: Op) -> list:
+def moved(op: Op) -> Sequence[Dims]:
     """By fixed numbers of rows, in a dim of its own."""
     moves = op.args.get("shifts", ())
     fixed = all(const(m) for m in (moves if isinstance(moves, tuple) else (moves,)))
@@ -104,10 +106,10 @@ def moved(op: Op) -> list:
     aten.any.dim,
     aten.all.dim,
 )
-def whole_reduction(op: Op) -> list:
+def whole_reduction(op: Op) -> Sequence[Dims]:
     return along(op, "whole", False)
 
 
 @computed(aten.logsumexp.default)
-def logsumexp(op: Op) -> list:
+def logsumexp(op: Op) -> Sequence[Dims]:
     return along(op, "lse", False)

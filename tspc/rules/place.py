@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from tspc.factor import Dims
 from tspc.rule import Op, computed, fallback
 from tspc.rules.norm import at
 
@@ -11,22 +14,22 @@ aten = torch.ops.aten
 
 
 @computed(aten.topk.default)
-def topk(op: Op) -> list:
+def topk(op: Op) -> Sequence[Dims]:
     """As many as asked for of the dim, which is needed whole."""
     k = at(op, op.args["dim"])
     op.event("whole", op.ins[0][k], 0, "topk")
     out = list(op.ins[0])
-    out[k] = op.new(op.node.types[0].shape[k], "topk")
+    out[k] = op.new(op.shape()[k], "topk")
     return [out, list(out)]
 
 
 @computed(aten.one_hot.default)
-def one_hot(op: Op) -> list:
-    return [[*op.ins[0], op.new(op.node.types[0].shape[-1], "classes")]]
+def one_hot(op: Op) -> Sequence[Dims]:
+    return [[*op.ins[0], op.new(op.shape()[-1], "classes")]]
 
 
 @computed(aten.index_select.default)
-def index_select(op: Op) -> list:
+def index_select(op: Op) -> Sequence[Dims]:
     k = at(op, op.args["dim"])
     op.event("select", op.ins[0][k], 0)
     return [[*op.ins[0][:k], *(op.ins[1] or [()]), *op.ins[0][k + 1 :]]]
@@ -38,7 +41,7 @@ def index_select(op: Op) -> list:
     aten.scatter_add.default,
     aten.scatter_reduce.two,
 )
-def scatter(op: Op) -> list:
+def scatter(op: Op) -> Sequence[Dims]:
     """Operands in step along the other dims; the dim itself is needed whole. What covers only a
     range of a dim needs it whole too."""
     k, F = at(op, op.args["dim"]), op.F
@@ -59,7 +62,7 @@ def scatter(op: Op) -> list:
 
 
 @computed(aten.index_add.default, aten.index_copy.default)
-def index_add(op: Op) -> list:
+def index_add(op: Op) -> Sequence[Dims]:
     """Rows of the source are laid in, or added to, rows of the other."""
     k = at(op, op.args["dim"])
     x, index, source = op.ins
@@ -75,7 +78,7 @@ def index_add(op: Op) -> list:
 
 
 @computed(aten.index_put.default)
-def index_put(op: Op) -> list:
+def index_put(op: Op) -> Sequence[Dims]:
     """x[i, j] = values: the indexed dims, first in x, are needed whole, the others run in step."""
     x, values = op.ins[0], op.ins[-1]
     n = len(op.args["indices"])
@@ -89,5 +92,5 @@ def index_put(op: Op) -> list:
     if op.weak[0]:
         op.ins[0] = [*x[:n], *rest]
     if op.weak[-1]:
-        op.ins[-1] = [*values[:lead], *(d and r for d, r in zip(values[lead:], rest))]
+        op.ins[-1] = [*values[:lead], *(r if d else d for d, r in zip(values[lead:], rest))]
     return [[*x[:n], *rest]]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from tspc.factor import Dims
 from tspc.rule import Op, computed, pointwise
 
 aten = torch.ops.aten
@@ -33,5 +36,5 @@ computed(
     aten.full_like.default,
     aten.empty_like.default,
 )
-def same(op: Op) -> list:
+def same(op: Op) -> Sequence[Dims]:
     return [list(op.ins[0])]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from tspc.factor import const, divide
+from tspc.context import Keywords
+from tspc.factor import Dim, Dims, const, divide
+from tspc.program import Size
 from tspc.rule import Op, computed, fallback, rule
 from tspc.rules.norm import at
 
@@ -27,19 +31,18 @@ rule(aten.view_as_real.default, "... -> ... c", whole="c")
     aten.squeeze.dims,
     aten.squeeze.default,
 )
-def view(op: Op) -> list:
-    shape = op.node.types[0].shape
+def view(op: Op) -> Sequence[Dims]:
+    shape = op.shape()
     out = op.F.regroup(op.ins[0], shape)
     if out is None:
         for d in op.ins[0]:
             op.event("whole", d, 0, "view does not divide")
-        op.F.mismatch.append((op.node.name, " ".join(map(op.F.show, op.ins[0])), str(shape)))
         return [op.fresh("view does not divide")]
     return [out]
 
 
 @computed(aten.transpose.int)
-def transpose(op: Op) -> list:
+def transpose(op: Op) -> Sequence[Dims]:
     d = list(op.ins[0])
     i, j = at(op, op.args["dim0"]), at(op, op.args["dim1"])
     d[i], d[j] = d[j], d[i]
@@ -47,27 +50,27 @@ def transpose(op: Op) -> list:
 
 
 @computed(aten.permute.default)
-def permute(op: Op) -> list:
+def permute(op: Op) -> Sequence[Dims]:
     return [[op.ins[0][at(op, k)] for k in op.args["dims"]]]
 
 
 @computed(aten.expand.default, aten.broadcast_to.default)
-def expand(op: Op) -> list:
-    shape = op.node.types[0].shape
+def expand(op: Op) -> Sequence[Dims]:
+    shape = op.shape()
     n = len(shape) - len(op.ins[0])
-    old = [()] * n + list(op.ins[0])
+    old: list[Dim] = [()] * n + list(op.ins[0])
     return [[d if d or s == 1 else op.F.dim(s, op.node.name) for d, s in zip(old, shape)]]
 
 
 @computed(aten.repeat.default)
-def repeat(op: Op) -> list:
+def repeat(op: Op) -> Sequence[Dims]:
     n = len(op.args["repeats"]) - len(op.ins[0])
-    old = [()] * n + list(op.ins[0])
+    old: list[Dim] = [()] * n + list(op.ins[0])
     return [[op.new(k, "copies") + d for k, d in zip(op.args["repeats"], old)]]
 
 
 @computed(aten.repeat_interleave.self_int)
-def repeat_interleave(op: Op) -> list:
+def repeat_interleave(op: Op) -> Sequence[Dims]:
     if op.args["dim"] is None:
         return fallback(op, "repeats a flat tensor")
     k = at(op, op.args["dim"])
@@ -83,28 +86,29 @@ def repeat_interleave(op: Op) -> list:
     aten.split.sizes,
     aten.tensor_split.sections,
 )
-def split(op: Op) -> list:
+def split(op: Op) -> Sequence[Dims]:
     k = at(op, op.args["dim"])
-    segs = op.F.cut(op.ins[0][k], [t.shape[k] for t in op.node.types])
+    sizes = [op.shape(i)[k] for i in range(len(op.node.types))]
+    segs = op.F.cut(op.ins[0][k], sizes)
     if segs is None:
         op.event("whole", op.ins[0][k], 0, "split inside of a factor")
-        segs = [op.new(t.shape[k], "split inside of a factor") for t in op.node.types]
+        segs = [op.new(n, "split inside of a factor") for n in sizes]
     return [[*op.ins[0][:k], s, *op.ins[0][k + 1 :]] for s in segs]
 
 
-def bounds(args, n):
+def bounds(args: Keywords, n: Size) -> tuple[Size, Size, int]:
     """(start, end, step) of a slice of n elements, counted from the front."""
     lo, hi = args.get("start") or 0, args.get("end")
     hi = n if hi is None or (const(hi) and (hi > n if const(n) else hi > 2**40)) else hi
 
-    def front(v):
+    def front(v: Size) -> Size:
         return n + v if const(v) and v < 0 else v
 
     return front(lo), front(hi), args.get("step", 1)
 
 
 @computed(aten.slice.Tensor)
-def slice_(op: Op) -> list:
+def slice_(op: Op) -> Sequence[Dims]:
     """Whole dim: nothing.
 
     A step, or slices that together tile the dim: refine. Else the dim is needed whole.
@@ -113,58 +117,63 @@ def slice_(op: Op) -> list:
     d = op.ins[0][k]
     n = op.F.size(d)
     lo, hi, step = bounds(op.args, n)
-    out = list(op.ins[0])
-    if (lo, step) == (0, 1) and (hi == n or op.node.types[0].shape[k] == n):
-        return [out]
+    if (lo, step) == (0, 1) and (hi == n or op.shape()[k] == n):
+        return [list(op.ins[0])]
+    part = _segment(op, k, lo, hi) if step == 1 else None
     if step != 1 and divide(n, step) is not None and const(lo) and lo < step and hi == n:
-        parts = op.F.regroup([d], [divide(n, step), step])
+        parts = op.F.regroup([d], [divide(n, step) or 0, step])
         if parts:
             op.event("whole", parts[1], 0, "strided slice")
-            out[k] = parts[0]
-            return [out]
-    if step == 1:
-        mine = {(lo, hi)} | {
-            bounds(a, n)[:2]
-            for a in op.siblings
-            if a["dim"] % len(op.ins[0]) == k and a.get("step", 1) == 1
-        }
-        cuts = [0]
-        while nxt := [h for l, h in mine if l == cuts[-1] and h != l and h not in cuts]:
-            cuts.append(nxt[0])
-        tiles = cuts[-1] == n and all(
-            l in cuts and cuts.index(h) == cuts.index(l) + 1
-            for l, h in mine
-            if (l, h) != (0, n) and h in cuts
-        )
-        f = op.F.expand(d)[:1]
-        if not tiles and f and f[0].cat:  # bounds may lie on existing segments
-            bs = [0]
-            minor = op.F.size(op.F.expand(d)[1:])
-            for s in op.F.flat(f[0].cat):
-                bs.append(bs[-1] + op.F.size(s) * minor)
-            if lo in bs and hi in bs:
-                cuts, tiles = sorted({0, lo, hi, n}, key=bs.index), True
-        if tiles and (lo in cuts and hi in cuts):
-            segs = op.F.cut(d, [b - a for a, b in zip(cuts, cuts[1:])])
-            if segs:
-                out[k] = op.F.concat(segs[cuts.index(lo) : cuts.index(hi)], op.node.name)
-                return [out]
-    out[k] = op.F.dim(op.node.types[0].shape[k], op.node.name)
-    role = "trim" if step == 1 and out[k] and len(op.F.expand(d)) == 1 else "whole"
-    op.event(role, d, 0, "slice")
-    op.event(role, out[k], None, "slice")
-    for g in out[k]:
-        g.part_of = op.F.expand(d)[0]  # a range of d: local ranges of any layout, no exchange
-    return [out]
+            part = parts[0]
+    if part is None:
+        part = op.F.dim(op.shape()[k], op.node.name)
+        role = "trim" if step == 1 and part and len(op.F.expand(d)) == 1 else "whole"
+        op.event(role, d, 0, "slice")
+        op.event(role, part, None, "slice")
+        for g in part:
+            g.part_of = op.F.expand(d)[0]  # a range of d: local ranges of any layout, no exchange
+    return [[part if j == k else x for j, x in enumerate(op.ins[0])]]
+
+
+def _segment(op: Op, k: int, lo: Size, hi: Size) -> Dim | None:
+    """The slice [lo, hi) of a dim, where it and its siblings tile it or bounds lie on existing
+    segments."""
+    d = op.ins[0][k]
+    n = op.F.size(d)
+    mine = {(lo, hi)} | {
+        bounds(a, n)[:2]
+        for a in op.siblings
+        if a["dim"] % len(op.ins[0]) == k and a.get("step", 1) == 1
+    }
+    cuts: list[Size] = [0]
+    while nxt := [h for l, h in mine if l == cuts[-1] and h != l and h not in cuts]:
+        cuts.append(nxt[0])
+    tiles = cuts[-1] == n and all(
+        l in cuts and cuts.index(h) == cuts.index(l) + 1
+        for l, h in mine
+        if (l, h) != (0, n) and h in cuts
+    )
+    f = op.F.expand(d)[:1]
+    if not tiles and f and f[0].cat:
+        bs: list[Size] = [0]
+        minor = op.F.size(op.F.expand(d)[1:])
+        for s in op.F.flat(f[0].cat):
+            bs.append(bs[-1] + op.F.size(s) * minor)
+        if lo in bs and hi in bs:
+            cuts, tiles = sorted({0, lo, hi, n}, key=bs.index), True
+    if not tiles or lo not in cuts or hi not in cuts:
+        return None
+    segs = op.F.cut(d, [b - a for a, b in zip(cuts, cuts[1:])])
+    return op.F.concat(segs[cuts.index(lo) : cuts.index(hi)], op.node.name) if segs else None
 
 
 @computed(aten.slice_scatter.default)
-def slice_scatter(op: Op) -> list:
+def slice_scatter(op: Op) -> Sequence[Dims]:
     k, F = at(op, op.args["dim"]), op.F
-    n = op.node.types[0].shape[k]
+    n = op.shape()[k]
     lo, hi, step = bounds(op.args, n)
     x, src = op.ins[0], op.ins[1]
-    sizes = [m for m in (lo, hi - lo, n - hi) if m]
+    sizes: list[Size] = [m for m in (lo, hi - lo, n - hi) if m]
     if step != 1:
         return fallback(op, "strided slice")
     made = [op.new(m, "slice") or (F.new(1),) for m in sizes] if op.weak[0] else None
@@ -180,21 +189,21 @@ def slice_scatter(op: Op) -> list:
 
 
 @computed(aten.select.int, aten.unbind.int)
-def select(op: Op) -> list:
+def select(op: Op) -> Sequence[Dims]:
     k = at(op, op.args["dim"])
     op.event("select", op.ins[0][k], 0)
     return [[d for i, d in enumerate(op.ins[0]) if i != k] for _ in op.node.types]
 
 
 @computed(aten.cat.default, aten.stack.default)
-def cat(op: Op) -> list:
-    n = len(op.node.types[0].shape)
+def cat(op: Op) -> Sequence[Dims]:
+    n = len(op.shape())
     k = op.args.get("dim", 0) % n
     if "stack" in str(op.node.op):
-        ins = [[*d[:k], (), *d[k:]] for d in op.ins]
+        ins: list[Dims] = [[*d[:k], (), *d[k:]] for d in op.ins]
     else:
         ins = [
-            list(d) for d in op.ins if not (len(d) == 1 and op.F.size(d[0]) == 0)
+            d for d in op.ins if not (len(d) == 1 and op.F.size(d[0]) == 0)
         ]  # torch skips empty 1-D operands
     out = []
     for j in range(n):
@@ -203,7 +212,7 @@ def cat(op: Op) -> list:
             for i, d in ranges:
                 op.event("whole", d, i, "joined")
             out.append(
-                op.new(op.node.types[0].shape[k], "joined")
+                op.new(op.shape()[k], "joined")
                 if ranges or all(not d[k] for d in ins)
                 else op.F.concat([d[k] or (op.F.new(1, op.node.name),) for d in ins], op.node.name)
             )
@@ -215,13 +224,13 @@ def cat(op: Op) -> list:
     return [out]
 
 
-def trimmed(op: Op, dim) -> bool:
+def trimmed(op: Op, dim: Dim) -> bool:
     """The dim is a range of another: what it is made part of is not made of segments."""
     return any(f.part_of for f in op.F.expand(dim))
 
 
 @computed(aten.pad.default, aten.constant_pad_nd.default)
-def pad(op: Op) -> list:
+def pad(op: Op) -> Sequence[Dims]:
     """A constant is laid at the ends of a dim; zeros at one end and as many rows left out at the
     other move it; other pads, and those that cut, need it whole."""
     out, p = list(op.ins[0]), op.args["pad"]
@@ -236,27 +245,29 @@ def pad(op: Op) -> list:
             continue
         if not laid or not all(const(m) and m >= 0 for m in (lo, hi)):
             op.event("whole", out[k], 0, "pad")
-            out[k] = op.new(op.node.types[0].shape[k], "pad")
+            out[k] = op.new(op.shape()[k], "pad")
             continue
-        ends = [[op.new(m, "pad") or (op.F.new(1),)] if m else [] for m in (lo, hi)]
+        ends: list[list[Dim]] = [
+            [op.new(m, "pad") or (op.F.new(1),)] if m else [] for m in (lo, hi)
+        ]
         out[k] = op.F.concat([*ends[0], out[k] or (op.F.new(1),), *ends[1]], op.node.name)
     return [out]
 
 
 @computed(aten.index.Tensor)
-def index(op: Op) -> list:
+def index(op: Op) -> Sequence[Dims]:
     """Rule of x[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
     place."""
     pos = [k for k, r in enumerate(op.args["indices"]) if r is not None]
-    given = [i for i in range(1, len(op.ins)) if op.ins[i] is not None]
-    got = [()] * max(len(op.ins[i]) for i in given)
+    given = [i for i in range(1, len(op.ins)) if op.refs[i] is not None]
+    got: list[Dim] = [()] * max(len(op.ins[i]) for i in given)
     for i in sorted(given, key=lambda i: op.weak[i]):
         start = len(got) - len(op.ins[i])
         for j, d in enumerate(op.ins[i], start):
             got[j] = op.join(d, got[j], i)
     for i in given:
         start = len(got) - len(op.ins[i])
-        op.ins[i] = [d and got[j] for j, d in enumerate(op.ins[i], start)]
+        op.ins[i] = [got[j] if d else d for j, d in enumerate(op.ins[i], start)]
     for k in pos:
         op.event("select", op.ins[0][k], 0)
     adjacent = pos == list(range(pos[0], pos[-1] + 1))
@@ -265,7 +276,7 @@ def index(op: Op) -> list:
 
 
 @computed(aten.gather.default)
-def gather(op: Op) -> list:
+def gather(op: Op) -> Sequence[Dims]:
     """The index and the operand run in step along the other dims, over a range of the longer."""
     k = at(op, op.args["dim"])
     x, out = op.ins
@@ -284,11 +295,11 @@ def gather(op: Op) -> list:
 
 
 @computed(aten.diff.default)
-def diff(op: Op) -> list:
-    if len([d for d in op.ins if d is not None]) > 1:
+def diff(op: Op) -> Sequence[Dims]:
+    if len([r for r in op.refs if r is not None]) > 1:
         return fallback(op, "diff with a prefix")
     k = at(op, op.args["dim"])
     op.event("whole", op.ins[0][k], 0, "diff")
     out = list(op.ins[0])
-    out[k] = op.new(op.node.types[0].shape[k], "diff")
+    out[k] = op.new(op.shape()[k], "diff")
     return [out]
