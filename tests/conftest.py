@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -44,6 +45,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for marker in ("wide", "integrations", "soak"):
         if not config.getoption(f"--{marker}"):
-            left_out = [i for i in items if i.get_closest_marker(marker)]
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [i for i in items if not i.get_closest_marker(marker)]
+            _leave_out(config, items, [i for i in items if i.get_closest_marker(marker)])
+    if not config.getoption("--wide") and not any("::" in a for a in config.args):
+        _leave_out(config, items, _beyond_a_sample(items))
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], some: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=some)
+    names = {id(i) for i in some}
+    items[:] = [i for i in items if id(i) not in names]
+
+
+def _beyond_a_sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of tests that are `sampled(k)`: all cases but about one of k, the same every time, and at
+    least one of each test."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for i in items:
+        if i.get_closest_marker("sampled") is not None:
+            cases.setdefault(i.nodeid.partition("[")[0], []).append(i)
+    out = []
+    for same in cases.values():
+        order = sorted(same, key=lambda i: zlib.crc32(i.nodeid.encode()))
+        (share,) = same[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        out += order[-(-len(same) // share) :]
+    return out

@@ -22,7 +22,7 @@ from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS
 from tspc.runtime.requests import Axis
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
 VOCABULARY, WIDTH = 23, 12
 

@@ -19,6 +19,8 @@ from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated, simulated_backend
 
+pytestmark = pytest.mark.sampled(2)
+
 Tensor = torch.Tensor
 # (model, q, k, v [b, h, s, d], key padding [b, s]) -> [b, h, s, d]
 Attend = Callable[["Eager", Tensor, Tensor, Tensor, Tensor], Tensor]

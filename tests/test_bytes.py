@@ -16,6 +16,8 @@ from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 from tspc.runtime.drivers import Sent, record
 
+pytestmark = pytest.mark.sampled(2)
+
 RANKS, BATCH, LENGTH, HIDDEN = 4, 3, 19, 64
 F = (RANKS - 1) / RANKS
 

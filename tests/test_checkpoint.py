@@ -15,7 +15,7 @@ from examples.llama_like import LlamaLike
 from tests.models import VOCABULARY, call, make, tokens_of
 from tspc.check import Simulated
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 
 
 class Checkpointed(nn.Module):

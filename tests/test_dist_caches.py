@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from tests.models import make, tokens_of
 from tests.world import World
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.wide]
 
 
 def start() -> tuple[dict[str, int], dict[str, int], float]:

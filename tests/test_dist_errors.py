@@ -16,7 +16,7 @@ import tspc
 from tests.models import make, tokens_of
 from tests.test_errors import Renormed
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.sampled(2)]
 EAGER = {"compiler": "eager"}
 
 

@@ -21,6 +21,8 @@ from tspc.runtime.execute import Place
 from tspc.runtime.initialise import Wholes
 from tspc.runtime.requests import Axis
 
+pytestmark = pytest.mark.sampled(3)
+
 EAGER = {"compiler": "eager"}
 
 

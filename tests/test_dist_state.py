@@ -25,7 +25,7 @@ from tests.models import make, tokens_of, whole
 from tests.test_buffers import Tracking
 from tspc.check import relative_errors
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.sampled(3)]
 EAGER = {"compiler": "eager"}
 TOKENS = tokens_of(9)
 

@@ -18,6 +18,8 @@ from tspc.check import relative_errors, simulated_backend
 from tspc.options import parse
 from tspc.report import reports
 
+pytestmark = pytest.mark.sampled(3)
+
 H = 16
 
 

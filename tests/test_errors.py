@@ -15,6 +15,8 @@ from examples.llama_like import LlamaLike
 from tspc.check import simulated_backend
 from tspc.options import parse
 
+pytestmark = pytest.mark.sampled(2)
+
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
 
 

@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +17,6 @@ SCRIPTS = ROOT / "examples" / "scripts"
 RUN = str(ROOT / "tests" / "run_script.py")
 PAGE = ROOT / "docs" / "scripts.md"
 LIMIT = 600.0  # seconds
-LONG = (pytest.mark.integrations,)
 
 pytestmark = pytest.mark.dist
 
@@ -34,11 +31,10 @@ class Case:
     title: str
     tolerance: float = 1e-6
     resumes: int = 0
-    marks: Sequence[Any] = LONG
 
 
 CASES = {
-    "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2, ()),
+    "nanogpt": Case("A loop of one's own: accumulation, evaluation, resuming", 1e-9, 2),
     "generate": Case("Inference with a cache, `generate`"),
     "siamese": Case("Two calls before one backward", 1e-9),
     "ema_scaler": Case("An average of the weights, GradScaler"),
@@ -84,10 +80,6 @@ def curve(running: subprocess.Popen[str]) -> list[float]:
     return json.loads(printed[0])
 
 
-def parameters() -> list[Any]:
-    return [pytest.param(name, marks=case.marks, id=name) for name, case in CASES.items()]
-
-
 def both(
     script: Path, *args: str, folder: Path, compiler: str = "eager"
 ) -> tuple[list[float], list[float]]:
@@ -105,7 +97,8 @@ def both(
     return one, many
 
 
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.integrations
+@pytest.mark.parametrize("name", list(CASES))
 def test_curves_are_equal(name: str, tmp_path: Path) -> None:
     case, script = CASES[name], SCRIPTS / f"{name}.py"
     one, many = both(script, folder=tmp_path)

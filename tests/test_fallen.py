@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import tspc
 from tests.habits.writes import Bounded
 
+pytestmark = pytest.mark.sampled(2)
+
 WIDTH = 8
 
 

@@ -17,6 +17,8 @@ from tests.zoo import build
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.flex import _prune
 
+pytestmark = pytest.mark.sampled(2)
+
 Tensor = torch.Tensor
 
 

@@ -18,7 +18,7 @@ from tests.widen import Widen
 from tspc.check import Simulated
 from tspc.passes.masks import SDPA
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -26,6 +26,8 @@ from tspc.errors import OptionError
 from tspc.options import parse
 from tspc.program import Node, Program
 
+pytestmark = pytest.mark.sampled(3)
+
 BF16 = torch.bfloat16
 NARROW = (torch.float32, BF16, torch.float16)
 Outcome = dict[str, torch.Tensor]

@@ -19,7 +19,7 @@ from tspc.check import Simulated, simulated_backend
 from tspc.layout import Layout
 from tspc.runtime import blocks, keys
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
 Tensor = torch.Tensor
 LENGTH = 13

@@ -18,6 +18,8 @@ from tspc.runtime.replicas import gather, mean, scatter_mean
 from tspc.runtime.requests import Axis
 from tspc.runtime.storage import default_dim
 
+pytestmark = pytest.mark.sampled(3)
+
 SHAPES = [(1, 2), (2, 1), (2, 2), (4, 1)]  # TSP ranks x replicas
 STEPS, LENGTH = 5, 9
 

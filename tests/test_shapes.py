@@ -15,7 +15,7 @@ import tspc
 from tspc.passes.pipeline import Rewritten
 from tspc.report import reports
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
 VOCABULARY, WIDTH, HEADS, HIDDEN = 23, 12, 3, 14
 Tensors = tuple[Tensor, ...]

@@ -16,6 +16,8 @@ from examples.llama_like import LlamaLike
 from tspc.passes.pipeline import Rewritten
 from tspc.program import APART
 
+pytestmark = pytest.mark.sampled(2)
+
 VOCABULARY, WIDTH, HEADS, DIM = 23, 12, 5, 4
 
 

@@ -15,7 +15,7 @@ from tests.wide import each_once
 from tspc.kinds import WHOLE
 from tspc.passes.pipeline import Rewritten
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
 VOCABULARY = 29
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ import tspc
 from tests.widen import Widen
 from tests.zoo import KV, LAYERS, build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
 # model -> folds of a layer beside the head
 EXPECTED = {

@@ -27,7 +27,7 @@ def adamw(side: Side) -> torch.optim.Optimizer:
     return torch.optim.AdamW(side.model.parameters(), lr=1e-2)
 
 
-@habit()
+@habit(again=True)
 def the_best_so_far_is_restored(side: Side) -> Any:
     optimizer = adamw(side)
     losses = stepped(side, optimizer)
@@ -37,7 +37,7 @@ def the_best_so_far_is_restored(side: Side) -> Any:
     return losses, stepped(side, adamw(side), seed=9), side.weights()
 
 
-@habit()
+@habit(again=True)
 def frozen_and_thawed(side: Side) -> Any:
     def table() -> nn.Parameter:
         return next(p for p in side.model.parameters() if p.shape[0] == 187)
@@ -49,7 +49,7 @@ def frozen_and_thawed(side: Side) -> Any:
     return losses, stepped(side, adamw(side), seed=5), side.weights()
 
 
-@habit()
+@habit(again=True)
 def groups_by_kind_and_depth(side: Side) -> Any:
     named = list(side.model.named_parameters())
     groups = [
@@ -69,7 +69,7 @@ def groups_by_kind_and_depth(side: Side) -> Any:
     return losses, [g["lr"] for g in optimizer.param_groups], side.weights()
 
 
-@habit()
+@habit(again=True)
 def flattened_and_put_back(side: Side) -> Any:
     side.loss().backward()
     flat = nn.utils.parameters_to_vector(side.model.parameters())
@@ -78,7 +78,7 @@ def flattened_and_put_back(side: Side) -> Any:
     return flat, gradient, side.loss().item(), side.weights()
 
 
-@habit()
+@habit(again=True)
 def sharpness_aware(side: Side) -> Any:
     """SAM: a step up along the gradient, the gradient there, the step down from where it was."""
     optimizer, losses = torch.optim.SGD(side.model.parameters(), lr=0.1), []
@@ -103,7 +103,7 @@ def sharpness_aware(side: Side) -> Any:
     return losses, side.weights()
 
 
-@habit()
+@habit(again=True)
 def lookahead(side: Side) -> Any:
     slow = [p.clone().detach() for p in side.model.parameters()]
     losses = stepped(side, adamw(side))
@@ -113,7 +113,7 @@ def lookahead(side: Side) -> Any:
     return losses, stepped(side, adamw(side), seed=5), side.weights()
 
 
-@habit()
+@habit(again=True)
 def elastic_weights(side: Side) -> Any:
     """EWC: squared gradients of one task weigh how far the next may go."""
     start = {n: p.clone().detach() for n, p in side.model.named_parameters()}
@@ -132,7 +132,7 @@ def elastic_weights(side: Side) -> Any:
     return losses, side.weights()
 
 
-@habit()
+@habit(again=True)
 def gradients_by_name(side: Side) -> Any:
     """`torch.autograd.grad` in place of a backward, and an update by hand."""
     losses = []
@@ -146,7 +146,7 @@ def gradients_by_name(side: Side) -> Any:
     return losses, grads, side.weights()
 
 
-@habit()
+@habit(again=True)
 def gradients_of_two_tasks_projected(side: Side) -> Any:
     """PCGrad: what of one task's gradient goes against the other's is taken out."""
     grads = []
@@ -163,7 +163,7 @@ def gradients_of_two_tasks_projected(side: Side) -> Any:
     return side.weights()
 
 
-@habit()
+@habit(again=True)
 def pruned_by_magnitude(side: Side) -> Any:
     masks = {}
     with torch.no_grad():
@@ -186,7 +186,7 @@ def pruned_by_magnitude(side: Side) -> Any:
     return losses, zeros, side.weights()
 
 
-@habit()
+@habit(again=True)
 def initialized_after_compile(side: Side) -> Any:
     def init(m: nn.Module) -> None:
         if isinstance(m, nn.Linear):
@@ -201,7 +201,7 @@ def initialized_after_compile(side: Side) -> Any:
     return stepped(side, adamw(side)), side.weights()
 
 
-@habit()
+@habit(again=True)
 def statistics_of_a_step(side: Side) -> Any:
     optimizer, told = adamw(side), []
     for step in range(2):
@@ -215,7 +215,7 @@ def statistics_of_a_step(side: Side) -> Any:
     return told
 
 
-@habit()
+@habit(again=True)
 def zeros_are_kept(side: Side) -> Any:
     """Gradients that are set to zero and not to None."""
     optimizer = torch.optim.SGD(side.model.parameters(), lr=0.1, momentum=0.9)
@@ -231,7 +231,7 @@ def zeros_are_kept(side: Side) -> Any:
     return losses, side.grads(), side.weights()
 
 
-@habit()
+@habit(again=True)
 def evaluated_between_steps(side: Side) -> Any:
     """A slice as a batch, an accuracy, a perplexity, a sample at a time."""
     optimizer, told = adamw(side), []
@@ -263,7 +263,7 @@ def closure_of_lbfgs(side: Side) -> Any:
     return [optimizer.step(closure).item() for _ in range(2)], side.weights()
 
 
-@habit()
+@habit(again=True)
 def tied_after_compile(side: Side) -> Any:
     """Weights that are given another's values, and a penalty that ties them."""
     pairs = [p for p in side.model.parameters() if p.dim() == 2]

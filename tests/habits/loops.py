@@ -9,7 +9,7 @@ import torch
 from tests.habits import Side, habit, tokens
 
 
-@habit()
+@habit(again=True)
 def two_lengths_and_adamw(side: Side) -> Any:
     optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-2)
     losses = []
@@ -22,7 +22,7 @@ def two_lengths_and_adamw(side: Side) -> Any:
     return losses, {k: w for k, w in side.weights().items()}
 
 
-@habit()
+@habit(again=True)
 def accumulation_and_clipping(side: Side) -> Any:
     optimizer = torch.optim.SGD(side.model.parameters(), lr=1e-2, momentum=0.9)
     norms = []

@@ -31,7 +31,7 @@ def table() -> nn.Module:
     return Table().double()
 
 
-@habit(table)
+@habit(table, again=True)
 def host_values_of_gradients(side: Side) -> Any:
     side.loss().backward()
     found = {}
@@ -70,7 +70,7 @@ def host_values_of_gradients(side: Side) -> Any:
     ]
 
 
-@habit(table)
+@habit(table, again=True)
 def clipping_by_hand_and_a_guard(side: Side) -> Any:
     optimizer = torch.optim.SGD(side.model.parameters(), lr=0.1)
     norms = []
@@ -87,7 +87,7 @@ def clipping_by_hand_and_a_guard(side: Side) -> Any:
     return norms, side.weights()
 
 
-@habit(table)
+@habit(table, again=True)
 def penalties(side: Side) -> Any:
     """Beside the loss, in one backward and in one of their own."""
     loss = side.loss() + 1e-3 * sum(p.pow(2).sum() for p in side.model.parameters())
@@ -98,7 +98,7 @@ def penalties(side: Side) -> Any:
     return loss.detach(), side.grads()
 
 
-@habit(table)
+@habit(table, again=True)
 def an_optimizer_of_one_s_own(side: Side) -> Any:
     state = {
         n: [torch.zeros(p.shape, dtype=p.dtype) for _ in range(2)]
@@ -118,7 +118,7 @@ def an_optimizer_of_one_s_own(side: Side) -> Any:
     return state, ema, side.weights()
 
 
-@habit(table)
+@habit(table, again=True)
 def a_moving_average_that_is_loaded(side: Side) -> Any:
     ema = {n: p.detach().clone() for n, p in side.model.named_parameters()}
     optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-2)
@@ -133,7 +133,7 @@ def a_moving_average_that_is_loaded(side: Side) -> Any:
     return ema, side.loss()
 
 
-@habit(table)
+@habit(table, again=True)
 def noise_and_masks(side: Side) -> Any:
     side.loss().backward()
     torch.manual_seed(3)
@@ -148,7 +148,7 @@ def noise_and_masks(side: Side) -> Any:
     return side.grads(), side.weights(), after
 
 
-@habit(table)
+@habit(table, again=True)
 def a_loss_in_chunks(side: Side) -> Any:
     """The head's weight taken out of the model, with plain activations."""
     side.loss().backward()
@@ -163,7 +163,7 @@ def a_loss_in_chunks(side: Side) -> Any:
     return total.detach(), h.grad, side.grads()
 
 
-@habit(table)
+@habit(table, again=True)
 def gradients_taken_apart(side: Side) -> Any:
     loss = side.loss()
     params = list(side.model.parameters())
@@ -175,7 +175,7 @@ def gradients_taken_apart(side: Side) -> Any:
     return dot, F.cosine_similarity(flat, flat2, 0), [g.sign().sum() for g in grads]
 
 
-@habit(table)
+@habit(table, again=True)
 def two_copies_compared(side: Side) -> Any:
     side.loss().backward()
     other = copy.deepcopy(side.model)
@@ -189,7 +189,7 @@ def two_copies_compared(side: Side) -> Any:
     return same, far.detach(), [p.grad for p in other.parameters()], side.grads()
 
 
-@habit(table)
+@habit(table, again=True)
 def written_to_a_board(side: Side) -> Any:
     """As a SummaryWriter converts."""
 
