@@ -101,9 +101,7 @@ def free(options: dict, length: int) -> tuple[list[Issued], list[Issued], dict[s
         return order(options, length)
 
 
-@pytest.mark.parametrize(
-    "schedule", ["ring", pytest.param("stationary", marks=pytest.mark.wide)]
-)
+@pytest.mark.parametrize("schedule", ["ring", pytest.param("stationary", marks=pytest.mark.wide)])
 def test_the_order_is_the_programs(world: Any, schedule: str) -> None:
     options = {"schedule": schedule}
     eager = {**options, "compiler": "eager"}
