@@ -117,6 +117,7 @@ def watch(schedule: str, budget: str) -> dict[str, Any]:
         ("stationary", "max-speed"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_what_is_saved_and_alive(world: Any, schedule: str, budget: str) -> None:
     """Two shards of a region at a time and as many gradients, no whole activation, nothing gathered
     among what is saved."""

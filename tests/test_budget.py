@@ -14,7 +14,7 @@ from tests.models import VOCABULARY, make, tokens_of
 from tspc.check import Simulated, simulated_backend
 from tspc.options import parse
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 
 RANKS, LENGTH = 3, 13
 

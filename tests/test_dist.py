@@ -36,7 +36,8 @@ def half(model: str) -> tuple[float, float]:
     return float((ends[1] - ends[0]).norm() / scale), float((ends[2] - ends[0]).norm() / scale)
 
 
-@pytest.mark.parametrize("model", [pytest.param("llama_like", marks=pytest.mark.wide), "hf_qwen3"])
+@pytest.mark.wide
+@pytest.mark.parametrize("model", ["llama_like", "hf_qwen3"])
 def test_bfloat16_is_as_exact_as_on_one_device(world: Any, model: str) -> None:
     for one, mine in world(2).run(half, model=model):
         assert mine <= 1.5 * one + 2e-3

@@ -51,6 +51,7 @@ def compiles(model: str, lengths: list[int]) -> tuple[list[tuple[int, int]], lis
     return counts, chosen
 
 
+@pytest.mark.wide
 def test_twelve_lengths_compile_twice(world: Any) -> None:
     for counts, chosen in world(2).run(compiles, model="hf_llama", lengths=LENGTHS):
         graphs, lowered = counts[1]

@@ -21,7 +21,7 @@ from tspc.runtime.execute import Place
 from tspc.runtime.initialise import Wholes
 from tspc.runtime.requests import Axis
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(6)
 
 EAGER = {"compiler": "eager"}
 

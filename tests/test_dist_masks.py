@@ -28,5 +28,6 @@ def gradients(mask: str) -> float:
 
 
 @pytest.mark.parametrize("mask", ["window", "following"])
+@pytest.mark.sampled(2)
 def test_inductor_equals_one_device(world: Any, mask: str) -> None:
     assert max(world(2).run(gradients, mask=mask)) <= 1e-5

@@ -119,6 +119,7 @@ def test_inductor_alone_reorders(world: Any) -> None:
     assert all(a[0] != b[0] and sorted(a[0]) == sorted(b[0]) for a, b in zip(kept, others))
 
 
+@pytest.mark.wide
 def test_the_order_from_warm_caches(world: Any) -> None:
     options = {"schedule": "ring"}
     first = world(2).run(order, options=options, length=40)[0][:2]

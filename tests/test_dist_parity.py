@@ -88,6 +88,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks,model,options,lengths,heads,kv,batch", CASES)
 def test_inductor_equals_one_device(
     world: Any,

@@ -20,7 +20,7 @@ from tests.models import call, loss_of, make, tokens_of, whole
 from tspc.check import relative_errors
 from tspc.runtime.drivers import record
 
-pytestmark = [pytest.mark.dist, pytest.mark.sampled(3)]
+pytestmark = [pytest.mark.dist, pytest.mark.sampled(5)]
 STEPS, LENGTH, BATCH = 5, 11, 2
 EAGER = {"compiler": "eager"}
 

@@ -16,7 +16,7 @@ RANKS = 4
 
 
 def make(name: str) -> torch.nn.Module:
-    """Four layers, hidden 256, ffn 1024, heads 8/4, vocabulary 2048."""
+    """Two layers, hidden 256, ffn 1024, heads 8/4, vocabulary 2048."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def make(name: str) -> torch.nn.Module:
         config = t.GPT2Config(
             vocab_size=2048,
             n_embd=256,
-            n_layer=4,
+            n_layer=2,
             n_head=8,
             n_inner=1024,
             attn_pdrop=0.0,
@@ -38,7 +38,7 @@ def make(name: str) -> torch.nn.Module:
         "vocab_size": 2048,
         "hidden_size": 256,
         "intermediate_size": 1024,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 32,

@@ -40,6 +40,7 @@ def test_rows_become_chunks_and_back(order: str, ranks: int, length: int, trail:
 
 
 @pytest.mark.parametrize("model,length", [("llama_like", 11), ("hf_qwen3", 3)])
+@pytest.mark.sampled(2)
 def test_equals_one_device(model: str, length: int) -> None:
     kwargs = call(model, tokens_of(length), model == "hf_qwen3")
     found = tspc.verify(make(model, layers=1), (), kwargs, 3, {"outputs": "sharded"}, 1e-6)
@@ -70,6 +71,7 @@ def logits(length: int, layout: str) -> tuple[float, float, tuple[int, ...]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("length,layout", [(11, "zigzag"), (3, "contiguous")])
+@pytest.mark.sampled(2)
 def test_sharded_logits(world: Any, length: int, layout: str) -> None:
     shapes = []
     for error, gradient, shape in world(4).run(logits, length=length, layout=layout):

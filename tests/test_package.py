@@ -81,7 +81,7 @@ assert Path(tspc.__file__).is_relative_to(sys.prefix), tspc.__file__
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.wide
 def test_an_installed_wheel_runs_the_demos_first_steps(wheel: Path, tmp_path: Path) -> None:
     """In a new environment, which sees the libraries of this one but not its tspc."""
     venv.create(tmp_path / "venv")

@@ -15,7 +15,7 @@ import tspc
 from tests.wide import each_once
 from tspc.passes.pipeline import Rewritten
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 
 VOCABULARY, WIDTH, HEADS, KV = 187, 24, 6, 3
 

@@ -216,8 +216,8 @@ def test_equals_one_device(case: Case) -> None:
         check_decisions(case, found.graphs[0])
 
 
-STEPPED = [  # the steps of every third are the rest of a full run
-    pytest.param(case, marks=pytest.mark.slow if i % 3 == 0 else pytest.mark.wide, id=str(case))
+STEPPED = [  # the steps of the others are the rest of a full run
+    pytest.param(case, marks=pytest.mark.slow if i % 5 == 0 else pytest.mark.wide, id=str(case))
     for i, case in enumerate(CASES)
 ]
 

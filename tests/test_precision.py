@@ -26,7 +26,7 @@ from tspc.errors import OptionError
 from tspc.options import parse
 from tspc.program import Node, Program
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 BF16 = torch.bfloat16
 NARROW = (torch.float32, BF16, torch.float16)

@@ -19,7 +19,7 @@ from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.options import parse
 from tspc.reference import reference_backend
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(5)]
 
 SCHEDULES = ("ring", "broadcast", "gather", "stationary")
 POLICIES = ("min", "max-speed")

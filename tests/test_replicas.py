@@ -18,7 +18,7 @@ from tspc.runtime.replicas import gather, mean, scatter_mean
 from tspc.runtime.requests import Axis
 from tspc.runtime.storage import default_dim
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (4, 1)]  # TSP ranks x replicas
 STEPS, LENGTH = 5, 9

@@ -14,7 +14,7 @@ from torch import Tensor
 import tspc
 from tspc.passes.pipeline import Rewritten
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 HIDDEN, HEADS = 12, 3
 
 
