@@ -35,7 +35,7 @@ def world() -> Iterator[Callable[[int], World]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew")
-    parser.addoption("--scripts", type=int, default=5, help="how many training scripts are drawn")
+    parser.addoption("--scripts", type=int, default=8, help="how many training scripts are drawn")
     parser.addoption("--graphs", type=int, default=6, help="how many random graphs are drawn")
     parser.addoption("--wide", action="store_true", help="also what `make test` only samples")
     parser.addoption("--integrations", action="store_true", help="also scripts around libraries")
