@@ -1,8 +1,8 @@
 """What tspc costs when there is nothing to gain: CPU time of a step of a tiny model with many
 parameters, beside plain torch and FSDP2 on two ranks, and on one rank beside plain Inductor.
 
-`python bench/overhead.py --layers-of 13 55`: 120 and 498 parameters. CPU seconds are of the main
-thread, which does not count while it waits; the systems take turns.
+`python bench/overhead.py --layers-of 2 13 55`: 21, 120 and 498 parameters. CPU seconds are of the
+main thread, which does not count while it waits; the systems take turns.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_sizes(parser)
     parser.set_defaults(ranks=2, hidden=32, heads=4, kv_heads=2, ffn=64, vocabulary=256, layers=2)
-    parser.add_argument("--layers-of", nargs="+", type=int, default=[13, 55])
+    parser.add_argument("--layers-of", nargs="+", type=int, default=[2, 13, 55])
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--schedule", default="auto")
     parser.add_argument("--steps", type=int, default=20)
@@ -177,10 +177,11 @@ def main() -> None:
             results[f"{count} parameters, {name}"] = row
             shown = [f"{v:.1f}" for v in row.values()][:-1] + [f"{row['checks']:.2f}"]
             table.add_row(str(count), name, *(shown if name == "tspc" else [*shown[:-2], "-", "-"]))
-        checks = results[f"{count} parameters, tspc"]["checks"]
+        row = results[f"{count} parameters, tspc"]
+        checks, step = row["checks"], sum(row[p] for p in ("forward", "backward", "optimizer"))
         console.print(
             f"{count} parameters: comparing inputs, ids and steps takes {checks:.2f} ms, "
-            f"{checks / STEP:.1%} of a step of {STEP} ms"
+            f"{checks / STEP:.1%} of a step of {STEP} ms, {checks / step:.1%} of this one"
         )
     console.print(table)
     Path(args.out).mkdir(parents=True, exist_ok=True)

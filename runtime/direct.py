@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from tspc.runtime.failures import lost
+from tspc.runtime.requests import Axis
 
 Tensor = torch.Tensor
+_MAX = dist.AllreduceOptions()
+_MAX.reduceOp = dist.ReduceOp.MAX
 
 
 def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
@@ -105,6 +109,16 @@ def all_gather(
 def reduce_scatter(x: Tensor, rank: int, ranks: int, group: dist.ProcessGroup) -> Summed:
     blocks = [x[r] if r == rank else x.new_empty(x.shape[1:]) for r in range(ranks)]
     return _near(Summed(_everyone(x, blocks, rank, group), blocks, rank, x), rank, ranks)
+
+
+def same(words: Sequence[int], axis: Axis, group: dist.ProcessGroup) -> bool:
+    """Whether all ranks have the same 64-bit numbers; collective, one all-reduce of gloo's."""
+    if axis.size == 1:
+        return True
+    extremes = np.array([*words, *(~w for w in words)], dtype=np.int64)
+    group.allreduce([torch.from_numpy(extremes)], _MAX).wait()
+    largest = extremes.tolist()
+    return all(a == ~b for a, b in zip(largest, largest[len(words) :]))
 
 
 def _near(transfers: Any, rank: int, ranks: int) -> Any:

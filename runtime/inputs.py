@@ -5,7 +5,7 @@ never waited for."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tspc.errors import RankMismatchError
 from tspc.program import PARAM, PLACEHOLDERS, Program, Size
 from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
+from tspc.runtime.direct import same
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
@@ -81,20 +82,25 @@ class Checker:
             return
         arrived()
         self.calls += 1
-        named = {n: x for n, x in zip(self.names, tensors) if isinstance(x, torch.Tensor)}
-        read = {n: x for n, x in named.items() if is_plain(x)}
-        here = {n: self._digest(n, x) for n, x in read.items() if not _is_late(x)}
+        pairs = zip(self.names, tensors)
+        named = [(n, x) for n, x in pairs if isinstance(x, torch.Tensor)]
+        here, late = dict[str, int](), dict[str, torch.Tensor]()
+        for n, x in named:
+            if not is_plain(x):
+                continue
+            if _is_late(x):
+                late[n] = x
+            else:
+                here[n] = self._digest(n, x)
         steps = [self.calls, *self.taken.since(params)]
         grads = drift.gradients(params)
-        words = list(self._words(named, numbers))
-        words += [_hash_of(x) for x in (list(here.values()), steps, grads)]
+        words = [*self._words(named, numbers), *map(_hash_of, (here.values(), steps, grads))]
 
         def sections() -> list[Section]:
-            shapes = {n: text(x.dtype, x.shape) for n, x in named.items()}
-            shapes = {**self.facts, **shapes}
+            shapes = {n: text(x.dtype, x.shape) for n, x in named}
             contents = {n: f"{h & (1 << 64) - 1:016x}" for n, h in here.items()}
             return [
-                Section("was called with", shapes, ADVICE),
+                Section("was called with", {**self.facts, **shapes}, ADVICE),
                 Section("runs", self._graph(numbers), ADVICE),
                 Section("was given other values in", contents, ADVICE),
                 Section("has made", _steps_in_words(steps, self.params), ALIKE),
@@ -102,7 +108,6 @@ class Checker:
             ]
 
         _compare(self.place.axis, self.place.groups["checks"], words, sections)
-        late = {n: x for n, x in read.items() if _is_late(x)}
         if late:
             self._send(late)
 
@@ -110,16 +115,19 @@ class Checker:
         numbered = {f"number {i}": str(n) for i, n in enumerate(numbers)}
         return {"the graph": self.graph, **numbered}
 
-    def _words(self, named: Mapping[str, torch.Tensor], numbers: Sequence[int]) -> list[int]:
+    def _words(
+        self, named: Sequence[tuple[str, torch.Tensor]], numbers: Sequence[int]
+    ) -> list[int]:
         """Of the shapes and of the graph with its numbers; kept for the next call like this."""
-        key = (tuple(numbers), *((n, x.dtype, x.shape) for n, x in named.items()))
-        if key not in self.hashes:
-            shapes = [(n, text(x.dtype, x.shape)) for n, x in named.items()]
+        key = (*numbers, *[f for n, x in named for f in (n, x.dtype, x.shape)])
+        words = self.hashes.get(key)
+        if words is None:
+            shapes = [(n, text(x.dtype, x.shape)) for n, x in named]
             if len(self.hashes) >= KEPT:
                 self.hashes.clear()
             described = repr((self.facts, shapes)), repr(self._graph(numbers))
-            self.hashes[key] = [_hash(t.encode()) for t in described]
-        return self.hashes[key]
+            words = self.hashes[key] = [_hash(t.encode()) for t in described]
+        return words
 
     def _digest(self, name: str, x: torch.Tensor) -> int:
         if name not in self.lasting or x.is_inference():
@@ -135,14 +143,14 @@ class Checker:
         gathered = distributed(
             _gather(digests, "activations"), self.place.axis, self.place.groups, CHECK
         )
-        same = (gathered == gathered[:1]).all(0).to("cpu", non_blocking=True)
+        alike = (gathered == gathered[:1]).all(0).to("cpu", non_blocking=True)
         event = None
         if digests.device.type != "cpu":
             event = torch.Event(digests.device)
             event.record()
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(lambda *_: arrived()))
-        _LATE.append(_Late(self.place.axis.name, list(late), same, event))
+        _LATE.append(_Late(self.place.axis.name, list(late), alike, event))
 
 
 def _is_late(x: torch.Tensor) -> bool:
@@ -220,20 +228,22 @@ def _compare(
     sections: Callable[[], Sequence[Section]],
 ) -> None:
     """Each word is of one section; the first section that differs is told."""
-    steps = _gather(torch.tensor(words), "checks")
-    hashes = distributed(steps, axis, {"checks": group}, CHECK).tolist()
-    if all(f == hashes[0] for f in hashes):
-        return
-    said: list[Any] = [None] * axis.size
     with failures.told(CHECK, group):
-        dist.all_gather_object(said, sections(), group)
-    k = next(i for i in range(WORDS) if any(f[i] != hashes[0][i] for f in hashes))
-    wrong = [r for r, f in enumerate(hashes) if f[k] != hashes[0][k]]
-    here = [s[min(k, len(s) - 1)] for s in said]
-    lines = "; ".join(f"rank {r} {_differs(here, r)}" for r in (0, wrong[0]))
+        if same(words, axis, group):
+            return
+        said: list[Any] = [None] * axis.size
+        dist.all_gather_object(said, (words, sections()), group)
+    k = next(
+        i
+        for i, (first, *others) in enumerate(zip(*[w for w, _ in said]))
+        if any(w != first for w in others)
+    )
+    wrong = [r for r, (w, _) in enumerate(said) if w[k] != said[0][0][k]]
+    parts = [s[min(k, len(s) - 1)] for _, s in said]
+    lines = "; ".join(f"rank {r} {_differs(parts, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(
         f"ranks {wrong} of axis {axis.name!r} differ from rank 0: {lines}. "
-        f"Do this: {here[0].advice}"
+        f"Do this: {parts[0].advice}"
     )
 
 
@@ -267,7 +277,7 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _hash_of(numbers: Sequence[int]) -> int:
+def _hash_of(numbers: Iterable[int]) -> int:
     """Python's own of a tuple: of integers, it is the same in every process."""
     return hash(tuple(numbers))
 

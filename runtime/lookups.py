@@ -34,6 +34,26 @@ class Lengthwise:
     ops: Sequence[tuple[str, Any, Sequence[Any], Mapping[str, Any]]]
     checks: Sequence[tuple[Lookup, int]]
 
+    def in_range(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the extremes of inputs on the CPU say so for all that is looked up; if not, the
+        indices themselves have to be seen."""
+        extremes = dict[str, tuple[int, int]]()
+        for lookup, size in self.checks:
+            elements = lookup.elements
+            if elements is None:
+                return False
+            name = elements.input
+            if name not in extremes:
+                x = inputs[name]
+                if type(x) is not torch.Tensor or x.device.type != "cpu" or not x.numel():
+                    return False
+                array = x.numpy()
+                extremes[name] = int(array.min()), int(array.max())
+            first = -size if lookup.wraps else 0
+            if any(not first <= v < size for v in (*extremes[name], *elements.constants)):
+                return False
+        return True
+
     def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """By name; an op's operands are values, or as they are."""
         values = dict(inputs)
@@ -67,6 +87,8 @@ class Indices:
         lengths = tuple(sizes.values())
         planned = self.plans.get(lengths)
         plan = planned or self._plan(sizes, inputs, self.lookups.found)
+        if planned is not None and plan.in_range(inputs):
+            return None
         with torch.no_grad():
             values = plan.values(inputs)
             for lookup, size in plan.checks:

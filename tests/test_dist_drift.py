@@ -100,6 +100,13 @@ def no_zero_grad(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> N
         optimizer.zero_grad()
 
 
+def no_zero_grad_in_place(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> None:
+    fn(tokens_of(8), tokens_of(8)).backward()
+    optimizer.step()
+    if rank == 0 or step != 2:
+        optimizer.zero_grad(set_to_none=False)
+
+
 def other_floats(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> None:
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(step))
     x[1, 7, 15] *= -1 if rank == 1 and step == 2 else 1
@@ -120,6 +127,7 @@ DRIFTS = {
         "has made changes in place of .*: 3, .*; rank 1 has made changes in .*: 2",
     ),
     no_zero_grad: (3, "holds as gradient of .*: none, .*; rank 1 holds as gradient of .*: one"),
+    no_zero_grad_in_place: (3, "holds as gradient of .*in place . times.*; rank 1 holds as"),
     other_floats: (2, "was given other values in x: "),
     another_mode: (2, "rank 0 was called with grad mode: enabled; rank 1 .* grad mode: disabled"),
 }

@@ -41,7 +41,16 @@ DIMENSIONED = (  # (what is looked up, the dim, the index, ...); -1 is no index
 )
 PLACED = (aten.index.Tensor, aten.index_put.default)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 OWN = (PICK, aten.embedding.default)  # what they run as does not check
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Those of an input, and constants."""
+
+    input: str
+    constants: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Lookup:
 
     table: what it is looked up in, for the reader; of: the inputs that the index is made of, or
     nothing, where the lengths of a call are all that it hangs on. own: of a kernel of tspc's.
+    elements: what its elements are among, if that is seen without computing it.
     """
 
     index: Ref
@@ -61,6 +71,7 @@ class Lookup:
     source: str
     of: tuple[str, ...]
     own: bool
+    elements: Elements | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ def lookups(program: Program) -> Lookups:
                 continue
             name = "its classes" if table == index else _name(table, by_name)
             told = name, _word(n), n.source, tuple(sorted(known[index.name]))
-            lookup = Lookup(index, t.shape, size, wraps, *told, n.op in OWN)
+            lookup = Lookup(
+                index, t.shape, size, wraps, *told, n.op in OWN, _elements(index, by_name)
+            )
             found.setdefault((index, size, wraps), lookup)
     return Lookups(tuple(found.values()), by_name)
 
@@ -107,6 +120,46 @@ def watched(program: Program) -> Program:
             n = n.map_refs(lambda r, index=index, passed=passed: passed if r == index else r)
         nodes.append(n)
     return replace(program, nodes=tuple(nodes)) if len(nodes) > len(program.nodes) else program
+
+
+def _elements(value: Any, by_name: Mapping[str, Node]) -> Elements | None:
+    """What a value's are among: one of an input, seen through views, pads and fills by a mask."""
+    n = by_name[value.name]
+    if n.op == INPUT:
+        return Elements(n.name)
+    if not n.is_call or not n.args or not isinstance(n.args[0], Ref):
+        return None
+    inner = _elements(n.args[0], by_name)
+    if inner is None or n.op == aten.clone.default or _is_view(n.op):
+        return inner
+    if n.op in PADS:
+        at = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}[n.op]
+        filled = n.kwargs.get("value", n.args[at] if len(n.args) > at else None) or 0
+        constant = n.op != aten.pad.default or (*n.args[2:3], "constant")[0] == "constant"
+        kept = inner.constants
+    elif n.op == aten.masked_fill.Scalar:
+        filled, constant = n.args[2], True
+        kept = inner.constants - {_masked(n.args[1], n.args[0], by_name)}
+    else:
+        return None
+    if not constant or not isinstance(filled, (int, float)) or filled != int(filled):
+        return None
+    return Elements(inner.input, kept | {int(filled)})
+
+
+def _masked(mask: Any, x: Ref, by_name: Mapping[str, Node]) -> object:
+    """The c of a mask x == c; None if it is no such mask."""
+    n, equal = by_name[mask.name], aten.eq.Scalar
+    if n.op == aten.logical_not.default:
+        n, equal = by_name[n.args[0].name], aten.ne.Scalar
+    return n.args[1] if n.op == equal and n.args[0] == x else None
+
+
+def _is_view(op: Any) -> bool:
+    """By its schema: what it gives is its first argument's memory, read only."""
+    schema = getattr(op, "_schema", None)
+    given = [] if schema is None else [r.alias_info for r in schema.returns]
+    return bool(given) and all(a is not None and not a.is_write for a in given)
 
 
 def _word(n: Node) -> str:
