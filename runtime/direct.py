@@ -20,7 +20,7 @@ from tspc.runtime.requests import Axis
 
 Tensor = torch.Tensor
 _MAX = dist.AllreduceOptions()
-_MAX.reduceOp = dist.ReduceOp.MAX
+_MAX.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
 
 
 def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Any:

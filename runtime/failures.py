@@ -67,7 +67,9 @@ def failure(lost: Lost, what: str, group: dist.ProcessGroup | None) -> RankFailu
 
 
 @contextlib.contextmanager
-def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+def told(
+    what: str, group: dist.ProcessGroup | None, collective: str = "a collective of torch's"
+) -> Iterator[None]:
     """torch's own collectives inside: a rank that does not come is told alike."""
     try:
         yield
@@ -75,7 +77,7 @@ def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         loss = lost(e, dist.ProcessGroup, "torch")
         if not isinstance(loss, Lost):
             raise
-        loss.collective = "a collective of torch's"
+        loss.collective = collective
         raise failure(loss, what, group) from e
 
 

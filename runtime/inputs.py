@@ -27,7 +27,7 @@ CHECK = "the check that starts a call or a compile"
 FROZEN = "frozen parameters"  # a fact of a graph: their names
 KEPT = 256  # calls of other shapes or numbers whose hashes are kept
 LISTED = 4  # inputs that a message names
-WORDS = 5  # hashes that a rank tells: shapes, the graph, contents, steps, gradients
+WORDS = 6  # hashes that a rank tells, one for each section of a call
 ADVICE = (
     "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
     "(DistributedSampler with rank = the data-parallel rank)"
@@ -76,8 +76,13 @@ class Checker:
         drift.watch()
 
     def __call__(
-        self, tensors: Sequence[object], params: Sequence[Any] = (), numbers: Sequence[int] = ()
+        self,
+        tensors: Sequence[object],
+        params: Sequence[Any] = (),
+        numbers: Sequence[int] = (),
+        shared: str = "",
     ) -> None:
+        """shared: what is said of inputs in the same memory, where that matters."""
         if self.mode is False:
             return
         arrived()
@@ -95,6 +100,7 @@ class Checker:
         steps = [self.calls, *self.taken.since(params)]
         grads = drift.gradients(params)
         words = [*self._words(named, numbers), *map(_hash_of, (here.values(), steps, grads))]
+        words.append(_hash(shared.encode()) if shared else 0)
 
         def sections() -> list[Section]:
             shapes = {n: text(x.dtype, x.shape) for n, x in named}
@@ -105,6 +111,7 @@ class Checker:
                 Section("was given other values in", contents, ADVICE),
                 Section("has made", _steps_in_words(steps, self.params), ALIKE),
                 Section("holds", _gradients_in_words(grads, self.params), ALIKE),
+                Section("was called with", {"memory of its inputs": shared or "apart"}, ADVICE),
             ]
 
         _compare(self.place.axis, self.place.groups["checks"], words, sections)
@@ -228,7 +235,7 @@ def _compare(
     sections: Callable[[], Sequence[Section]],
 ) -> None:
     """Each word is of one section; the first section that differs is told."""
-    with failures.told(CHECK, group):
+    with failures.told(CHECK, group, "AllReduce of checks"):
         if same(words, axis, group):
             return
         said: list[Any] = [None] * axis.size

@@ -21,6 +21,14 @@ ALONE = (
 )
 
 
+def runs_on(device: torch.device) -> str:
+    """The type of device that a model will run on: of one on meta, this machine's accelerator."""
+    if device.type != "meta":
+        return device.type
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None else "cpu"
+
+
 def join(device: torch.device) -> bool:
     """Make the default group over all launched processes; -> whether there is more than one.
 
@@ -40,10 +48,7 @@ def join(device: torch.device) -> bool:
             "environment: launch by torchrun, or call torch.distributed.init_process_group first"
         )
     rank, ranks = _number("RANK"), _number("WORLD_SIZE")
-    kind = device.type
-    if kind == "meta":
-        accelerator = torch.accelerator.current_accelerator()
-        kind = accelerator.type if accelerator is not None else "cpu"
+    kind = runs_on(device)
     where = _own_device(kind, device) if kind != "cpu" else None
     backend = dist.get_default_backend_for_device(kind)
     store = _store(rank, ranks)

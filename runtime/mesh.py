@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tspc.errors import PlanError
 from tspc.options import Options
 from tspc.runtime.execute import PLACES, Place
-from tspc.runtime.launched import join
+from tspc.runtime.launched import join, runs_on
 from tspc.runtime.requests import Axis
 from tspc.torch_seams import forget_specs, timeout_of
 
@@ -41,9 +41,14 @@ _KEPT: list[DeviceMesh] = []
 _OVER: list[object] = []  # the default group that all of these were made over
 
 
-def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh | None]:
+def resolve(
+    options: Options, device: torch.device, planned: bool = False
+) -> tuple[Place, DeviceMesh | None]:
     """The place of this rank and the mesh that parameters are stored on; without a process group
-    that of the launcher is made, and without one an axis of one rank."""
+    that of the launcher is made, and without one an axis of one rank.
+
+    planned: nothing runs yet, so that parameters may be on meta.
+    """
     if not dist.is_initialized():
         if options.mesh is not None:
             raise PlanError("a mesh was given but no process group is initialized")
@@ -55,14 +60,14 @@ def resolve(options: Options, device: torch.device) -> tuple[Place, DeviceMesh |
     if device.type == "meta":
         move = move.replace("to(", "to_empty(device=") + " and load or initialise it"
     if mesh is None:
-        if device.type == "meta":
+        kind = runs_on(device) if planned else device.type
+        if kind == "meta":
             raise PlanError(f"the model is on meta, where nothing runs: {move} first")
-        kind = device.type
         if kind not in _WORLD or _WORLD[kind].size() != dist.get_world_size():
             _WORLD[kind] = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tsp",))
         mesh = _WORLD[kind]
     axes = _axes(mesh, options.axis)
-    if mesh.device_type != device.type:
+    if mesh.device_type != device.type and not (planned and device.type == "meta"):
         raise PlanError(
             f"the model is on {device.type}, the mesh on {mesh.device_type}: {move} first"
         )

@@ -60,7 +60,9 @@ class Floats(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
+        if cache is not None:
+            cache.add_(x)
         return self.down(torch.tanh(self.up(x))).square().mean()
 
 
@@ -113,6 +115,11 @@ def other_floats(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> N
     _step(optimizer, fn(x))
 
 
+def a_cache_that_overlaps(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> None:
+    rows = torch.ones(2, 9, 16)
+    fn(rows[:, 1:], rows[:, :-1] if rank == 1 else torch.ones(2, 8, 16))
+
+
 def another_mode(step: int, rank: int, model: Any, optimizer: Any, fn: Any) -> None:
     with torch.set_grad_enabled(step != 1 and (step != 2 or rank == 0)):
         fn(torch.ones(2, 8, 16))
@@ -129,6 +136,7 @@ DRIFTS = {
     no_zero_grad: (3, "holds as gradient of .*: none, .*; rank 1 holds as gradient of .*: one"),
     no_zero_grad_in_place: (3, "holds as gradient of .*in place . times.*; rank 1 holds as"),
     other_floats: (2, "was given other values in x: "),
+    a_cache_that_overlaps: (0, "memory of its inputs: apart; rank 1 .*shares memory with x"),
     another_mode: (2, "rank 0 was called with grad mode: enabled; rank 1 .* grad mode: disabled"),
 }
 
@@ -137,7 +145,9 @@ def drifts() -> dict[str, str]:
     out = {}
     for do in DRIFTS:
         torch._dynamo.reset()
-        out[do.__name__] = _train(do, plain=do in (other_floats, another_mode))
+        out[do.__name__] = _train(
+            do, plain=do in (other_floats, a_cache_that_overlaps, another_mode)
+        )
     return out
 
 

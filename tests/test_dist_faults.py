@@ -90,7 +90,7 @@ def test_an_exception_in_a_data_loader(tmp_path: Path) -> None:
     assert faulty[:2] == ("ValueError", "no such file")
     assert waiting[0] == "RankFailureError"
     assert re.search(
-        r"^rank 0 waited in the check that starts a call or a compile for AllGather of checks, "
+        r"^rank 0 waited in the check that starts a call or a compile for AllReduce of checks, "
         r"which failed \(.*\); missing: rank 1. Do this: read the log of a missing rank first",
         waiting[1],
     ), waiting[1]

@@ -97,9 +97,8 @@ class Plan:
         check_planned(where, self.parameters, model)
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
-        if mesh is not None and device.type == "meta":
-            device = torch.device(mesh.device_type)
-        place, storage = resolve(replace(self.options, mesh=mesh or self.options.mesh), device)
+        options = replace(self.options, mesh=mesh or self.options.mesh)
+        place, storage = resolve(options, device, planned=True)
         if place.axis.size != self.ranks:
             raise PlanError(f"the plan is for {self.ranks} ranks, the axis has {place.axis.size}")
         dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}

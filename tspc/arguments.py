@@ -47,17 +47,20 @@ def written(
     return [args[same[at]] if at in same else x for at, x in enumerate(outs[:count])]
 
 
-def check_apart(writes: Sequence[int], args: Sequence[Any], names: Mapping[int, str]) -> None:
-    """Raises `UnsupportedError` if an input that the model writes into shares memory with another:
-    the program reads each as it was when the call began."""
+def overlap(
+    writes: Sequence[int], args: Sequence[Any], names: Mapping[int, str]
+) -> UnsupportedError | None:
+    """What to raise if an input that the model writes into shares memory with another: the program
+    reads each as it was when the call began."""
     tensors = [(i, x) for i, x in enumerate(args) if _has_memory(x)] if writes else []
     for w, (i, x) in itertools.product(writes, tensors):
         if i != w and _has_memory(args[w]) and _overlap(args[w], x):
-            mine, other = (names.get(k, f"input {k}") for k in (w, i))
-            raise UnsupportedError(
-                f"{mine} shares memory with {other}, and the model writes into it: pass a copy of "
-                "one of them"
+            changed, other = (names.get(k, f"input {k}") for k in (w, i))
+            return UnsupportedError(
+                f"{changed} shares memory with {other}, and the model writes into it: pass a copy "
+                "of one of them"
             )
+    return None
 
 
 def _has_memory(x: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc import calls
-from tspc.arguments import before_writes, check_apart, dense, written
+from tspc.arguments import before_writes, dense, overlap, written
 from tspc.body import evaluate, rows_of
 from tspc.capture import Captured, capture
 from tspc.errors import InternalError, OptionError, PlanError, UnsupportedError
@@ -307,15 +307,15 @@ def _function(
         sizes = captured.sizes(args)
         compiled.sizes = sizes
         rows = [int(c) for c in _rows(compiled, sizes)]
-        check_apart(captured.writes, args, captured.names)
+        shared = overlap(captured.writes, args, captured.names)
         kept = before_writes(captured.writes, args)
         values = [None if i is None else kept[i] for i in positions]
         for i in plain:
             values[i] = dense(values[i])
         called, stored = ([values[i] for i in at] for at in (plain, sharded))
         renew(place, options, stored, device)
-        wrong = indices(sizes, dict(zip(inputs, called)))
-        check(called, stored, [sizes[s] for s in numbers])
+        wrong = shared or indices(sizes, dict(zip(inputs, called)))
+        check(called, stored, [sizes[s] for s in numbers], str(shared or ""))
         if wrong is not None:
             raise wrong
         if rewritten.draws:

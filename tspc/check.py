@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 
-from tspc.arguments import before_writes, check_apart, dense, written
+from tspc.arguments import before_writes, dense, overlap, written
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.context import Context
@@ -119,7 +119,9 @@ def _call(graph: Simulated, args: Sequence[object], indices: Indices) -> list[An
         raise wrong
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     drawn = draw() if graph.rewritten.draws else torch.zeros(())
-    check_apart(graph.captured.writes, args, graph.captured.names)
+    wrong = overlap(graph.captured.writes, args, graph.captured.names)
+    if wrong is not None:
+        raise wrong
     kept = before_writes(graph.captured.writes, args)
     tensors = map(dense, graph.captured.given(nodes, kept, drawn))
     outs = [
