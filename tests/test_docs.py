@@ -62,7 +62,6 @@ TO_RENAME: frozenset[str] = frozenset(
         "runtime/whole.py",
         "runtime/writing.py",
         "tspc/api.py",
-        "tspc/arguments.py",
         "tspc/body.py",
         "tspc/calls.py",
         "tspc/capture.py",
