@@ -23,7 +23,9 @@ def digest(x: torch.Tensor) -> int:
     """Of a tensor on the CPU."""
     data = _numpy(x)
     if len(data) <= SMALL:
-        return int.from_bytes(blake2b(data.tobytes(), digest_size=8).digest(), "little", signed=True)
+        return int.from_bytes(
+            blake2b(data.tobytes(), digest_size=8).digest(), "little", signed=True
+        )
     whole = len(data) & ~7
     value = int.from_bytes(data[whole:].tobytes(), "little") * GOLDEN
     words, weights, mixed = data[:whole].view(np.uint64), *_tables()

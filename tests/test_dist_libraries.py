@@ -1,4 +1,5 @@
-"""Checkpoints of accelerate, peft and Fabric for a sharded model: the files of one device."""
+"""Libraries around a sharded model: what accelerate, peft, Fabric and TensorBoard write is one
+device's."""
 
 from __future__ import annotations
 
@@ -49,6 +50,55 @@ def test_peft_writes_whole_adapters(world: Any, tmp_path: Path) -> None:
     base = make("hf_llama", heads=2, kv_heads=2, layers=1)
     found = PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
     assert torch.equal(found.eval()(ids).logits, wanted.eval()(ids).logits)
+
+
+def on_a_board(folder: str, model: Any, fn: Any) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with SummaryWriter(folder) as writer:
+        for step in range(2):
+            fn(tokens_of(9), tokens_of(9)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            writer.add_scalar("norm", norm, step)
+            for n, p in model.named_parameters():
+                writer.add_histogram(n, p, step)
+                writer.add_histogram(f"{n}.grad", p.grad, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def boards(folder: str) -> None:
+    """A board of every rank: a parameter's values are a collective."""
+    model = make("gpt2_like", heads=2, layers=1)
+    on_a_board(f"{folder}/{dist.get_rank()}", model, compiled(model))
+
+
+def of_a_board(folder: Path) -> dict[str, Any]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    found: dict[str, Any] = {t: [e.value for e in events.Scalars(t)] for t in tags["scalars"]}
+    for t in tags["histograms"]:
+        values = [e.histogram_value for e in events.Histograms(t)]
+        found[t] = [x for v in values for x in (v.min, v.max, v.sum)]
+        if not t.endswith(".grad"):  # there some are noise around 0, on either side of it
+            found[t] += [count for v in values for count in v.bucket]
+    return found
+
+
+def test_a_board_shows_one_device_s_numbers(world: Any, tmp_path: Path) -> None:
+    world(2).run(boards, folder=str(tmp_path / "ranks"))
+    model = make("gpt2_like", heads=2, layers=1)
+    on_a_board(str(tmp_path / "one"), model, model)
+    wanted = of_a_board(tmp_path / "one")
+    for rank in range(2):
+        found = of_a_board(tmp_path / "ranks" / str(rank))
+        assert found.keys() == wanted.keys() and len(found) > 8
+        for tag, numbers in wanted.items():
+            assert found[tag] == pytest.approx(numbers, rel=1e-6, abs=1e-12), tag
 
 
 def by_accelerate(folder: str, safe: bool) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+import sys
 import time
 
 import pytest
@@ -44,3 +46,23 @@ def test_one_that_fails_is_not_told_as_done(
         raise ValueError("no")
     assert caplog.messages == ["tspc: compiles a graph"]
     assert not progress._OPEN
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_its_stage_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(progress, "AFTER", 0.05)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress.Compiling("a graph of 3 ops", False):
+        progress.stage("decides")
+        time.sleep(0.4)
+        progress.stage("compiles its folds")
+        time.sleep(0.4)
+    for stage in ("decides", "compiles its folds"):
+        assert f"tspc: compiles a graph of 3 ops: {stage}" in terminal.getvalue()
