@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -67,18 +68,23 @@ def failure(lost: Lost, what: str, group: dist.ProcessGroup | None) -> RankFailu
 
 
 @contextlib.contextmanager
-def told(
-    what: str, group: dist.ProcessGroup | None, collective: str = "a collective of torch's"
-) -> Iterator[None]:
+def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """torch's own collectives inside: a rank that does not come is told alike."""
     try:
         yield
     except RuntimeError as e:
-        loss = lost(e, dist.ProcessGroup, "torch")
-        if not isinstance(loss, Lost):
-            raise
-        loss.collective = collective
-        raise failure(loss, what, group) from e
+        fail(e, what, group, "a collective of torch's")
+
+
+def fail(
+    error: RuntimeError, what: str, group: dist.ProcessGroup | None, collective: str
+) -> NoReturn:
+    """Raises what is to be said of an error of a collective; it itself, if no transfer failed."""
+    loss = lost(error, dist.ProcessGroup, "torch")
+    if not isinstance(loss, Lost):
+        raise error
+    loss.collective = collective
+    raise failure(loss, what, group) from error
 
 
 def _others(me: int, ranks: Sequence[int], here: str) -> dict[int, str]:

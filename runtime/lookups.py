@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sympy
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from tspc.program import CONSTANT, PLACEHOLDERS, Ref
 
 LARGE = 1 << 22  # elements of an index above which torch's own kernels are left to check
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes of an element
+FEW = 512  # elements that a list compares sooner than numpy
 KEPT = 256  # lengths whose indices are known to be in range
 ADVICE = (
     "look for a tokenizer or labels of another vocabulary, padding that is not the loss's "
@@ -37,22 +36,21 @@ class Lengthwise:
     checks: Sequence[tuple[Lookup, int]]
 
     def in_range(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the largest element of inputs on the CPU says so for all that is looked up; if
-        not, the indices themselves have to be seen."""
-        largest = dict[str, int]()
+        """Whether the extremes of inputs on the CPU say so for all that is looked up; if not, the
+        indices themselves have to be seen."""
+        extremes = dict[str, tuple[int, int]]()
         for lookup, size in self.checks:
             elements = lookup.elements
             if elements is None:
                 return False
             name = elements.input
-            if name not in largest:
+            if name not in extremes:
                 x = inputs[name]
                 if type(x) is not torch.Tensor or x.device.type != "cpu" or not x.numel():
                     return False
-                array = x.numpy()
-                unsigned = array.view(UNSIGNED[array.dtype.itemsize])  # less than 0 is very large
-                largest[name] = int(unsigned.max())
-            if largest[name] >= size or any(not 0 <= c < size for c in elements.constants):
+                extremes[name] = _extremes(x)
+            first = -size if lookup.wraps else 0
+            if any(not first <= v < size for v in (*extremes[name], *elements.constants)):
                 return False
         return True
 
@@ -63,6 +61,14 @@ class Lengthwise:
             filled = {k: _filled(a, values) for k, a in kwargs.items()}
             values[name] = op(*[_filled(a, values) for a in args], **filled)
         return values
+
+
+def _extremes(x: torch.Tensor) -> tuple[int, int]:
+    if x.numel() <= FEW:
+        values = x.flatten().tolist()
+        return min(values), max(values)
+    array = x.numpy()
+    return int(array.min()), int(array.max())
 
 
 def _filled(a: Any, values: Mapping[str, Any]) -> Any:
