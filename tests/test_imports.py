@@ -25,6 +25,7 @@ TOGETHER = {
     "report.py",
     "origin.py",
     "cli.py",
+    "trainer.py",
 }
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)
 
