@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader, IterableDataset
 
 import tspc
 import tspc.trainer
@@ -64,6 +65,11 @@ class Words(LlamaLike):
 
     def num_parameters(self, exclude_embeddings: bool) -> int:
         return 7
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(9))
 
 
 def words(dropout: float = 0.0) -> Words:
@@ -130,8 +136,6 @@ def looped(
 
 def _loop(accelerator: Any, folder: str, resume: str | None) -> dict[str, Any]:
     """Two epochs, a checkpoint after the first."""
-    from torch.utils.data import DataLoader
-
     model = words()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=12)
@@ -177,6 +181,8 @@ def _collected(accelerator: Any) -> dict[str, Any]:
     from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
     i = accelerator.process_index
+    stream = accelerator.prepare_data_loader(DataLoader(Stream(), batch_size=2))
+    streamed = [(x.tolist(), accelerator.gather_for_metrics(x).tolist()) for x in stream]
     x = torch.arange(i + 1, dtype=torch.float64) + 1
     with accelerator.split_between_processes(list("abcde")) as inputs:
         part = list(inputs)
@@ -190,6 +196,7 @@ def _collected(accelerator: Any) -> dict[str, Any]:
     ends = accelerator.gather(torch.tensor(int(accelerator.is_last_process)))
     return {
         "processes": (accelerator.num_processes, i, part, drawn),
+        "streamed": streamed,
         "gathered": accelerator.gather(x[:1]).tolist(),
         "padded": accelerator.gather(accelerator.pad_across_processes(x)).tolist(),
         "reduced": [accelerator.reduce(x[:1], how).item() for how in ("sum", "mean")],

@@ -9,12 +9,9 @@ and writes, and what is written is whole.
 
 from __future__ import annotations
 
-import enum
-import functools
-import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,29 +20,23 @@ from torch.distributed.tensor import DTensor
 
 from tspc.errors import OptionError
 from tspc.options import parse
+from tspc.processes import (
+    NAME,
+    Replicas,
+    among_replicas,
+    first,
+    member,
+    replicas,
+    shared,
+    use,
+    wrap,
+    wrap_property,
+)
 from tspc.runtime.accumulate import no_sync
 from tspc.runtime.mesh import resolve
 
-_NAME = "TSP"
 _OPTIONS: dict[str, Any] = {}
 _DONE: list[str] = []
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """What the libraries take for processes.
-
-    peers: the group of the ranks with this one's place on their axes, None where there is one
-    replica. firsts: the first rank of each replica.
-    """
-
-    count: int = 1
-    index: int = 0
-    peers: Any = None
-    firsts: tuple[int, ...] = (0,)
-
-
-_REPLICAS = [Replicas()]
 
 
 def register(**options: object) -> None:
@@ -60,24 +51,20 @@ def register(**options: object) -> None:
     """
     from accelerate import state
 
-    replicas = _replicas(options)
+    now = _counted(options)
     before: Any = state.PartialState._shared_state
-    if (
-        before.get("num_processes", 1) > 1
-        and not _shared()
-        or _shared()
-        and (before["num_processes"] != replicas.count)
-    ):
+    counted = before.get("num_processes", 1), before.get("process_index", 0)
+    if counted != (now.count, now.index) if shared() else counted[0] > 1:
         raise OptionError(
             "an Accelerator or TrainingArguments was made before tspc.trainer.register(): its "
             "state takes each rank for a replica, or has other replicas; call register() first"
         )
     _OPTIONS.clear()
     _OPTIONS.update(options)
-    _REPLICAS[:] = [replicas]
-    if _NAME in _DONE:
+    use(now)
+    if NAME in _DONE:
         return
-    _DONE.append(_NAME)
+    _DONE.append(NAME)
     _accelerate()
     try:
         from transformers import Trainer, trainer, training_args
@@ -86,7 +73,7 @@ def register(**options: object) -> None:
     _trainer(Trainer, trainer, training_args.TrainingArguments)
 
 
-def _replicas(options: dict[str, object]) -> Replicas:
+def _counted(options: dict[str, object]) -> Replicas:
     """Those of the options' mesh, or of their plan's."""
     chosen = parse(options)
     if chosen.mesh is None:
@@ -107,19 +94,6 @@ def _replicas(options: dict[str, object]) -> Replicas:
     )
 
 
-def _shared() -> bool:
-    """Whether ranks share the model."""
-    from accelerate.state import PartialState
-
-    kind: Any = PartialState._shared_state.get("distributed_type")
-    return kind is not None and kind.value == _NAME
-
-
-def _first() -> bool:
-    """Whether this rank is the first of its replica."""
-    return dist.get_rank() in _REPLICAS[0].firsts
-
-
 def _accelerate() -> None:
     from accelerate import accelerator, optimizer, state
     from accelerate.utils import (
@@ -131,40 +105,41 @@ def _accelerate() -> None:
         random,
     )
 
-    tsp = _member(DistributedType)
-    _member(DynamoBackend)
+    tsp = member(DistributedType)
+    member(DynamoBackend)
 
     def start(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> None:
         do(self, *args, **kwargs)
         if self.num_processes > 1 and self.distributed_type is not tsp:
             self.distributed_type = tsp
-            self.num_processes, self.process_index = _REPLICAS[0].count, _REPLICAS[0].index
+            self.num_processes, self.process_index = replicas().count, replicas().index
 
     def main(do: Callable[..., bool], self: Any) -> bool:
-        return dist.get_rank() == 0 if _shared() else do(self)
+        return dist.get_rank() == 0 if shared() else do(self)
 
     def last(do: Callable[..., bool], self: Any) -> bool:
-        return dist.get_rank() == _REPLICAS[0].firsts[-1] if _shared() else do(self)
+        return dist.get_rank() == replicas().firsts[-1] if shared() else do(self)
 
-    _wrap(state.PartialState, "__init__", start)
-    _property(state.PartialState, "is_main_process", main)
-    _property(state.PartialState, "is_last_process", last)
-    _property(accelerator.Accelerator, "is_last_process", last)
-    _property(state.PartialState, "use_distributed", lambda do, self: _shared() or do(self))
-    _wrap(state.PartialState, "wait_for_everyone", _wait)
-    _wrap(TorchDynamoPlugin, "to_kwargs", _compiling)
-    _wrap(accelerator, "prepare_data_loader", _loader)
-    _wrap(accelerator, "save_accelerator_state", _written)
-    _wrap(accelerator.Accelerator, "no_sync", _quiet)
-    _wrap(accelerator.Accelerator, "check_trigger", _trigger)
-    _wrap(accelerator.Accelerator, "join_uneven_inputs", _join)
-    _wrap(optimizer.AcceleratedOptimizer, "step", _step)
-    _wrap(random, "synchronize_rng_state", _synchronize)
-    constants.TORCH_DISTRIBUTED_OPERATION_TYPES.append(_NAME)
-    _wrap(operations, "_gpu_gather", _gather)
-    _wrap(operations, "_gpu_gather_object", _gather)
+    wrap(state.PartialState, "__init__", start)
+    wrap_property(state.PartialState, "is_main_process", main)
+    wrap_property(state.PartialState, "is_last_process", last)
+    wrap_property(accelerator.Accelerator, "is_last_process", last)
+    wrap_property(state.PartialState, "use_distributed", lambda do, self: shared() or do(self))
+    wrap(state.PartialState, "wait_for_everyone", _wait)
+    wrap(TorchDynamoPlugin, "to_kwargs", _compiling)
+    wrap(accelerator, "prepare_data_loader", _loader)
+    wrap(accelerator, "save_accelerator_state", _written)
+    wrap(accelerator.Accelerator, "no_sync", _quiet)
+    wrap(accelerator.Accelerator, "profile", _profile)
+    wrap(accelerator.Accelerator, "check_trigger", _trigger)
+    wrap(accelerator.Accelerator, "join_uneven_inputs", _join)
+    wrap(optimizer.AcceleratedOptimizer, "step", _step)
+    wrap(random, "synchronize_rng_state", _synchronize)
+    constants.TORCH_DISTRIBUTED_OPERATION_TYPES.append(NAME)
+    wrap(operations, "_gpu_gather", _gather)
+    wrap(operations, "_gpu_gather_object", _gather)
     # `reduce`, `gather` and their kin are imported by name all over: what they call is exchanged
-    operations.torch = _Part(torch, distributed=_among_replicas())  # type: ignore[assignment]
+    operations.torch = among_replicas()  # type: ignore[assignment]
 
 
 def _trainer(cls: Any, module: Any, arguments: Any) -> None:
@@ -172,38 +147,38 @@ def _trainer(cls: Any, module: Any, arguments: Any) -> None:
     from accelerate.utils import operations
 
     def on_first(do: Callable[..., object], self: Any, *args: object) -> None:
-        if not _shared() or _first():
+        if not shared() or first():
             do(self, *args)
 
     def zero(do: Callable[..., bool], self: Any) -> bool:
-        return do(self) and (not _shared() or dist.get_rank() == 0)
+        return do(self) and (not shared() or dist.get_rank() == 0)
 
     def writer(node: str) -> Callable[..., bool]:
         return lambda do, self: do(self) if getattr(self, node) else zero(do, self)
 
     def gathered(do: Callable[..., object], tensors: Any, *args: object, **kwargs: object) -> Any:
-        if not _shared() or tensors is None:
+        if not shared() or tensors is None:
             return do(tensors, *args, **kwargs)
         return operations.gather(tensors)
 
     def scalars(
         do: Callable[..., object], values: Sequence[float], count: int | None = None, **kwargs: Any
     ) -> Any:
-        if not _shared():
+        if not shared():
             return do(values, count, **kwargs)
         return operations.gather(torch.tensor(values, dtype=torch.float64, **kwargs))[:count]
 
-    _wrap(cls, "_save_rng_state", on_first)
-    _wrap(cls, "is_world_process_zero", zero)
-    _wrap(cls, "hyperparameter_search", _search)
-    _property(arguments, "should_save", writer("save_on_each_node"))
-    _property(arguments, "should_log", writer("log_on_each_node"))
-    _wrap(module, "nested_gather", gathered)
-    _wrap(module, "distributed_broadcast_scalars", scalars)
+    wrap(cls, "_save_rng_state", on_first)
+    wrap(cls, "is_world_process_zero", zero)
+    wrap(cls, "hyperparameter_search", _search)
+    wrap_property(arguments, "should_save", writer("save_on_each_node"))
+    wrap_property(arguments, "should_log", writer("log_on_each_node"))
+    wrap(module, "nested_gather", gathered)
+    wrap(module, "distributed_broadcast_scalars", scalars)
 
 
 def _wait(do: Callable[..., object], self: Any) -> None:
-    if _shared():
+    if shared():
         dist.barrier()
     else:
         do(self)
@@ -212,7 +187,7 @@ def _wait(do: Callable[..., object], self: Any) -> None:
 def _compiling(do: Callable[..., dict[str, Any]], self: Any) -> dict[str, Any]:
     """The options of torch.compile."""
     kwargs = do(self)
-    if kwargs.get("backend") != _NAME.lower() or not (_OPTIONS or kwargs.get("options")):
+    if kwargs.get("backend") != NAME.lower() or not (_OPTIONS or kwargs.get("options")):
         return kwargs
     theirs = kwargs.get("options") or {}
     for name in ("mesh", "axis", "plan"):
@@ -228,26 +203,37 @@ def _compiling(do: Callable[..., dict[str, Any]], self: Any) -> dict[str, Any]:
 
 
 def _loader(do: Callable[..., object], *args: object, **kwargs: object) -> object:
-    """Every rank reads for itself: nobody sends batches."""
-    if _shared():
+    """The ranks of one replica read for themselves: nobody sends batches."""
+    if shared() and replicas().count == 1:
         kwargs["dispatch_batches"] = False
     return do(*args, **kwargs)
 
 
 def _written(do: Callable[..., object], folder: Any, *args: object, **kwargs: object) -> object:
     """The random state is one file of each replica."""
-    return do(folder, *args, **kwargs) if not _shared() or _first() else folder
+    return do(folder, *args, **kwargs) if not shared() or first() else folder
+
+
+def _profile(
+    do: Callable[..., AbstractContextManager[Any]], self: Any, handler: Any = None
+) -> AbstractContextManager[Any]:
+    """A trace is a file of each process: ranks that are not its first have folders."""
+    handler = handler or self.profile_handler
+    folder = getattr(handler, "output_trace_dir", None)
+    if shared() and folder is not None and not first():
+        handler = replace(handler, output_trace_dir=f"{folder}/rank_{dist.get_rank()}")
+    return do(self, handler)
 
 
 def _quiet(
     do: Callable[..., AbstractContextManager[None]], self: Any, model: Any
 ) -> AbstractContextManager[None]:
-    return no_sync(model) if _shared() and _REPLICAS[0].count > 1 else do(self, model)
+    return no_sync(model) if shared() and replicas().count > 1 else do(self, model)
 
 
 def _trigger(do: Callable[..., bool], self: Any) -> bool:
     """Set on any rank, it is on all."""
-    if _shared():
+    if shared():
         if self.flag_tensor is None:
             self.flag_tensor = torch.tensor(0, device=self.device)
         dist.all_reduce(self.flag_tensor, dist.ReduceOp.MAX)
@@ -258,7 +244,7 @@ def _join(
     do: Callable[..., object], self: Any, joinables: Any, even_batches: bool | None = None
 ) -> object:
     even = self.even_batches if even_batches is None else even_batches
-    if _shared() and _REPLICAS[0].count > 1 and not even:
+    if shared() and replicas().count > 1 and not even:
         raise OptionError(
             "accelerate's join_uneven_inputs is for DDP: replicas of tspc make as many steps each; "
             "leave even_batches=True, or drop_last=True of the DataLoader"
@@ -268,7 +254,7 @@ def _join(
 
 def _step(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> object:
     """Of parameters that tspc does not hold, nobody averages the gradients."""
-    if _shared() and _REPLICAS[0].count > 1:
+    if shared() and replicas().count > 1:
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         plain = [p for p in params if p.grad is not None and not isinstance(p, DTensor)]
         if plain:
@@ -287,7 +273,7 @@ def _synchronize(
     do: Callable[..., object], rng_type: Any = None, generator: torch.Generator | None = None
 ) -> None:
     """Rank 0's random state on all, which decides the order of the data."""
-    if not _shared() or _REPLICAS[0].count == 1:
+    if not shared() or replicas().count == 1:
         do(rng_type, generator)
         return
     name = getattr(rng_type, "value", rng_type)
@@ -304,79 +290,13 @@ def _synchronize(
 
 def _gather(do: Callable[..., object], x: object) -> object:
     """One replica gathers as one process does."""
-    return x if _shared() and _REPLICAS[0].count == 1 else do(x)
+    return x if shared() and replicas().count == 1 else do(x)
 
 
 def _search(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> object:
-    if _shared():
+    if shared():
         raise OptionError(
             "Trainer.hyperparameter_search sends trials from one process to the others and does "
             "not know ranks that share a model: run each trial as a script of its own"
         )
     return do(self, *args, **kwargs)
-
-
-class _Part(types.ModuleType):
-    """A module, but for some names."""
-
-    def __init__(self, of: types.ModuleType, **names: object):
-        super().__init__(of.__name__)
-        self.__dict__.update(names, _of=of)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_of"], name)
-
-
-def _among_replicas() -> types.ModuleType:
-    """torch.distributed where processes are replicas: what is gathered comes from one rank of each,
-    what one sends goes from its first rank to all."""
-
-    def gathering(do: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            if not _shared():
-                return do(*args, **kwargs)
-            here = _REPLICAS[0]
-            return do(*args, **kwargs, group=here.peers) if here.count > 1 else None
-
-        return call
-
-    def sending(do: Callable[..., object]) -> Callable[..., object]:
-        def call(x: object, src: int = 0) -> object:
-            return do(x, src=_REPLICAS[0].firsts[src] if _shared() else src)
-
-        return call
-
-    gathers = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce")
-    names = {n: gathering(getattr(dist, n)) for n in gathers}
-    names |= {n: sending(getattr(dist, n)) for n in ("broadcast", "broadcast_object_list")}
-    return _Part(dist, **names)
-
-
-def _property(owner: Any, name: str, do: Callable[..., object]) -> None:
-    """owner.name becomes do(what it was, the object)."""
-    before = getattr(owner, name).fget
-    setattr(owner, name, property(functools.wraps(before)(functools.partial(do, before))))
-
-
-def _wrap(owner: Any, name: str, do: Callable[..., object]) -> None:
-    """owner.name(...) becomes do(what it was, ...)."""
-    before = getattr(owner, name)
-
-    @functools.wraps(before)
-    def call(*args: object, **kwargs: object) -> object:
-        return do(before, *args, **kwargs)
-
-    setattr(owner, name, call)
-
-
-def _member(kind: Any) -> Any:
-    """A new member of an enumeration of names: the libraries look backends up in theirs only."""
-    assert issubclass(kind, enum.Enum)
-    if _NAME not in kind.__members__:
-        new = str.__new__(kind, _NAME) if issubclass(kind, str) else object.__new__(kind)
-        new._name_ = new._value_ = _NAME
-        kind._member_names_.append(_NAME)
-        kind._member_map_[_NAME] = new
-        kind._value2member_map_[_NAME] = new
-        type.__setattr__(kind, _NAME, new)
-    return kind[_NAME]

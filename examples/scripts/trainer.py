@@ -66,7 +66,7 @@ trainer = Trainer(
     compute_metrics=accuracy,
 )
 trainer.train(resume_from_checkpoint=f"{args.out}/checkpoint-4" if args.resume else None)
-logged = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_right", "eval_of")
+logged = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_right", "eval_of", "total_flos")
 losses = [entry[k] for entry in trainer.state.log_history for k in logged if k in entry]
 if trainer.is_world_process_zero():
     print(json.dumps(losses))
