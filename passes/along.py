@@ -17,10 +17,10 @@ from torch._ops import OpOverload
 from tspc.along import SEQUENCE_CONV
 from tspc.context import Arguments
 from tspc.factor import Factor, Factors
+from tspc.notation import ALONG
 from tspc.ops import local_rows
 from tspc.passes.factorize import Record, bind
 from tspc.program import Node, Ref, Type
-from tspc.rule import ALONG
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 PADS = (aten.pad.default, aten.constant_pad_nd.default)

@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from tspc.factor import Dims, Factor, Factors
+from tspc.notation import pointwise
 from tspc.passes.factorize import EXTRA_POINTWISE, Record
 from tspc.program import Node, Ref, Type
-from tspc.rule import COMPUTED, pointwise
+from tspc.registry import COMPUTED
 
 aten = torch.ops.aten
 EXPANDS = (aten.expand.default, aten.broadcast_to.default)

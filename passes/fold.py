@@ -18,7 +18,7 @@ from tspc.passes.factorize import Analysis, Record
 from tspc.passes.independent import independent, is_independent, makers_in, makers_of
 from tspc.passes.regions import Region
 from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
-from tspc.rule import ONCE
+from tspc.registry import ONCE
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"

@@ -19,12 +19,12 @@ from torch._dynamo.exc import TorchDynamoException
 
 from tspc.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
 from tspc.journal import log
+from tspc.notation import Op
 from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
 from tspc.passes.piece import Maker
 from tspc.passes.regions import Region
 from tspc.program import Node, Program
-from tspc.rule import Op
 
 T = TypeVar("T")
 RETRIES = 16  # refusals before all is refused

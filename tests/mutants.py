@@ -19,14 +19,15 @@ from unittest import mock
 import torch
 
 import tests.test_samples as samples
+import tspc.notation as language
 import tspc.passes.factorize as factorize
-import tspc.rule as language
 import tspc.rules as rules
-from tests.brute import check, check_meaning, traced
+from tspc.brute import check, check_meaning, traced
 from tspc.counter import ATTENTIONS
 from tspc.errors import RuleError
+from tspc.notation import ROLES, Op, Rule
 from tspc.program import OUTPUT
-from tspc.rule import ONCE, ROLES, Op, Rule
+from tspc.registry import ONCE
 
 APPLIED = (factorize, language, *(getattr(rules, m) for m in rules.__all__))
 Samples = list[tuple[Any, samples.Sample, int]]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import tspc.rules as rules
+from tspc.notation import pointwise
 from tspc.passes.factorize import EXTRA_POINTWISE
-from tspc.rule import COMPUTED, ONCE, RULES, pointwise
+from tspc.registry import COMPUTED, ONCE, RULES
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "rules.md"
 HEAD = """# Rules
 
-Made by `make rules`; a test compares. Letters are factors: `tspc/rule.py` says how to read a rule.
+Made by `make rules`; a test compares. Letters are factors; `tspc/notation.py` has the notation.
 An op that torch tags as pointwise needs none; an op without a rule runs replicated and is reported.
 
 *Checked*: the group of samples (`tests/test_samples.py`) that runs the op on pieces of every factor

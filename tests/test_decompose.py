@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tspc
-from tests.brute import check, traced
 from tests.samples import Sample, ids, of, x
+from tspc.brute import check, traced
 from tspc.decompose import nll_loss, taken_apart
 from tspc.program import OUTPUT
 

@@ -75,7 +75,7 @@ TO_RENAME: frozenset[str] = frozenset(
         "tspc/overwritten.py",
         "tspc/precision.py",
         "tspc/program.py",
-        "tspc/rule.py",
+        "tspc/notation.py",
         "tspc/rules/place.py",
         "tspc/rules/view.py",
         "tspc/scalars.py",

@@ -24,6 +24,7 @@ TOGETHER = {
     "show.py",
     "report.py",
     "origin.py",
+    "brute.py",
     "cli.py",
     "trainer.py",
 }

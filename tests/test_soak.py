@@ -3,6 +3,7 @@ folders of compiled code that cannot be used. `make soak`."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,23 +186,23 @@ def test_ends_without_destroying_its_group(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stderr.decode()[-3000:]
 
 
-def test_a_folder_of_code_that_cannot_be_written(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run = launch(folder, 2, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR="/proc/no/folder")
-    assert run.wait(600) == 0
-    assert len(curve(folder)) == 2 and b"of this process alone" in (folder / "log").read_bytes()
-
-
-def test_a_folder_of_code_that_gets_full(tmp_path: Path) -> None:
-    folder, full = tmp_path / "run", tmp_path / "full"
-    full.mkdir()
-    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(full)]):
+@contextlib.contextmanager
+def small_file_system(folder: Path, options: str) -> Iterator[None]:
+    folder.mkdir()
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]):
         pytest.skip("needs the right to mount a small file system")
     try:
-        run = launch(folder, 2, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR=str(full))
-        assert run.wait(600) == 0
+        yield
     finally:
-        subprocess.call(["umount", "-l", str(full)])
+        subprocess.call(["umount", "-l", str(folder)])
+
+
+@pytest.mark.parametrize("options", ["ro", "size=256k"], ids=["read-only", "full"])
+def test_a_folder_of_code_that_takes_nothing(tmp_path: Path, options: str) -> None:
+    folder, code = tmp_path / "run", tmp_path / "code"
+    with small_file_system(code, options):
+        run = launch(folder, 2, COMPILER="inductor", TORCHINDUCTOR_CACHE_DIR=str(code))
+        assert run.wait(600) == 0
     assert len(curve(folder)) == 2 and b"of this process alone" in (folder / "log").read_bytes()
 
 

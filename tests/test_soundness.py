@@ -5,18 +5,37 @@ The same programs captured with all sizes equal must have the same factor classe
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
-from tests.brute import analysed, check, values
+from tspc.brute import check, values
+from tspc.capture import Captured, capture_model
 from tspc.factor import Factor
-from tspc.passes.factorize import Analysis
+from tspc.passes.factorize import Analysis, factorize
+from tspc.passes.normalize import normalize
 from tspc.passes.regions import find_regions
 from tspc.passes.sequence import sequences
 
 aten = torch.ops.aten
+
+
+def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, dict[str, Any]]:
+    """The analysis of a static capture and the value of every placeholder."""
+    found: list[tuple[Captured, list[Any]]] = []
+
+    def use(captured: Captured, gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append((captured, list(inputs)))
+        return gm.forward
+
+    capture_model(model, (), kwargs, use)
+    captured, inputs = found[0]
+    program = normalize(captured.program)
+    given = {n: inputs[i].detach() for n, i in captured.positions.items()}
+    return factorize(program), given
 
 
 def library(name: str, h: int, ffn: int, heads: int, kv: int, d: int, v: int) -> torch.nn.Module:

@@ -3,6 +3,7 @@ parallelism."""
 
 from tspc.api import Plan, Verification, explain, plan, verify
 from tspc.backend import tsp
+from tspc.brute import check_rule
 from tspc.errors import (
     CacheError,
     CaptureError,
@@ -19,6 +20,7 @@ from tspc.errors import (
     TspcError,
     UnsupportedError,
 )
+from tspc.registry import rule
 from tspc.runtime.accumulate import no_sync
 from tspc.runtime.reading import load_safetensors
 from tspc.runtime.whole import full_state_dict, load_full_state_dict
@@ -41,12 +43,14 @@ __all__ = [
     "TspcError",
     "UnsupportedError",
     "Verification",
+    "check_rule",
     "explain",
     "full_state_dict",
     "load_full_state_dict",
     "load_safetensors",
     "no_sync",
     "plan",
+    "rule",
     "tsp",
     "verify",
 ]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tspc.context import Arguments, Context
+from tspc.notation import ALONG
 from tspc.ops import DIM, LIB, local_rows
-from tspc.rule import ALONG
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

@@ -1,4 +1,4 @@
-"""All rules; importing this fills the registries of `tspc.rule`."""
+"""All rules; importing this fills the registries of `tspc.notation`."""
 
 from tspc.rules import contract, loss, norm, place, pointwise, random, view
 

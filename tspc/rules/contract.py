@@ -10,7 +10,8 @@ import torch
 from tspc import counter  # noqa: F401  defines the ops
 from tspc.along import SEQUENCE_CONV
 from tspc.factor import Dims
-from tspc.rule import Op, Rule, apply, computed, fallback, rule
+from tspc.notation import Op, Rule, apply, fallback
+from tspc.registry import computed, rule
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
-from tspc.rule import rule
+from tspc.registry import rule
 
 # the label's logit is in one shard, zero in the others
 rule(torch.ops.tspc.pick.default, "... v, ... -> ...", reduce="v")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from tspc.factor import Dims, const
-from tspc.rule import Op, Rule, apply, computed, rule
+from tspc.notation import Op, Rule, apply
+from tspc.registry import computed, rule
 
 aten = torch.ops.aten
 

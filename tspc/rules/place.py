@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from tspc.factor import Dims
-from tspc.rule import Op, computed, fallback
+from tspc.notation import Op, fallback
+from tspc.registry import computed
 from tspc.rules.norm import at
 
 aten = torch.ops.aten

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from tspc.factor import Dims
-from tspc.rule import Op, computed, pointwise
+from tspc.notation import Op, pointwise
+from tspc.registry import computed
 
 aten = torch.ops.aten
 

@@ -9,7 +9,8 @@ import torch
 
 from tspc import counter  # noqa: F401  defines the ops
 from tspc.factor import Dims
-from tspc.rule import Op, computed
+from tspc.notation import Op
+from tspc.registry import computed
 
 tspc = torch.ops.tspc
 

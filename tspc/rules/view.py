@@ -8,8 +8,9 @@ import torch
 
 from tspc.context import Keywords
 from tspc.factor import Dim, Dims, const, divide
+from tspc.notation import Op, fallback
 from tspc.program import Size
-from tspc.rule import Op, computed, fallback, rule
+from tspc.registry import computed, rule
 from tspc.rules.norm import at
 
 aten = torch.ops.aten

@@ -57,6 +57,8 @@ class Rule:
             toks = re.findall(r"\([^)]*\)|\.\.\.|\S+", t.strip())
             return tuple(x if x in ("...", "1") else tuple(x.strip("()").split()) for x in toks)
 
+        if text.count("->") != 1:
+            raise RuleError(f"{text!r}: operands -> results, with one arrow")
         left, right = text.split("->")
         r = Rule(
             tuple(map(tensor, left.split(","))),
@@ -102,35 +104,6 @@ class Rule:
             return ", ".join(" ".join(map(token, t)) for t in ts)
 
         return f"{t(self.ins)} -> {t(self.outs)}" + "".join(f", {k}={l}" for l, k in self.roles)
-
-
-RULES: dict[OpOverload, Rule] = {}
-COMPUTED: dict[OpOverload, Computed] = {}
-ONCE: dict[OpOverload, int] = {}  # op -> the operand that is added after the sum
-
-
-def rule(op: OpOverload, text: str, once: int | None = None, **roles: str) -> None:
-    _unique(op)
-    RULES[op] = Rule.parse(text, () if once is None else once, **roles)
-    if once is not None:
-        ONCE[op] = once
-
-
-def _unique(op: OpOverload) -> None:
-    if op in RULES or op in COMPUTED:
-        raise RuleError(f"two rules for {op}")
-
-
-def computed(*ops: OpOverload, once: int | None = None) -> Callable[[Computed], Computed]:
-    def register(fn: Computed) -> Computed:
-        for op in ops:
-            _unique(op)
-            COMPUTED[op] = fn
-            if once is not None:
-                ONCE[op] = once
-        return fn
-
-    return register
 
 
 @dataclass

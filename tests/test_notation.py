@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tspc.errors import RuleError
-from tspc.rule import RULES, Rule, rule
+from tspc.notation import Rule
+from tspc.registry import RULES, rule
 
 
 @pytest.mark.parametrize("op", list(RULES), ids=str)

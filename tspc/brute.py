@@ -3,39 +3,25 @@ by concatenation, sum or log-sum-exp, must equal the op on the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tspc.capture import Captured, capture_model, convert
+from tspc.capture import convert
+from tspc.errors import RuleError
 from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, Record, factorize
 from tspc.passes.fold import added_once
 from tspc.passes.localize import call, constant
-from tspc.passes.normalize import normalize
 from tspc.passes.sizes import Sizes
 from tspc.placement import indices
 from tspc.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
+from tspc.registry import overload_of
 
 PICK = torch.ops.tspc.pick.default
 Values = dict[tuple[str, int], Any]
-
-
-def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, dict[str, Any]]:
-    """The analysis of a static capture and the value of every placeholder."""
-    found: list[tuple[Captured, list[Any]]] = []
-
-    def use(captured: Captured, gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        found.append((captured, list(inputs)))
-        return gm.forward
-
-    capture_model(model, (), kwargs, use)
-    captured, inputs = found[0]
-    program = normalize(captured.program)
-    given = {n: inputs[i].detach() for n, i in captured.positions.items()}
-    return factorize(program), given
 
 
 def traced(
@@ -50,13 +36,13 @@ def traced(
     return a, values(program, {n: tensors[i] for n, i in positions.items()}, a)
 
 
-def values(program: Program, given: dict[str, Any], a: Analysis) -> Values:
+def values(program: Program, inputs: dict[str, Any], a: Analysis) -> Values:
     """Every node's value on one device."""
     env: Values = {}
     plain = Sizes(a.F, {}, {})
     for n in program.nodes:
         if n.op in PLACEHOLDERS:
-            env[n.name, 0] = given[n.name]
+            env[n.name, 0] = inputs[n.name]
         elif n.op == CONSTANT:
             env[n.name, 0] = constant(n, torch.device("cpu"))
         elif n.op != OUTPUT:
@@ -113,11 +99,13 @@ def run(a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[in
 
 def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
     """The pieces of one factor, rejoined, are the whole."""
-    split = pieces(f)
-    parts = [run(a, r, env, f, how, p) for p in split]
+    split, where = pieces(f), f"{r.node.name} {r.node.op} cut along {f}"
+    try:
+        parts = [run(a, r, env, f, how, p) for p in split]
+    except RuntimeError as e:
+        raise AssertionError(f"{where}: {e}") from e
     for i, dims in enumerate(r.outs):
         whole = env[r.node.name, i]
-        where = f"{r.node.name} {r.node.op} cut along {f}"
         if how == "keep":
             for piece, p in zip(split, parts):
                 torch.testing.assert_close(p[i], take(a, whole, dims, f, piece), msg=where)
@@ -150,8 +138,8 @@ def outputs(r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]) 
     """The op on the whole, some operands exchanged; numbers as floats."""
     sizes = Sizes(a.F, {}, {})
     out = call(r.node, r.ins, r.outs, sizes, lambda x: swap.get(x, env[x.name, x.item or 0]))
-    found = out if isinstance(out, (list, tuple)) else [out]
-    return [x if x.is_floating_point() or x.is_complex() else x.double() for x in found]
+    results = out if isinstance(out, (list, tuple)) else [out]
+    return [x if x.is_floating_point() or x.is_complex() else x.double() for x in results]
 
 
 def check_meaning(a: Analysis, env: Values) -> None:
@@ -181,3 +169,38 @@ def check_meaning(a: Analysis, env: Values) -> None:
                         moved = torch.stack([e[i] - none for e in each])
                         torch.testing.assert_close(moved.sum(0) + none, whole, msg=where)
                         assert ((moved != 0).sum(0) <= 1).all(), where
+
+
+def check_rule(
+    op: Callable[..., Any], samples: Sequence[Sequence[object]], kwargs: Mapping[str, object] = {}
+) -> int:
+    """Try the rule of an op by brute force.
+
+    op: as given to `tspc.rule`. samples: the positional arguments of a call each, tensors on the
+    CPU (float64 tells best) and others; kwargs: keywords of all calls. Every factor that the rule
+    leaves cuttable is cut in two uneven pieces, the op runs on each, and what they make, rejoined,
+    must be what the whole op makes; what is said to be selected or read by position must be so.
+    -> how many cuts were tried. Raises `RuleError` naming the op and the factor where a cut changes
+    the result, and where no sample reaches a cut.
+    """
+    overload, tried = overload_of(op), 0
+    for number, sample in enumerate(samples):
+        tensors = [x for x in sample if isinstance(x, torch.Tensor)]
+
+        def call(*xs: torch.Tensor, sample: Sequence[object] = sample) -> Any:
+            following = iter(xs)
+            args = [next(following) if isinstance(x, torch.Tensor) else x for x in sample]
+            return overload(*args, **kwargs)
+
+        try:
+            a, env = traced(call, *tensors)
+            tried += check(a, env).get(overload, 0)
+            check_meaning(a, env)
+        except (AssertionError, RuntimeError) as e:
+            raise RuleError(f"the rule of {overload} is wrong, sample {number}: {e}") from e
+    if not tried:
+        raise RuleError(
+            f"no sample of {overload} reaches a cut: it has no rule, or its rule leaves no dim of "
+            "size 2 or more cuttable"
+        )
+    return tried
