@@ -13,7 +13,7 @@ import torch
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
 from tspc.brute import check, values
-from tspc.capture import Captured, capture_model
+from tspc.capture import Captured, capture
 from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, factorize
 from tspc.passes.normalize import normalize
@@ -27,11 +27,12 @@ def analysed(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[Analysis, 
     """The analysis of a static capture and the value of every placeholder."""
     found: list[tuple[Captured, list[Any]]] = []
 
-    def use(captured: Captured, gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        found.append((captured, list(inputs)))
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append((capture(gm, inputs), list(inputs)))
         return gm.forward
 
-    capture_model(model, (), kwargs, use)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(**kwargs)
     captured, inputs = found[0]
     program = normalize(captured.program)
     given = {n: inputs[i].detach() for n, i in captured.positions.items()}

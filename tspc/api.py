@@ -21,6 +21,7 @@ from tspc.backend import GRAPHS, Compiled
 from tspc.budget import lines
 from tspc.capture import capture
 from tspc.check import Simulated, relative_errors, simulated_backend
+from tspc.dynamo_seams import isolated
 from tspc.errors import CaptureError, ParityError, PlanError
 from tspc.hardware import device_name
 from tspc.options import Options, parse
@@ -209,9 +210,9 @@ def plan(
         raise _Stop
 
     inputs = (tuple(args), dict(kwargs or {}))
-    torch._dynamo.reset()
     try:
         with (
+            isolated(),
             torch._dynamo.config.patch(specialize_float=True),
             _fakes(model, inputs, device) as fake,
         ):
@@ -220,8 +221,6 @@ def plan(
     except Exception:
         if not found:
             raise
-    finally:
-        torch._dynamo.reset()
     if not found:
         raise CaptureError("the model has no graph to plan")
     return found[0]
@@ -328,17 +327,17 @@ def verify(
     check_ranks(where, ranks)
     check_tolerance(where, tolerance)
     made: list[Simulated] = []
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
     start = {n: x.detach().clone() for n, x in (*model.named_parameters(), *model.named_buffers())}
     state = torch.random.get_rng_state()
-    mine = _outcome(compiled, model, args, kwargs or {}, start)
+    with isolated():
+        mine = _outcome(compiled, model, args, kwargs or {}, start)
     reference: Callable[..., Any] = model
     if any(g.rewritten.draws for g in made):
-        torch._dynamo.reset()
         reference = torch.compile(model, backend=reference_backend)
     torch.random.set_rng_state(state)
-    one = _outcome(reference, model, args, kwargs or {}, start)
+    with isolated():
+        one = _outcome(reference, model, args, kwargs or {}, start)
     errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
     found = Verification(errors, tuple(made))
     wrong = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,6 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
 from tspc import batched, checkpoint, custom, flex, precision, refused, scalars
-from tspc.context import Arguments
 from tspc.decompose import taken_apart
 from tspc.errors import CaptureError, UnsupportedError
 from tspc.gradients import gives_itself, is_input
@@ -375,16 +374,3 @@ def divided(size: sympy.Expr) -> sympy.Expr:
         return exact if whole else rounded_down(a, b)
 
     return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size  # pyright: ignore[reportReturnType]
-
-
-def capture_model(
-    fn: Callable[..., Any], args: Arguments, kwargs: dict[str, Any], use: Callable[..., Any]
-) -> Any:
-    """Call `fn` through Dynamo; `use(captured, gm, example_inputs)` returns what runs in place of
-    the graph."""
-    torch._dynamo.reset()
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
-        return use(capture(gm, example_inputs), gm, example_inputs)
-
-    return torch.compile(fn, backend=backend, fullgraph=False)(*args, **kwargs)
