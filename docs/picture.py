@@ -1,71 +1,42 @@
 """The pictures of docs/architecture.md, stages and folders: `python -m docs.picture`.
 
-Stages are what the pipeline says while a small model is planned, each with the module of its name,
-else the one that it enters; arrows between folders are the imports that there are.
+Stages are those of `PIPELINE`, each with its module; arrows between folders are the imports that
+there are.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import importlib
+import inspect
 import re
-import sys
-from collections.abc import Iterator
 from itertools import starmap
 from pathlib import Path
-from types import FrameType
-from unittest import mock
 
-import torch
-
-import tspc
 from tests.test_imports import TOGETHER
+from tspc.passes.pipeline import PIPELINE
+from tspc.passes.runner import Pass
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 BEFORE = (("capture", "tspc/capture.py"),)
-AFTER = (("localize", "passes/localize.py"), ("lower", "runtime/inductor.py"))
+AFTER = (("lower", "runtime/inductor.py"),)
 FOLDERS = ("front", "passes", "runtime", "core")
 
 
-class Small(torch.nn.Module):
-    """Tokens, a region and a loss: it passes through every stage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = torch.nn.Embedding(8, 4)
-        self.up, self.down = torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(self.words(tokens)).relu()).square().mean()
-
-
 def stages() -> list[tuple[str, str]]:
-    """(name, file that it enters), in order."""
-    pipeline = importlib.import_module("tspc.passes.pipeline")
-    during, out = pipeline._during, dict(BEFORE)
+    """(name, file), in order; a pass that is run again is named once."""
+    passes = {p.name: file_of(p) for p in PIPELINE}
+    return [*BEFORE, *passes.items(), *AFTER]
 
-    @contextlib.contextmanager
-    def recorded(name: str) -> Iterator[None]:
-        def enter(frame: FrameType, event: str, arg: object) -> None:
-            path = Path(frame.f_code.co_filename).resolve()
-            if event == "call" and path.is_relative_to(ROOT) and path.name != "pipeline.py":
-                sys.setprofile(None)
-                out.setdefault(name, str(path.relative_to(ROOT)))
 
-        with during(name):
-            sys.setprofile(enter)
-            try:
-                yield
-            finally:
-                sys.setprofile(None)
-
-    with mock.patch.object(pipeline, "_during", recorded):
-        tspc.plan(Small(), (torch.zeros(2, 8, dtype=torch.long),), ranks=2)
-    own = {name: f"passes/{name}.py" for name in out}
-    named = [(n, own[n] if (ROOT / own[n]).exists() else file) for n, file in out.items()]
-    return [*named, *AFTER]
+def file_of(step: Pass) -> str:
+    """The module of its name, else that of the first function of another file that it calls."""
+    for file in (f"passes/{step.name}.py", f"tspc/{step.name}.py"):
+        if (ROOT / file).exists():
+            return file
+    called = filter(inspect.isfunction, inspect.getclosurevars(step.run).globals.values())
+    files = [Path(inspect.getfile(fn)).resolve() for fn in called]
+    return next(str(f.relative_to(ROOT)) for f in files if f.is_relative_to(ROOT))
 
 
 def purpose(file: str) -> str:

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
+from tspc.passes.call import call
 from tspc.passes.fold import Fold
-from tspc.passes.localize import call
 from tspc.passes.sizes import Sizes
 from tspc.placement import indices
 from tspc.program import Node, Ref, refs_in
-
-Run = Callable[[Node, Sizes, Callable[[Ref], Any]], list[Any]]
 
 
 def run_apart(n: Node, sizes: Sizes, get: Callable[[Ref], Any]) -> list[Any]:

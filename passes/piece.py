@@ -16,8 +16,8 @@ import torch
 from tspc.body import rows_of
 from tspc.context import Context
 from tspc.factor import Dims, Factor, Factors
+from tspc.passes.call import call
 from tspc.passes.fold import Fold
-from tspc.passes.localize import call
 from tspc.passes.sizes import Length, Sizes
 from tspc.passes.typed import sequence_of
 from tspc.program import Node, Ref

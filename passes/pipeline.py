@@ -3,190 +3,153 @@ its parameters."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-
-import sympy
+from dataclasses import replace
 
 from tspc import budget
 from tspc.body import Body, made_again
 from tspc.counter import ATTENTIONS
-from tspc.hardware import Hardware
-from tspc.lookup import Lookups, lookups, watched
-from tspc.options import Options
-from tspc.passes.apart import run_apart
+from tspc.lookup import lookups, watched
 from tspc.passes.attend import find_attention
-from tspc.passes.choose import GATHER, Choice, choose
+from tspc.passes.choose import GATHER, choose
 from tspc.passes.draws import draw_by_counter
-from tspc.passes.factorize import Analysis
 from tspc.passes.fold import outline
-from tspc.passes.ladder import NOTHING, Refused, at_hand, climb
+from tspc.passes.ladder import climb
 from tspc.passes.localize import LocalProgram
 from tspc.passes.masks import recognise_masks
 from tspc.passes.normalize import normalize
-from tspc.passes.outputs import Range, Result, hand_out
+from tspc.passes.outputs import hand_out
 from tspc.passes.pieces import make_body
 from tspc.passes.propagate import propagate
+from tspc.passes.runner import Pass, run
 from tspc.passes.seal import analyse
 from tspc.passes.sequence import sequences
-from tspc.passes.typed import Typed
-from tspc.passes.verify import check_program, check_typed
+from tspc.passes.unit import Unit
 from tspc.passes.windows import widen
-from tspc.program import APART, FOLD, SEED, Node, Program, Ref
+from tspc.program import FOLD, Node, Program, Ref
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """Everything that the passes decided.
-
-    bodies: by region name, in order. keepings: of the regions with matrix products to keep.
-    graph_break: where the graph ends in one.
-    """
-
-    analysis: Analysis
-    choice: Choice
-    typed: Typed
-    local: LocalProgram
-    bodies: tuple[Body, ...]
-    symbols: tuple[sympy.Symbol, ...]
-    results: tuple[Result | None, ...]
-    keepings: tuple[budget.Keeping, ...] = ()
-    graph_break: str = ""
-    lookups: Lookups = field(default=Lookups(), repr=False)
-    refused: Refused = NOTHING
-
-    @property
-    def draws(self) -> bool:
-        """Its last placeholder is the seed of its random ops."""
-        return any(n.name == SEED for n in self.typed.program.nodes)
-
-    @property
-    def folds(self) -> tuple[Node, ...]:
-        """The fold nodes, in order."""
-        return tuple(n for n in self.typed.program.nodes if n.op == FOLD)
-
-
-def rewrite(
-    program: Program,
-    symbols: Sequence[sympy.Symbol],
-    ranks: int,
-    axis: str,
-    options: Options,
-    hardware: Hardware,
-    writes: int = 0,
-    refused: Refused = NOTHING,
-) -> Rewritten:
-    """writes: how many of the last outputs are new values of inputs. refused: what is left alone;
-    what the passes cannot treat is refused too, and they start again."""
-
-    def attempt(refused: Refused) -> Rewritten:
-        rest = (symbols, ranks, axis, options, hardware, writes, refused)
-        return _rewrite(program, *rest)
-
-    return climb(attempt, program, options.strict, refused)
-
-
-def _rewrite(
-    program: Program,
-    symbols: Sequence[sympy.Symbol],
-    ranks: int,
-    axis: str,
-    options: Options,
-    hardware: Hardware,
-    writes: int,
-    refused: Refused,
-) -> Rewritten:
-    program = prepare(program, refused)
-    with _during("lookups"):
-        looked_up = lookups(program)
-    analysis = _analysed(program, refused)
-    ranges: dict[int, tuple[Range, ...]] = {}
-    if options.outputs != "sharded":
-        count = len(program.output.args) - writes
-        handed, ranges = hand_out(analysis, sequences(analysis), count)
-        if ranges:
-            check_program(handed, "outputs")
-            program, analysis = handed, _analysed(handed, refused)
-    for i in range(len(sequences(analysis))):
-        program, analysis = _widened(program, analysis, i, refused)
-    with _during("choose"):
-        choice = choose(analysis, ranks, options.schedule, options.layout, refused)
-    left = _local(program, options.outputs, writes)
-    cotangents = "deferred" not in left.values()
-    leaves = frozenset(choice.leaves)
-
-    def fold(_: Program) -> Program:
-        return outline(analysis, choice.regions, leaves, ranks, cotangents)
-
-    folded = _pass("fold", fold, program)
-    gathered = {
-        n: s.map.dim for n, s in choice.storages.items() if s.kind == GATHER and s.map is not None
-    }
-    with _during("propagate"):
-        typed = propagate(folded, analysis, tuple(choice.leaves), gathered, choice.lookups)
-        check_typed(typed)
-    _dump("propagate", typed.program)
-    bodies = {}
-    for n in typed.program.nodes:
-        if n.op == FOLD:
-            rest = (symbols, ranks, choice.leaves, hardware)
-            kept = (_saves(n, typed.program), options.reduce_dtype)
-            with _during("pieces"):
-                bodies[n.name] = make_body(n.kwargs["fold"], typed, n.args, *rest, *kept)
-    names = {n.kwargs["fold"].name: n.name for n in typed.program.nodes if n.op == FOLD}
-    regions = [(name, bodies[node]) for name, node in names.items()]
-    keepings = budget.choose(options.memory_budget, regions, program.hints)
-    for k in keepings:
-        if not k.kept:
-            bodies[names[k.name]] = made_again(k.body)
-    nodes = tuple(
-        replace(n, kwargs={**n.kwargs, "body": bodies[n.name]})
-        if n.op == FOLD
-        else replace(n, kwargs={**n.kwargs, "run": run_apart})
-        if n.op == APART
-        else n
-        for n in typed.program.nodes
+def rewrite(unit: Unit) -> Unit:
+    """The unit after all passes. What they cannot treat is refused, and they start again."""
+    options = unit.options
+    return climb(
+        lambda refused: run(PIPELINE, replace(unit, refused=refused)),
+        unit.program,
+        options.strict,
+        unit.refused,
     )
-    typed = replace(typed, program=replace(typed.program, nodes=nodes))
-    local = LocalProgram(typed, symbols, choice.leaves, axis, left, options.reduce_dtype)
+
+
+def prepare(program: Program) -> Program:
+    """The program in the form that is analysed; on one device it runs as it stands."""
+    return run(PREPARE, Unit(program)).program
+
+
+def _factorize(u: Unit) -> Unit:
+    """Nothing to do where the analysis is of this program."""
+    if u.analysis is not None and u.analysis.program is u.program:
+        return u
+    return replace(u, analysis=analyse(u.program, u.refused))
+
+
+def _outputs(u: Unit) -> Unit:
+    if u.options.outputs == "sharded":
+        return u
+    count = len(u.program.output.args) - u.writes
+    program, ranges = hand_out(u.analysis, sequences(u.analysis), count)
+    return replace(u, program=program, ranges=ranges)
+
+
+def _windows(u: Unit) -> Unit:
+    """Along one sequence after the other."""
+    for i in range(len(sequences(u.analysis))):
+        leaf = dict(enumerate(sequences(u.analysis))).get(i)
+        program = widen(u.analysis, leaf)
+        if program.nodes != u.program.nodes:
+            u = _factorize(replace(u, program=program))
+    return u
+
+
+def _choose(u: Unit) -> Unit:
+    options = u.options
+    choice = choose(u.analysis, u.ranks, options.schedule, options.layout, u.refused)
+    return replace(u, choice=choice, leaving=_leaving(u.program, options.outputs, u.writes))
+
+
+def _fold(u: Unit) -> Unit:
+    cotangents = "deferred" not in u.leaving.values()
+    leaves = frozenset(u.choice.leaves)
+    return replace(u, program=outline(u.analysis, u.choice.regions, leaves, u.ranks, cotangents))
+
+
+def _propagate(u: Unit) -> Unit:
+    gathered = {
+        n: s.map.dim for n, s in u.choice.storages.items() if s.kind == GATHER and s.map is not None
+    }
+    leaves = tuple(u.choice.leaves)
+    typed = propagate(u.program, u.analysis, leaves, gathered, u.choice.lookups)
+    return replace(u, typed=typed, program=typed.program)
+
+
+def _bodies(u: Unit) -> Unit:
+    return replace(u, bodies={n.kwargs["fold"].name: _body(n, u) for n in u.folds})
+
+
+def _body(n: Node, u: Unit) -> Body:
+    saves = _saves(n, u.program)
+    return make_body(
+        n.kwargs["fold"],
+        u.typed,
+        n.args,
+        u.symbols,
+        u.ranks,
+        u.choice.leaves,
+        u.hardware,
+        saves,
+        u.options.reduce_dtype,
+    )
+
+
+def _keep(u: Unit) -> Unit:
+    """Which bodies keep matrix products for the backward."""
+    regions = list(u.bodies.items())
+    keepings = budget.choose(u.options.memory_budget, regions, u.program.hints)
+    again = {k.name: made_again(k.body) for k in keepings if not k.kept}
+    return replace(u, keepings=keepings, bodies={**u.bodies, **again})
+
+
+def _localize(u: Unit) -> Unit:
+    local = LocalProgram(
+        u.typed, u.bodies, u.symbols, u.choice.leaves, u.axis, u.leaving, u.options.reduce_dtype
+    )
     results = tuple(
-        replace(r, ranges=ranges[i]) if r is not None and i in ranges else r
+        replace(r, ranges=u.ranges[i]) if r is not None and i in u.ranges else r
         for i, r in enumerate(local.results())
     )
-    rest = tuple(bodies.values()), tuple(symbols), results, keepings
-    return Rewritten(analysis, choice, typed, local, *rest, lookups=looked_up, refused=refused)
+    return replace(u, local=local, results=results)
 
 
-def _analysed(program: Program, refused: Refused) -> Analysis:
-    with _during("factorize"):
-        return analyse(program, refused)
-
-
-def _widened(
-    program: Program, analysis: Analysis, index: int, refused: Refused
-) -> tuple[Program, Analysis]:
-    """Along one of the sequences."""
-    leaf = dict(enumerate(sequences(analysis))).get(index)
-    widened = _pass("windows", lambda _: widen(analysis, leaf), program)
-    if widened.nodes == program.nodes:
-        return program, analysis
-    return widened, _analysed(widened, refused)
-
-
-def prepare(program: Program, refused: Refused = NOTHING) -> Program:
-    """The program in the form that is analysed; on one device it runs as it stands."""
-    for name, run in (
-        ("normalize", normalize),
-        ("attend", find_attention),
-        ("masks", recognise_masks),
-    ):
-        program = _pass(name, partial(run, refused=refused), program)
-    return _pass("watched", watched, _pass("draws", draw_by_counter, program))
+PREPARE = (
+    Pass("normalize", lambda u: replace(u, program=normalize(u.program, u.refused))),
+    Pass("attend", lambda u: replace(u, program=find_attention(u.program, u.refused))),
+    Pass("masks", lambda u: replace(u, program=recognise_masks(u.program, u.refused))),
+    Pass("draws", lambda u: replace(u, program=draw_by_counter(u.program))),
+    Pass("watched", lambda u: replace(u, program=watched(u.program))),
+)
+FACTORIZE = Pass("factorize", _factorize)
+PIPELINE = (
+    *PREPARE,
+    Pass("lookups", lambda u: replace(u, lookups=lookups(u.program))),
+    FACTORIZE,
+    Pass("outputs", _outputs),
+    FACTORIZE,
+    Pass("windows", _windows),
+    Pass("choose", _choose),
+    Pass("fold", _fold),
+    Pass("propagate", _propagate),
+    Pass("pieces", _bodies),
+    Pass("budget", _keep),
+    Pass("localize", _localize),
+)
 
 
 def _saves(fold: Node, program: Program) -> bool:
@@ -203,47 +166,7 @@ def _saves(fold: Node, program: Program) -> bool:
     return False
 
 
-PASSES = ("normalize", "attend", "masks", "draws", "watched", "windows", "fold", "propagate")
-
-
-def _pass(name: str, run: Callable[[Program], Program], program: Program) -> Program:
-    """Do one pass, check and dump what it made."""
-    start = time.perf_counter()
-    with _during(name):
-        made = run(program)
-        check_program(made, name)
-    if os.environ.get("TSPC_DEBUG"):
-        seconds = time.perf_counter() - start
-        print(f"tspc: {name}: {len(made.nodes)} nodes, {seconds:.3f} s", file=sys.stderr)
-    _dump(name, made)
-    return made
-
-
-@contextmanager
-def _during(name: str) -> Iterator[None]:
-    """Say in which pass an error arose, and at which node."""
-    try:
-        yield
-    except Exception as e:
-        node = next((x for x in at_hand(e) if isinstance(x, Node)), None)
-        at = f", at %{node.name} = {node.op}, {node.source}" if node is not None else ""
-        e.add_note(f"in pass {name} of tspc{at}")
-        raise
-
-
-def _dump(name: str, program: Program) -> None:
-    """TSPC_DEBUG=2 prints the program, TSPC_DUMP=dir writes it as dir/2_fold.txt."""
-    if os.environ.get("TSPC_DEBUG") == "2":
-        print(program, file=sys.stderr)
-    folder = os.environ.get("TSPC_DUMP")
-    if folder:
-        number = PASSES.index(name)
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, f"{number}_{name}.txt"), "w") as f:
-            f.write(f"{program}\n")
-
-
-def _local(program: Program, outputs: str, writes: int) -> dict[int, str]:
+def _leaving(program: Program, outputs: str, writes: int) -> dict[int, str]:
     """Output -> how it is handed out where it lies, if it is cut: not a scalar, and for "auto"
     only where one is a differentiable scalar."""
     types = {n.name: n.types for n in program.nodes}

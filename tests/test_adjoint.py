@@ -165,7 +165,7 @@ def test_adjoint(ranks: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert back == pytest.approx(forward, rel=1e-9), (schedule, n)
         assert schedule in chosen
     (graph,) = made
-    folds = {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+    folds = graph.rewritten.bodies
     assert {n.split(".")[1] for n in folds} == set(REGIONS) and len(folds) == len(REGIONS)
     for body in folds.values():
         assert any(p.saves for p in body.pieces) == (policy == "max-speed")

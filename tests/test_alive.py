@@ -97,7 +97,7 @@ def watch(schedule: str, budget: str) -> dict[str, Any]:
     with Flying() as flying:
         largest_of = largest(forward), largest(lambda: kept.pop().backward())
     (graph,) = GRAPHS[model]
-    bodies = {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+    bodies = graph.rewritten.bodies
     return {
         "largest": max(largest_of),
         "flying": flying.most,

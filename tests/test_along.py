@@ -16,7 +16,7 @@ import tspc
 from tspc.check import Simulated, simulated_backend
 from tspc.kinds import WHOLE
 from tspc.layout import Layout
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.runtime import along
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.execute import GENERATORS
@@ -130,7 +130,7 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
 SIZES = ((2, 12), (3, 13), (4, 3))  # (ranks, length): divides, has pads, is shorter
 
 
-def run(model: nn.Module, ranks: int, length: int, batch: int = 2) -> Rewritten:
+def run(model: nn.Module, ranks: int, length: int, batch: int = 2) -> Unit:
     """Verified against one device; nothing runs replicated, no float of the sequence is whole."""
     tokens = torch.randint(0, VOCABULARY, (batch, length))
     (graph,) = tspc.verify(model.double(), (tokens,), {}, ranks, {}, 1e-9).graphs

@@ -32,7 +32,7 @@ def test_programs_with_other_symbols_share_no_body() -> None:
         torch._dynamo.reset()
         fn = torch.compile(m, backend=simulated_backend(2, None, made), dynamic=True)
         torch.testing.assert_close(fn(tokens, tokens), model(tokens, tokens), rtol=1e-9, atol=0)
-    keys = [[b.key for b in g.rewritten.bodies] for g in made]
+    keys = [[b.key for b in g.rewritten.bodies.values()] for g in made]
     assert made[0].rewritten.symbols != made[1].rewritten.symbols
     assert not set(keys[0]) & set(keys[1])
     assert [len(set(k)) for k in keys] == [3, 3]  # attention, MLP and head; layers share theirs
@@ -44,7 +44,7 @@ def test_queries_and_keys_have_a_gradient(name: str) -> None:
     torch._dynamo.reset()
     (model, kwargs), made = build(name, 9), list[Simulated]()
     torch.compile(model, backend=simulated_backend(2, None, made))(**kwargs)
-    bodies = [b for b in made[0].rewritten.bodies if b.attentions]
+    bodies = [b for b in made[0].rewritten.bodies.values() if b.attentions]
     assert bodies
     for body in bodies:
         wanted = {n for a in body.attentions for n in (a.q, a.k, a.v)}

@@ -68,7 +68,7 @@ def test_equals_one_device(name: str, schedule: str) -> None:
     found = tspc.verify(make(name), (tokens, tokens), {}, RANKS, options, 1e-9)
     (graph,) = found.graphs
     assert {k.kept for k in graph.rewritten.keepings} == {True, False}
-    bodies = {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+    bodies = graph.rewritten.bodies
     for k in graph.rewritten.keepings:
         assert any(p.saves for p in bodies[k.name].pieces) == k.kept
 

@@ -46,7 +46,7 @@ def total(sent: list[Sent], link: str, *kinds: str) -> float:
 
 def sizes(graph: Simulated) -> tuple[int, int, int, int]:
     """(weights of folds without the head, of the head, K and V of all layers, B * padded S * h)."""
-    bodies = [n.kwargs["body"] for n in graph.rewritten.folds]
+    bodies = list(graph.rewritten.bodies.values())
     head = [b for b in bodies if len(b.outs) > 1]
     weights = sum(b.weight_elements * RANKS for b in bodies if len(b.outs) == 1)
     rows = RANKS * graph.rewritten.choice.extents[0].rows(RANKS, graph.sizes)
@@ -65,9 +65,7 @@ def test_folded_schedules(schedule: str) -> None:
     assert total(forward, "activations", "Shift") == pytest.approx(RANKS * F * n / RANKS)
     if schedule == "ring":  # attention is broadcast: it has an exchange
         attended = sum(
-            b.weight_elements * RANKS
-            for x in graph.rewritten.folds
-            if (b := x.kwargs["body"]).attentions
+            b.weight_elements * RANKS for b in graph.rewritten.bodies.values() if b.attentions
         )
         expected = F * folds + F * attended + (folds - attended)
     else:

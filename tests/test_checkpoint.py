@@ -108,7 +108,7 @@ def test_blocks_are_made_again() -> None:
 
 def test_a_checkpointed_mlp_saves_no_products() -> None:
     graph = run("mlp")
-    bodies = {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+    bodies = graph.rewritten.bodies
     assert not bodies["blocks.0.mlp.block"].saves
     assert bodies["blocks.0.attention"].saves
     assert "fold" not in folds(graph)

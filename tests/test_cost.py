@@ -19,7 +19,7 @@ RANKS, BATCH = 4, 2
 def bodies(model: nn.Module, length: int, options: dict | None = None) -> list[Body]:
     tokens = torch.zeros(BATCH, length, dtype=torch.long)
     plan = tspc.plan(model, (tokens,), ranks=RANKS, options=options)
-    return [n.kwargs["body"] for n in plan.rewritten.folds]
+    return list(plan.rewritten.bodies.values())
 
 
 def symbolic(body: Body) -> tuple[dict, sympy.Symbol]:

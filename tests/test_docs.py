@@ -37,7 +37,6 @@ TO_RENAME: frozenset[str] = frozenset(
         "passes/normalize.py",
         "passes/outputs.py",
         "passes/piece.py",
-        "passes/pipeline.py",
         "passes/propagate.py",
         "passes/regions.py",
         "passes/rows.py",

@@ -119,7 +119,7 @@ def inputs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decision(graph: Simulated) -> set[tuple[bool, bool]]:
     """(causal, has a mask operand) of every attention in the folds."""
-    bodies = [n.kwargs["body"] for n in graph.rewritten.folds]
+    bodies = list(graph.rewritten.bodies.values())
     return {(a.causal, a.mask is not None) for b in bodies for a in b.attentions}
 
 

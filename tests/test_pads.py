@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tspc
 from tests.wide import each_once
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 
@@ -226,7 +226,7 @@ def run(
     layout: str = "zigzag",
     schedule: str = "auto",
     labels: bool = False,
-) -> Rewritten:
+) -> Unit:
     """Verified against one device; a NaN on either side is an error."""
     torch.manual_seed(0)
     model = Model(mix).double()
@@ -239,7 +239,7 @@ def run(
     return graph.rewritten
 
 
-def replicated(r: Rewritten) -> set[str]:
+def replicated(r: Unit) -> set[str]:
     return {f.op.removeprefix("aten.") for f in r.typed.fallbacks}
 
 

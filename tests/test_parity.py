@@ -126,9 +126,9 @@ def check_decisions(case: Case, graph: Simulated) -> None:
     assert not rewritten.typed.fallbacks and not rewritten.analysis.fallbacks
     sizes = [graph.sizes[s] for s in rewritten.symbols]
     for n in rewritten.folds:
-        body = n.kwargs["body"]
         units = n.kwargs["fold"].size
         name = n.kwargs["fold"].name
+        body = rewritten.bodies[name]
         if name.endswith(("attention", "self_attn")):
             assert units == case.counts[1] and len(body.attentions) == 1
         else:

@@ -136,13 +136,13 @@ def widen(monkeypatch: pytest.MonkeyPatch) -> None:
 def narrow_weights(graph: Simulated, dtype: torch.dtype = BF16) -> None:
     """Every fold sends its weights in this type; each float token comes once in a type."""
     assert graph.rewritten.folds and not graph.rewritten.typed.fallbacks
-    for body in graph.rewritten.bodies:
+    for body in graph.rewritten.bodies.values():
         assert {body.values[s].dtype for s in body.shards} == {dtype}
 
 
 def regions(graph: Simulated) -> dict[str, Any]:
     """Region name -> its body."""
-    return {n.kwargs["fold"].name: n.kwargs["body"] for n in graph.rewritten.folds}
+    return graph.rewritten.bodies
 
 
 CASES = [
@@ -334,7 +334,7 @@ def test_many_ranks_do_not_drift() -> None:
 def test_plan_takes_the_types() -> None:
     model, tokens = make("llama_like"), tokens_of(12)
     plan = tspc.plan(model, (tokens, tokens), ranks=2, options={"param_dtype": BF16})
-    assert {b.values[s].dtype for b in plan.rewritten.bodies for s in b.shards} == {BF16}
+    assert {b.values[s].dtype for b in plan.rewritten.bodies.values() for s in b.shards} == {BF16}
 
 
 def decorated(fn: Any) -> Any:

@@ -157,7 +157,7 @@ def inputs(length: int = LENGTH) -> tuple[Tensor, Tensor]:
 
 
 def attentions(graph: Simulated) -> list[Any]:
-    return [a for n in graph.rewritten.folds for a in n.kwargs["body"].attentions]
+    return [a for b in graph.rewritten.bodies.values() for a in b.attentions]
 
 
 def squares(graph: Simulated) -> list[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 HIDDEN, HEADS = 12, 3
@@ -80,14 +80,14 @@ def both(x: Tensor) -> Tensor:
     return x[:, 0] + x[:, 1:].mean(dim=1)
 
 
-def run(model: nn.Module, *args: Tensor, ranks: int, **options: Any) -> Rewritten:
+def run(model: nn.Module, *args: Tensor, ranks: int, **options: Any) -> Unit:
     """Verify on simulated ranks in float64; the one graph that was made."""
     found = tspc.verify(model.double(), args, {}, ranks, options, 1e-11)
     (graph,) = found.graphs
     return graph.rewritten
 
 
-def folded(r: Rewritten) -> list[str]:
+def folded(r: Unit) -> list[str]:
     return sorted(name for name, _, _ in r.choice.regions)
 
 
@@ -346,7 +346,7 @@ def test_biases_with_a_gradient(bias, ranks, length, options, count) -> None:
     torch.manual_seed(0)
     r = run(Biased(bias()), *words(length), ranks=ranks, **options)
     assert not r.typed.fallbacks
-    attentions = [b for b in r.bodies if b.attentions]
+    attentions = [b for b in r.bodies.values() if b.attentions]
     assert len(attentions) == count, r.choice.refused
     whole = [n for n in r.typed.program.nodes if n.op == "whole"]
     assert bool(whole) == (bias is OfKeys)

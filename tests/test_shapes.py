@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.report import reports
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
@@ -368,7 +368,7 @@ CASES: dict[Callable[[], nn.Module], tuple[set[str], set[str]]] = {
 LENGTHS: dict[object, tuple[int, ...]] = {CrossAttention: (9, 13)}
 
 
-def run(make: Callable[[], nn.Module], ranks: int) -> Rewritten:
+def run(make: Callable[[], nn.Module], ranks: int) -> Unit:
     torch.manual_seed(0)
     model = make().double()
     args = tuple(torch.randint(0, VOCABULARY, (2, n)) for n in LENGTHS.get(make, (13,)))

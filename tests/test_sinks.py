@@ -77,10 +77,9 @@ def test_equals_one_device(attend: Attend, ranks: int, schedule: str) -> None:
     graph = run(
         Model(attend, (HEADS,) if attend is not shaped else (1, HEADS, 1, 1)), ranks, schedule
     )
-    (fold,) = graph.rewritten.folds
-    (attention,) = fold.kwargs["body"].attentions
+    (body,) = graph.rewritten.bodies.values()
+    (attention,) = body.attentions
     assert attention.sinks and not graph.rewritten.typed.fallbacks
-    body = fold.kwargs["body"]
     made = [i for i, s in enumerate(body.steps) if attention.sinks in getattr(s, "writes", ())]
     assert all(attention.sinks in cotangent_names(body, i) for i in made) and made
 
@@ -105,7 +104,7 @@ def less_something(scores: Tensor, sinks: Tensor, v: Tensor) -> Tensor:
 def test_what_only_looks_like_it_is_right(attend: Attend) -> None:
     torch.manual_seed(0)
     graph = run(Model(attend), 3)
-    attentions = [a for n in graph.rewritten.folds for a in n.kwargs["body"].attentions]
+    attentions = [a for b in graph.rewritten.bodies.values() for a in b.attentions]
     assert not any(a.sinks for a in attentions)
 
 

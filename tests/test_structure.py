@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.program import APART
 
 pytestmark = pytest.mark.sampled(2)
@@ -93,7 +93,7 @@ class Experts(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), tokens.flatten()) + balance
 
 
-def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Rewritten:
+def run(make: Callable[[], nn.Module], ranks: int, schedule: str = "auto") -> Unit:
     torch.manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (2, 13))
     options = {"schedule": schedule}
@@ -112,9 +112,9 @@ def test_one_key_head_in_the_weight_of_the_queries(
     assert {n.kwargs["fold"].name for n in rewritten.folds} == {"model", "head"}
     assert not rewritten.typed.fallbacks
     (apart,) = (n for n in rewritten.typed.program.nodes if n.op == APART)
-    (fold,) = (n for n in rewritten.folds if n.kwargs["body"].attentions)
-    (attention,) = fold.kwargs["body"].attentions
-    exchanged_once = {t.name for t in fold.kwargs["body"].tokens}
+    (body,) = (b for b in rewritten.bodies.values() if b.attentions)
+    (attention,) = body.attentions
+    exchanged_once = {t.name for t in body.tokens}
     assert len(apart.types) == 2 and {attention.k, attention.v} <= exchanged_once
 
 
@@ -136,10 +136,10 @@ def test_key_heads_fewer_than_ranks(heads: int, kv_heads: int, ranks: int) -> No
     model = LlamaLike(layers=1, heads=heads, kv_heads=kv_heads).double()
     found = tspc.verify(model, (tokens, tokens), {}, ranks, {}, 1e-9)
     rewritten = found.graphs[0].rewritten
-    (fold,) = (n for n in rewritten.folds if n.kwargs["body"].attentions)
-    assert fold.kwargs["fold"].size == fold.kwargs["fold"].units * ranks == heads // kv_heads
-    (attention,) = fold.kwargs["body"].attentions
-    assert {attention.k, attention.v} <= {t.name for t in fold.kwargs["body"].tokens}
+    (body,) = (b for b in rewritten.bodies.values() if b.attentions)
+    assert body.size == body.units * ranks == heads // kv_heads
+    (attention,) = body.attentions
+    assert {attention.k, attention.v} <= {t.name for t in body.tokens}
 
 
 class Gated(nn.Module):

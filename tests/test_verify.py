@@ -11,6 +11,7 @@ import tspc
 from examples.llama_like import LlamaLike
 from tspc.errors import CaptureError
 from tspc.kinds import ALL_REDUCE, VARY
+from tspc.passes.pipeline import PIPELINE
 from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
 from tspc.program import Program, Ref
@@ -66,14 +67,6 @@ def test_programs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSPC_DUMP", str(tmp_path))
     typed()
     names = sorted(f.name for f in tmp_path.iterdir())
-    assert names == [
-        "0_normalize.txt",
-        "1_attend.txt",
-        "2_masks.txt",
-        "3_draws.txt",
-        "4_watched.txt",
-        "5_windows.txt",
-        "6_fold.txt",
-        "7_propagate.txt",
-    ]
-    assert "llama_like.py:" in (tmp_path / "6_fold.txt").read_text()
+    assert names == [f"{i:02}_{p.name}.txt" for i, p in enumerate(PIPELINE)]
+    (fold,) = tmp_path.glob("*_fold.txt")
+    assert "llama_like.py:" in fold.read_text()

@@ -13,7 +13,7 @@ import tspc
 from examples.llama_like import LlamaLike
 from tests.wide import each_once
 from tspc.kinds import WHOLE
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
@@ -105,7 +105,7 @@ CASES: dict[Loss, tuple[set[str], bool]] = {
 SIZES = [(2, 9, "zigzag"), (3, 7, "contiguous"), (4, 5, "zigzag"), (4, 3, "contiguous")]
 
 
-def run(loss: Loss, ranks: int, length: int, layout: str) -> Rewritten:
+def run(loss: Loss, ranks: int, length: int, layout: str) -> Unit:
     torch.manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (2, length))
     model = Model(loss).double()

@@ -24,8 +24,8 @@ from tspc.body import evaluate
 from tspc.check import Simulated, relative_errors, simulated_backend
 from tspc.counter import ATTENTIONS
 from tspc.kinds import WHOLE
-from tspc.passes.pipeline import Rewritten
 from tspc.passes.regions import VIEWS, weight_values
+from tspc.passes.unit import Unit
 from tspc.program import PARAM
 from tspc.report import reports
 
@@ -81,7 +81,7 @@ def decided(name: str, ranks: int = 4) -> Facts:
     return {k: [x for s in seen for x in s[k]] for k in seen[0]}
 
 
-def structure(rewritten: Rewritten) -> dict[str, list[Any]]:
+def structure(rewritten: Unit) -> dict[str, list[Any]]:
     """What a graph folds, gathers and runs replicated."""
     choice = rewritten.choice
     folded = [n for f in rewritten.folds for n in f.kwargs["fold"].body if n.op in ATTENTIONS]
@@ -96,7 +96,7 @@ def structure(rewritten: Rewritten) -> dict[str, list[Any]]:
     }
 
 
-def unfolded(rewritten: Rewritten) -> list[str]:
+def unfolded(rewritten: Unit) -> list[str]:
     """Weights that are multiplied with activations outside of folds."""
     a, storages = rewritten.analysis, rewritten.choice.storages
     of, found = weight_values(a), set()
@@ -119,7 +119,7 @@ def _indexed(a: Any, name: str, of: dict[str, str]) -> str | None:
     return of.get(name)
 
 
-def gathered(rewritten: Rewritten) -> list[list[Any]]:
+def gathered(rewritten: Unit) -> list[list[Any]]:
     """(what, bytes, where) of each float that is gathered along the sequence, but K, V and
     scalars."""
     typed, hints, out = rewritten.typed, rewritten.analysis.program.hints, []

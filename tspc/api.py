@@ -26,7 +26,7 @@ from tspc.errors import CaptureError, ParityError, PlanError
 from tspc.hardware import device_name
 from tspc.options import Options, parse
 from tspc.origin import origin
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.planned import check_planned, parameters_of
 from tspc.reference import reference_backend
 from tspc.report import reports
@@ -62,7 +62,7 @@ class Plan:
     """
 
     ranks: int
-    rewritten: Rewritten = field(repr=False)
+    rewritten: Unit = field(repr=False)
     sizes: dict[sympy.Symbol, int] = field(repr=False)
     options: Options = field(default=Options(), repr=False)
     parameters: dict[str, str] = field(default_factory=dict, repr=False)  # of the model planned
@@ -289,16 +289,16 @@ def _explained(graph: Compiled) -> str:
     return _text(graph.rewritten, graph.place.axis.size, graph.sizes)
 
 
-def _text(rewritten: Rewritten, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> str:
+def _text(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> str:
     schedules, kept = {}, []
     if rewritten.choice.leaves and all(s in sizes for s in rewritten.symbols):
         values = [sizes[s] for s in rewritten.symbols]
         names = [name for name, _, _ in rewritten.choice.regions]
-        by_name = {n.kwargs["fold"].name: n.kwargs["body"] for n in rewritten.folds}
         for n in names:
-            if n in by_name:
-                rows = [int(e.chunk_rows(ranks, sizes)) for e in by_name[n].extents]
-                schedules[n] = choose(by_name[n], ranks, values, rows)
+            if n in rewritten.bodies:
+                body = rewritten.bodies[n]
+                rows = [int(e.chunk_rows(ranks, sizes)) for e in body.extents]
+                schedules[n] = choose(body, ranks, values, rows)
         kept = lines(rewritten.keepings, sizes)
         kept += attended.lines(rewritten, ranks, sizes)
     told = [str(r) for r in reports(rewritten, sizes or None)]

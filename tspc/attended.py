@@ -11,7 +11,7 @@ import torch
 from tspc.body import evaluate
 from tspc.counter import ATTENTIONS
 from tspc.passes.masks import bind
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.program import FOLD, Node, Ref
 from tspc.runtime.blocks import CAUSAL, Spec, counted
 from tspc.score import shown as readable
@@ -19,7 +19,7 @@ from tspc.score import shown as readable
 CAT = torch.ops.aten.cat.default
 
 
-def lines(rewritten: Rewritten, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
+def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
     """One of all attentions along one sequence under one predicate."""
     typed = rewritten.typed
     groups: dict[tuple[Any, ...], list[str]] = {}

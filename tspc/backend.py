@@ -29,7 +29,7 @@ from tspc.journal import log
 from tspc.options import Options, mode_options, parse
 from tspc.outside import only_shards
 from tspc.passes.ladder import NOTHING, Refused
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.planned import check_planned
 from tspc.precision import off
 from tspc.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
@@ -63,7 +63,7 @@ class Compiled:
     """
 
     captured: Captured
-    rewritten: Rewritten
+    rewritten: Unit
     place: Place
     sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
 
@@ -192,7 +192,7 @@ def _device(example_inputs: Sequence[object]) -> torch.device:
 
 
 def _storage_dims(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object]
+    captured: Captured, rewritten: Unit, example_inputs: Sequence[object]
 ) -> dict[int, int | None]:
     out: dict[int, int | None] = {}
     for name, s in rewritten.choice.storages.items():
@@ -201,7 +201,7 @@ def _storage_dims(
 
 
 def _wanted(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object]
+    captured: Captured, rewritten: Unit, example_inputs: Sequence[object]
 ) -> list[tuple[DTensor, Placement]]:
     """The stored parameters, and how the graph takes each."""
     nodes = [n for n in rewritten.typed.program.nodes if n.op == PARAM]
@@ -247,7 +247,7 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
     """Pieces once per structure; what they assume of the sizes is restated for local and for
     gathered tokens."""
     hints, outer = compiled.captured.program.hints, compiled.captured.outer_symbols
-    for body in dict.fromkeys(compiled.rewritten.bodies):
+    for body in dict.fromkeys(compiled.rewritten.bodies.values()):
         if "pieces" not in body.compiled:
             rows = [int(e.rows(body.ranks, hints)) for e in body.extents]
             body.compiled["pieces"] = InductorPieces(body, hints, rows, device)

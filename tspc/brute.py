@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tspc.capture import convert
 from tspc.errors import RuleError
 from tspc.factor import Factor
+from tspc.passes.call import call, constant
 from tspc.passes.factorize import Analysis, Record, factorize
 from tspc.passes.fold import added_once
-from tspc.passes.localize import call, constant
 from tspc.passes.sizes import Sizes
 from tspc.placement import indices
 from tspc.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref

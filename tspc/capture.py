@@ -36,7 +36,8 @@ from tspc.index import rounded_down
 from tspc.options import Options
 from tspc.overwritten import Overwriting
 from tspc.passes.ladder import NOTHING, Refused
-from tspc.passes.pipeline import Rewritten, rewrite
+from tspc.passes.pipeline import rewrite
+from tspc.passes.unit import Unit
 from tspc.program import (
     BUFFER,
     CONSTANT,
@@ -86,17 +87,17 @@ class Captured:
 
     def rewritten(
         self, ranks: int, axis: str, options: Options, device: str, refused: Refused = NOTHING
-    ) -> Rewritten:
+    ) -> Unit:
         """What the passes make of it. device: its name, for the cost model's table."""
         if self.graph_break:
             options = replace(options, outputs="full")
         if not torch.is_grad_enabled():
             options = replace(options, memory_budget="min")
-        symbols = sorted(self.symbols, key=str)
+        symbols = tuple(sorted(self.symbols, key=str))
         table = hardware(options.hardware, device)
-        rest = (options, table, len(self.writes), refused)
-        made = rewrite(self.program, symbols, ranks, axis, *rest)
-        return replace(made, graph_break=self.graph_break)
+        target = (ranks, axis, options, table)
+        writes = len(self.writes)
+        return rewrite(Unit(self.program, symbols, *target, writes, refused, self.graph_break))
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""

@@ -22,7 +22,7 @@ from tspc.layout import Layout
 from tspc.options import Options
 from tspc.passes.ladder import Refused, climb
 from tspc.passes.outputs import Result
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type
 from tspc.runtime import simulate
@@ -46,7 +46,7 @@ class Simulated:
 
     ranks: int
     captured: Captured
-    rewritten: Rewritten
+    rewritten: Unit
     parts: Partitioned
     sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
     saved_elements: int = 0  # of rank 0, by the last forward
@@ -94,7 +94,7 @@ def simulated_backend(
 
 
 def _trace(
-    captured: Captured, rewritten: Rewritten, example_inputs: Sequence[object], ranks: int
+    captured: Captured, rewritten: Unit, example_inputs: Sequence[object], ranks: int
 ) -> Partitioned:
     hints = captured.program.hints
     rows = [int(e.chunk_rows(ranks, hints)) for e in rewritten.choice.extents]

@@ -13,7 +13,7 @@ from tspc.cost import seconds
 from tspc.errors import PlanError
 from tspc.kinds import CONVERSIONS
 from tspc.passes.fold import Fold
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.program import FOLD, PARAM, Node, Ref
 
 PLACED = {
@@ -24,7 +24,7 @@ PLACED = {
 }
 
 
-def origin(rewritten: Rewritten, name: str, sizes: Mapping[sympy.Symbol, int]) -> str:
+def origin(rewritten: Unit, name: str, sizes: Mapping[sympy.Symbol, int]) -> str:
     """sizes: of the symbols. Raises `PlanError` for an unknown name."""
     name = name.removeprefix("%")
     for node in rewritten.folds:
@@ -47,8 +47,9 @@ def _op(n: Node) -> str:
     return n.op if isinstance(n.op, str) else n.op._schema.name.split("::")[1]
 
 
-def _region(rewritten: Rewritten, node: Node, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
-    fold, body = node.kwargs["fold"], node.kwargs["body"]
+def _region(rewritten: Unit, node: Node, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
+    fold: Fold = node.kwargs["fold"]
+    body = rewritten.bodies[fold.name]
     pads = fold.units * body.ranks - fold.size
     out = [
         f"region {fold.name}: sums over {fold.size} pieces of {fold.factor.origin or 'a dim'}, "
@@ -74,7 +75,7 @@ def _region(rewritten: Rewritten, node: Node, sizes: Mapping[sympy.Symbol, int])
     ]
 
 
-def _parameter(rewritten: Rewritten, n: Node) -> list[str]:
+def _parameter(rewritten: Unit, n: Node) -> list[str]:
     storage = rewritten.choice.storages[n.name]
     cut = "whole on every rank" if storage.map is None else f"cut along dim {storage.map.dim}"
     out = [f"parameter {n.name}: {cut}"]
@@ -89,7 +90,7 @@ def _parameter(rewritten: Rewritten, n: Node) -> list[str]:
     return [*out, *(f"read by %{u.name} = {_op(u)} {u.source}" for u in readers)]
 
 
-def _value(rewritten: Rewritten, n: Node) -> list[str]:
+def _value(rewritten: Unit, n: Node) -> list[str]:
     typed = rewritten.typed
     dims = typed.dims.get((n.name, 0), ())
     text = ", ".join(typed.factors.show(d) or "1" for d in dims)

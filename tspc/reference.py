@@ -10,7 +10,7 @@ import torch
 
 from tspc.capture import Captured, capture
 from tspc.factor import Factors
-from tspc.passes.localize import call, constant
+from tspc.passes.call import call, constant
 from tspc.passes.pipeline import prepare
 from tspc.passes.sizes import Sizes
 from tspc.program import CONSTANT, OUTPUT, PLACEHOLDERS, SEED, Program, Ref

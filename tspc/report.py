@@ -11,7 +11,7 @@ import sympy
 from tspc.body import evaluate
 from tspc.kinds import WHOLE
 from tspc.passes.ladder import ADVICE as ADVISED
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.program import Ref, Type
 
 LARGE = 64 * 2**20  # bytes: outputs below it are gathered without a word
@@ -42,7 +42,7 @@ class Report:
         )
 
 
-def reports(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int] | None = None) -> list[Report]:
+def reports(rewritten: Unit, sizes: Mapping[sympy.Symbol, int] | None = None) -> list[Report]:
     """By kind, in the order of the program. sizes: by default those of the compile."""
     at = rewritten.analysis.program.hints if sizes is None else sizes
     choice, program = rewritten.choice, rewritten.analysis.program
@@ -99,7 +99,7 @@ def _bytes(t: Type | None, sizes: Mapping[sympy.Symbol, int]) -> int:
     return count * t.dtype.itemsize
 
 
-def _everything(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> Report:
+def _everything(rewritten: Unit, sizes: Mapping[sympy.Symbol, int]) -> Report:
     """The last rung of the ladder."""
     refused, nodes = rewritten.refused, rewritten.analysis.program.nodes
     size = sum(_bytes(t, sizes) for n in nodes for t in n.types if t is not None and t.is_float)
@@ -110,7 +110,7 @@ def _everything(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> Repo
     return Report(refused.source, what, size, ADVISED, True, True)
 
 
-def _ops(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
+def _ops(rewritten: Unit, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
     """Replicated ops: what is gathered for them, and what they make."""
     typed, original = rewritten.typed, rewritten.analysis.program
     nodes = {n.name: n for n in typed.program.nodes}
@@ -137,7 +137,7 @@ def _ops(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> list[Report
     return out
 
 
-def _weights(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
+def _weights(rewritten: Unit, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
     """Weights of regions that are not folded, unless a region has them all the same."""
     program, storages = rewritten.analysis.program, rewritten.choice.storages
     users = {r.name: n.source for n in reversed(program.nodes) for r in n.refs()}
@@ -157,7 +157,7 @@ def _weights(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> list[Re
     return out
 
 
-def _outputs(rewritten: Rewritten, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
+def _outputs(rewritten: Unit, sizes: Mapping[sympy.Symbol, int]) -> list[Report]:
     """Outputs cut along the sequence that leave whole; at a graph break all of them."""
     typed = rewritten.typed
     nodes = {n.name: n for n in typed.program.nodes}

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from tspc.passes.fold import Fold
-from tspc.passes.pipeline import Rewritten
+from tspc.passes.unit import Unit
 from tspc.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Size, Type
 
 _SHORT = {
@@ -25,7 +25,7 @@ _SHORT = {
 
 
 def show(
-    rewritten: Rewritten,
+    rewritten: Unit,
     axis: str = "tsp",
     schedules: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -55,7 +55,7 @@ def show(
     return "\n".join(l.rstrip() for l in [*rows, *text])
 
 
-def _symbol_names(rewritten: Rewritten) -> dict[sympy.Symbol, sympy.Symbol]:
+def _symbol_names(rewritten: Unit) -> dict[sympy.Symbol, sympy.Symbol]:
     """S for the sequence, then B, and letters for the unnamed: stable over compiles."""
     out: dict[sympy.Symbol, sympy.Symbol] = {}
     leaf = rewritten.choice.leaf
@@ -87,7 +87,7 @@ def _type(
 
 def _line(
     n: Node,
-    rewritten: Rewritten,
+    rewritten: Unit,
     names: Mapping[sympy.Symbol, sympy.Symbol],
     axis: str,
     schedules: Mapping[str, str],
@@ -113,7 +113,7 @@ def _line(
         return "return", "", ", ".join(map(repr, n.args)), ""
     if n.op == FOLD:
         fold: Fold = n.kwargs["fold"]
-        body = n.kwargs["body"]
+        body = rewritten.bodies[fold.name]
         schedule = schedules.get(fold.name) or (
             fold.schedule if fold.schedule != "auto" else "broadcast" if body.attentions else "ring"
         )

@@ -1,0 +1,72 @@
+"""What the passes hand on: a program, what it is compiled for, and what each pass has decided.
+
+It never changes: a pass returns another one with the fields that it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from tspc.body import Body
+from tspc.budget import Keeping
+from tspc.hardware import HARDWARE, Hardware
+from tspc.lookup import Lookups
+from tspc.options import Options
+from tspc.passes.choose import Choice
+from tspc.passes.factorize import Analysis
+from tspc.passes.ladder import NOTHING, Refused
+from tspc.passes.localize import LocalProgram
+from tspc.passes.outputs import Range, Result
+from tspc.passes.typed import Typed
+from tspc.program import FOLD, SEED, Node, Program
+
+LATER: Any = None  # no pass has filled it yet
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A program on its way through the passes.
+
+    program: as the last pass left it. writes: how many of the last outputs are new values of
+    inputs. refused: what is left alone. graph_break: where the graph ends in one. The others are
+    named after the pass that fills them or what it decides. analysis: of the program before it was
+    folded. leaving: output -> how it is handed out where it lies, if it is cut. bodies: by region
+    name, in order. keepings: of the regions with matrix products to keep.
+    """
+
+    program: Program
+    symbols: tuple[sympy.Symbol, ...] = ()
+    ranks: int = 1
+    axis: str = "tsp"
+    options: Options = field(default_factory=Options)
+    hardware: Hardware = HARDWARE["cpu"]
+    writes: int = 0
+    refused: Refused = NOTHING
+    graph_break: str = ""
+    lookups: Lookups = field(default=Lookups(), repr=False)
+    analysis: Analysis = LATER
+    ranges: Mapping[int, tuple[Range, ...]] = field(default_factory=dict)
+    choice: Choice = LATER
+    leaving: Mapping[int, str] = field(default_factory=dict)
+    typed: Typed = LATER
+    bodies: Mapping[str, Body] = field(default_factory=dict)
+    keepings: tuple[Keeping, ...] = ()
+    local: LocalProgram = LATER
+    results: tuple[Result | None, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.program)
+
+    @property
+    def draws(self) -> bool:
+        """Its last placeholder is the seed of its random ops."""
+        return any(n.name == SEED for n in self.program.nodes)
+
+    @property
+    def folds(self) -> tuple[Node, ...]:
+        """The fold nodes, in order."""
+        return tuple(n for n in self.program.nodes if n.op == FOLD)
