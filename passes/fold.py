@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -19,35 +20,40 @@ from tspc.passes.independent import independent, is_independent, makers_in, make
 from tspc.passes.regions import Region
 from tspc.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
 from tspc.registry import ONCE
+from tspc.text import textual
 
 aten = torch.ops.aten
 SUM, LSE, STACK = "sum", "lse", "stack"
 
 
+def _of_the_analysis(**default: Any) -> Any:
+    """A field that is no part of the text, and so not compared."""
+    return field(compare=False, repr=False, kw_only=True, **default)
+
+
+@textual
 @dataclass(frozen=True)
 class Exit:
     """A value that leaves a region: summed over j, merged by log-sum-exp, or stacked over j."""
 
     ref: Ref
     kind: str
-    dims: tuple[tuple[Factor, ...], ...]
     type: Type
+    dims: tuple[tuple[Factor, ...], ...] = _of_the_analysis(default=())
 
 
+@textual
 @dataclass(frozen=True)
 class Fold:
     """What a fold node runs.
 
-    `units` pieces of the factor are in each of the D shards, pads included.
+    `units` pieces of the factor are in each of the D shards, pads included. dims: of each operand,
+    as the body reads it.
     """
 
     name: str
-    factor: Factor
     size: int
     units: int
-    body: tuple[Node, ...]
-    records: dict[str, Record]
-    dims: dict[Ref, tuple[tuple[Factor, ...], ...]]  # of each operand, as the body reads it
     tokens: tuple[Ref, ...]  # carry the sequence; those with the factor are read at shard j's
     invariants: tuple[Ref, ...]  # carry neither the sequence nor the factor
     sliced: tuple[Ref, ...]  # whole on every rank, read at the rows of shard j
@@ -57,6 +63,10 @@ class Fold:
     recompute: int = 0  # all of it is of this checkpointed part
     casts: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, before they travel
     apart: tuple[Exit, ...] = ()  # what is read outside and that the factor does not touch
+    body: tuple[Node, ...] = ()
+    factor: Factor = _of_the_analysis(default=None)
+    records: dict[str, Record] = _of_the_analysis(default_factory=dict)
+    dims: dict[Ref, tuple[tuple[Factor, ...], ...]] = _of_the_analysis(default_factory=dict)
 
 
 def outline(
@@ -183,12 +193,8 @@ def _fold(
     body, casts = _cast_before(body, set(read.weights))
     return Fold(
         name,
-        f,
         size,
         -(-size // ranks),
-        body,
-        records,
-        read.dims,
         tuple(read.tokens),
         tuple(read.invariants),
         tuple(read.sliced),
@@ -198,6 +204,10 @@ def _fold(
         _group(body),
         casts,
         tuple(apart),
+        body=body,
+        factor=f,
+        records=records,
+        dims=read.dims,
     )
 
 
@@ -259,14 +269,14 @@ def _exits(
             ref = Ref(r.node.name, item if len(r.node.types) > 1 else None)
             shape = tuple(tuple(d) for d in dims)
             if roles & {"reduce"}:
-                exits.append(Exit(ref, SUM, shape, t))
+                exits.append(Exit(ref, SUM, t, dims=shape))
             elif "lse" in roles:
-                exits.append(Exit(ref, LSE, shape, t))
+                exits.append(Exit(ref, LSE, t, dims=shape))
             elif ref in alone:
-                apart.append(Exit(ref, APART, shape, t))
+                apart.append(Exit(ref, APART, t, dims=shape))
             elif ref in outputs or ref in outside:
                 grad = t.requires_grad and ref in outside
-                exits.append(Exit(ref, STACK, shape, replace(t, requires_grad=grad)))
+                exits.append(Exit(ref, STACK, replace(t, requires_grad=grad), dims=shape))
     return exits, apart
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import sympy
 import torch
 
-from tspc.body import Out, Token, Value
+from tspc.body import Out, Token
 from tspc.passes.fold import Fold
-from tspc.program import Ref
+from tspc.program import Ref, Type
 
 
 def structural_key(
     fold: Fold,
     extents: Any,
     names: Mapping[Ref, str],
-    values: Mapping[str, Value],
+    values: Mapping[str, Type],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     symbols: Sequence[sympy.Symbol],
     others: Any,

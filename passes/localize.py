@@ -7,15 +7,16 @@ In: a `Typed` program and its bodies. Out: a plain function on tensors and sizes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 
-from tspc.body import Body
+from tspc.body import Body, rows_of
 from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
-from tspc.factor import Dims, Factor
+from tspc.factor import Dims, Factor, norm
 from tspc.kinds import (
     ALL_REDUCE,
     CLEAR,
@@ -34,7 +35,7 @@ from tspc.passes.masks import bind
 from tspc.passes.outputs import Result
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
-from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref
+from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
 
 
 class LocalProgram(torch.nn.Module):
@@ -75,6 +76,23 @@ class LocalProgram(torch.nn.Module):
             if node.op not in PLACEHOLDERS:
                 run.node(node)
         raise AssertionError("a program without output")
+
+    def program(self) -> Program:
+        """With the shapes that one rank has, `rows` of the first sequence."""
+        typed = self.typed
+        rows: dict[Factor, Any] = {f: rows_of(i) for i, f in enumerate(typed.leaves)}
+        sizes = Sizes(typed.factors, {s: s for s in self.symbols}, rows)
+
+        def local(n: Node, item: int, t: Type | None) -> Type | None:
+            if t is None or typed.places.get((n.name, item)) not in ("S", "P"):
+                return t
+            return replace(t, shape=tuple(norm(sizes.dim(d)) for d in typed.dims[n.name, item]))
+
+        nodes = typed.program.nodes
+        types = [tuple(local(n, i, t) for i, t in enumerate(n.types)) for n in nodes]
+        return replace(
+            typed.program, nodes=tuple(replace(n, types=t) for n, t in zip(nodes, types))
+        )
 
     def results(self) -> list[Result | None]:
         """How each output leaves; shapes are the whole ones, over the symbols."""

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token, Value
+from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token
 from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Dims, Factor
 from tspc.hardware import Hardware
@@ -23,7 +23,7 @@ from tspc.passes.masks import bind
 from tspc.passes.piece import WEIGHTED, Maker, plain, runner
 from tspc.passes.typed import Typed
 from tspc.placement import indices
-from tspc.program import Node, Ref, Size
+from tspc.program import Node, Ref, Size, Type
 
 aten = torch.ops.aten
 
@@ -47,7 +47,7 @@ def make_body(
     leaves = tuple(typed.leaves[i] for i in typed.sequences_of(fold))
     extents = tuple(Extent(f.size, orders[f]) for f in leaves)
     names: dict[Ref, str] = {}
-    values: dict[str, Value] = {}
+    values: dict[str, Type] = {}
     maker = Maker(fold, typed.factors, leaves, names, ranks)
     types = {n.name: n.types for n in typed.program.nodes}
 
@@ -56,7 +56,7 @@ def make_body(
         t = types[ref.name][ref.item or 0]
         assert t is not None
         shape = maker.shape(dims, symbols, kind == "token") if local else t.shape
-        values[name] = Value(shape, t.dtype, t.requires_grad)
+        values[name] = Type(shape, t.dtype, t.requires_grad)
         return name
 
     tokens, invariants, shards = [], [], []
@@ -122,7 +122,7 @@ def make_body(
 
 
 def _products(
-    fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Value], steps: Sequence[Any]
+    fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Type], steps: Sequence[Any]
 ) -> tuple[Size, Size, Size]:
     """(FLOPs, elements of the results that stay inside, FLOPs of saved results) of the matrix
     products of one step."""
@@ -166,7 +166,7 @@ def _cut(
     m: Maker,
     typed: Typed,
     names: dict[Ref, str],
-    values: dict[str, Value],
+    values: dict[str, Type],
     symbols: Sequence[sympy.Symbol],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     save: bool,
@@ -195,7 +195,7 @@ def _cut(
             if made_apart:
                 continue
             shape = m.shape(record.outs[item], symbols, False)
-            values[name] = Value(shape, t.dtype, t.requires_grad)
+            values[name] = Type(shape, t.dtype, t.requires_grad)
     wanted = {names[e.ref] for e in m.fold.exits}
     steps: list[Piece | Attention] = []
     for depth in range(max([*groups, *exchanges], default=0) + 1):
@@ -235,7 +235,7 @@ def _saves(
     m: Maker,
     nodes: Sequence[Node],
     names: Mapping[Ref, str],
-    values: Mapping[str, Value],
+    values: Mapping[str, Type],
     leaving: set[str],
 ) -> tuple[str, ...]:
     """Results of matrix products, each of one shard; what leaves the body is not saved twice."""
@@ -251,14 +251,14 @@ def _saves(
 
 
 def _attention(
-    n: Node, names: Mapping[Ref, str], values: dict[str, Value], queries: int, keys: int
+    n: Node, names: Mapping[Ref, str], values: dict[str, Type], queries: int, keys: int
 ) -> Attention:
     """queries, keys: their sequences."""
     bound = bind(n)
     out = names[Ref(n.name)]
     shape, dtype = values[out].shape, values[out].dtype
     lse = f"{out}_lse"
-    values[lse] = Value(shape[:-1], torch.promote_types(dtype, torch.float32), False)
+    values[lse] = Type(shape[:-1], torch.promote_types(dtype, torch.float32), False)
     mask = names[bound["attn_mask"]] if bound["attn_mask"] is not None else None
     q, k, v = (names[bound[x]] for x in ("query", "key", "value"))
     scale = bound["scale"]

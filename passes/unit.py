@@ -6,7 +6,7 @@ It never changes: a pass returns another one with the fields that it fills.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -22,7 +22,7 @@ from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.localize import LocalProgram
 from tspc.passes.outputs import Range, Result
 from tspc.passes.typed import Typed
-from tspc.program import FOLD, SEED, Node, Program
+from tspc.program import FOLD, SEED, Node, Program, Ref
 
 LATER: Any = None  # no pass has filled it yet
 
@@ -59,7 +59,44 @@ class Unit:
     results: tuple[Result | None, ...] = ()
 
     def __str__(self) -> str:
-        return str(self.program)
+        """The program, and in comments what is decided beside it: all of it parses as a program.
+
+        While nothing is placed, of each value the factors of its dims; then where it lives.
+        """
+        program = self.program if self.local is None else self._of_one_rank()
+        notes = self._decided() + [b.text() for b in self.bodies.values()]
+        lines = [f"// {line}".rstrip() for note in notes for line in note.split("\n")]
+        return "\n".join([str(program), *lines])
+
+    def _of_one_rank(self) -> Program:
+        """Parameters as they are stored."""
+        program, nodes = self.local.program(), []
+        for n in program.nodes:
+            storage = self.choice.storages.get(n.name)
+            if storage is not None and storage.map is not None:
+                shape = list(n.type.shape)
+                shape[storage.map.dim] = storage.map.length
+                n = replace(n, types=(replace(n.type, shape=tuple(shape)),))
+            nodes.append(n)
+        return replace(program, nodes=tuple(nodes))
+
+    def _decided(self) -> list[str]:
+        lines = [f"{x.index}: {x.op} in {x.table}" for x in self.lookups.found]
+        if self.typed is not None:
+            lines += [f"{Ref(n, i)}: {place}" for (n, i), place in self.typed.places.items()]
+        elif self.analysis is not None:
+            show = self.analysis.F.show
+            lines += [
+                f"{Ref(n, i)}: {list(map(show, d))}" for (n, i), d in self.analysis.env.items()
+            ]
+        if self.choice is not None:
+            lines += [f"sequence {f}: {order}" for f, order in self.choice.leaves.items()]
+            lines += [f"region {name}: {schedule}" for name, _, schedule in self.choice.regions]
+            lines += [f"no region {sorted(g.weights)}: {why}" for g, why in self.choice.refused]
+            stored = self.choice.storages.items()
+            lines += [f"{Ref(n)}: {s.kind}{f' {s.map.dim}' if s.map else ''}" for n, s in stored]
+        lines += [f"output {i}: {kind}" for i, kind in self.leaving.items()]
+        return lines
 
     @property
     def draws(self) -> bool:

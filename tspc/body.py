@@ -22,6 +22,8 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.hardware import HARDWARE, Hardware
 from tspc.layout import Layout
+from tspc.program import Type
+from tspc.text import show, textual
 
 Size = Any  # int or sympy.Expr
 Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
@@ -33,6 +35,7 @@ def rows_of(index: int) -> sympy.Symbol:
     return sympy.Symbol(f"rows{index}", positive=True, integer=True) if index else ROWS
 
 
+@textual
 @dataclass(frozen=True)
 class Extent:
     """A sequence: its length over the symbols, and the order in which the ranks hold it."""
@@ -58,15 +61,7 @@ Named = dict[str, torch.Tensor]
 Run = Callable[[Lengths, torch.Tensor, Named, Named], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Value:
-    """Local shape, dtype, and whether gradients flow through it."""
-
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-
+@textual
 @dataclass(frozen=True)
 class Token:
     """An operand with a sequence, the index of the body's: its dim is lead * S * trail.
@@ -81,6 +76,7 @@ class Token:
     sequence: int = 0
 
 
+@textual
 @dataclass(frozen=True)
 class Piece:
     """What runs between two exchanges.
@@ -90,10 +86,11 @@ class Piece:
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    run: Run
+    run: Run = field(compare=False, repr=False)
     saves: tuple[str, ...] = ()
 
 
+@textual
 @dataclass(frozen=True)
 class Attention:
     """An attention between two pieces: keys and values meet the queries of all ranks.
@@ -123,6 +120,7 @@ class Attention:
     sinks: str | None = None  # of the heads
 
 
+@textual
 @dataclass(frozen=True)
 class Out:
     """A result of a fold: its kind is "sum" over j, or "lse"/"stack": one block per j.
@@ -151,7 +149,7 @@ class Body:
     units: int
     size: int
     steps: tuple[Piece | Attention, ...]
-    values: Mapping[str, Value]
+    values: Mapping[str, Type]  # local shapes
     tokens: tuple[Token, ...]
     invariants: tuple[str, ...]
     shards: tuple[str, ...]
@@ -163,6 +161,14 @@ class Body:
     hardware: Hardware = HARDWARE["cpu"]
     reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def text(self) -> str:
+        """A line a field; a step, a value, an operand each has one."""
+        lines = [f"{self.name}: {self.units} of {self.size} on each of {self.ranks}, {self.key}"]
+        lines += [f"  {name}: {show(v)}" for name, v in self.values.items()]
+        lines += [f"  invariants {show(self.invariants)}, shards {show(self.shards)}"]
+        parts = (*self.extents, *self.tokens, *self.steps, *self.outs)
+        return "\n".join([*lines, *(f"  {show(x)}" for x in parts)])
 
     @cached_property
     def sizes(self) -> tuple[sympy.Symbol, ...]:

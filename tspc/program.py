@@ -2,12 +2,17 @@
 
 Every pass takes a `Program` and returns one. A node's `op` is a torch `OpOverload`, or one of the
 kinds below for what is not a call. Multi-output nodes are read through `Ref(name, item)`.
+
+The text of a program is read back: `Program.parse(str(p)) == p`. A line a node, its types before
+its op, `grad` where autograd follows, `recompute` and the file and line of the model last.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +20,7 @@ import sympy
 import torch
 
 from tspc.context import Arguments, Keywords
+from tspc.text import CLASSES, Reader, show
 
 Size = int | sympy.Expr
 PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD, APART = (
@@ -48,7 +54,11 @@ class Ref:
     item: int | None = None
 
     def __repr__(self) -> str:
-        return f"%{self.name}" + (f"[{self.item}]" if self.item is not None else "")
+        return named(self.name) + (f"[{self.item}]" if self.item is not None else "")
+
+
+def named(name: str) -> str:
+    return f"%{name}" if re.fullmatch(r"[\w.]+", name) else f"%{name!r}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,10 @@ class Type:
     @property
     def is_float(self) -> bool:
         return self.dtype.is_floating_point or self.dtype.is_complex
+
+    def text(self) -> str:
+        grad = " grad" if self.requires_grad else ""
+        return f"{show(self.dtype)}[{', '.join(map(show, self.shape))}]{grad}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,15 @@ class Node:
     def argument(self, i: int, default: Any = None) -> Any:
         """A positional one, or the default where it is not given."""
         return self.args[i] if i < len(self.args) else default
+
+    def line(self) -> str:
+        """As text; what is in a fold takes more lines."""
+        types = ", ".join("-" if t is None else t.text() for t in self.types)
+        args = [*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs.items())]
+        group = f" recompute {self.recompute}" if self.recompute else ""
+        source = f"  # {self.source}" if self.source else ""
+        typed = f"{named(self.name)}: {types}" if self.types else named(self.name)
+        return f"{typed} = {self.op}({', '.join(args)}){group}{source}"
 
     def refs(self) -> list[Ref]:
         return list(refs_in((self.args, self.kwargs)))
@@ -175,13 +198,22 @@ class Program:
         return t
 
     def __str__(self) -> str:
-        """One line a node."""
-        lines = []
-        for n in self.nodes:
-            shapes = ", ".join("-" if t is None else f"{t.dtype} {t.shape}" for t in n.types)
-            args = ", ".join(map(repr, n.args))
-            lines.append(f"%{n.name}: {shapes} = {n.op}({args})  {n.source}")
-        return "\n".join(lines)
+        """The symbols, then the nodes."""
+        lines = [f"program {self.name!r}"]
+        for s in self.symbols:
+            kind = "".join(f" {k}" if v else f" not {k}" for k, v in s._assumptions_orig.items())
+            lines.append(f"symbol {s}{kind}" + (f" = {self.hints[s]}" if s in self.hints else ""))
+        return "\n".join([*lines, *(n.line() for n in self.nodes)])
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """What `str` writes. Raises `ValueError` with the line that cannot be read."""
+        return _Reader(text).program()
+
+    @property
+    def symbols(self) -> list[sympy.Symbol]:
+        """Those with a hint, then the others that there are."""
+        return list(dict.fromkeys((*self.hints, *_symbols(self.nodes))))
 
     def without_dead_nodes(self) -> Program:
         """Calls whose results nothing reads are dropped; placeholders stay."""
@@ -192,3 +224,99 @@ class Program:
                 used |= {r.name for r in n.refs()}
                 keep.append(n)
         return replace(self, nodes=tuple(reversed(keep)))
+
+
+def _symbols(value: Any) -> Iterator[sympy.Symbol]:
+    """Of all sizes in nodes, types and what they hold, in order."""
+    if isinstance(value, sympy.Basic):
+        yield from sorted(value.atoms(sympy.Symbol), key=str)
+    elif isinstance(value, Type):
+        yield from _symbols(value.shape)
+    elif isinstance(value, Node):
+        yield from _symbols((value.types, value.args, value.kwargs))
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _symbols(v)
+    elif isinstance(value, dict):
+        yield from _symbols(list(value.values()))
+    elif type(value).__name__ in CLASSES:
+        yield from _symbols([getattr(value, f.name) for f in fields(value) if f.compare])
+
+
+class _Reader(Reader):
+    """Programs and nodes."""
+
+    def program(self) -> Program:
+        self.expect("program")
+        name, hints = self.atom(), dict[sympy.Symbol, int]()
+        while self.take("symbol"):
+            symbol, kinds = self.next(), dict[str, bool]()
+            while self.kind == "name" and self.peek() != "symbol":
+                holds = not self.take("not")
+                kinds[self.next()] = holds
+            self.symbols[symbol] = sympy.Symbol(symbol, **kinds)
+            if self.take("="):
+                hints[self.symbols[symbol]] = self.atom()
+        nodes = []
+        while self.kind == "ref":
+            nodes.append(self.node())
+        if self.kind != "end":
+            raise self.error("a node")
+        return Program(name, tuple(nodes), hints)
+
+    def name(self) -> str:
+        token = self.next()[1:]
+        return ast.literal_eval(token) if token[0] in "'\"" else token
+
+    def node(self) -> Node:
+        name, types = self.name(), list[Type | None]()
+        if self.take(":"):
+            types.append(self.type())
+            while self.take(","):
+                types.append(self.type())
+        self.expect("=")
+        op = self.next()
+        self.expect("(")
+        args, kwargs = self.arguments()
+        group = self.atom() if self.take("recompute") else 0
+        source = self.next().removeprefix("#").strip() if self.kind == "source" else ""
+        return Node(name, _op(op), tuple(args), kwargs, tuple(types), source, group)
+
+    def type(self) -> Type | None:
+        if self.take("-"):
+            return None
+        t = self.atom()
+        if not isinstance(t, Type):
+            raise self.error("a type")
+        return t
+
+    def typed(self, dtype: torch.dtype) -> Type:
+        self.expect("[")
+        return Type(tuple(self.many("]", self.value)), dtype, self.take("grad"))
+
+    def atom(self) -> Any:
+        """Uses, types and blocks of nodes too."""
+        if self.kind == "ref":
+            name = self.name()
+            if not self.take("["):
+                return Ref(name)
+            item = self.atom()
+            self.expect("]")
+            return Ref(name, item)
+        if self.peek() == "{" and self.tokens[self.at + 1][0] == "ref":
+            self.next()
+            nodes = []
+            while not self.take("}"):
+                nodes.append(self.node())
+            return tuple(nodes)
+        value = super().atom()
+        typed = isinstance(value, torch.dtype) and self.peek() == "["
+        return self.typed(value) if typed else value
+
+
+def _op(text: str) -> Any:
+    """aten.add.Tensor -> the overload; a kind is its name."""
+    if "." not in text:
+        return text
+    space, name, overload = text.split(".")
+    return getattr(getattr(getattr(torch.ops, space), name), overload)

@@ -7,21 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
-import torch
 
 from tspc.passes.fold import Fold
 from tspc.passes.unit import Unit
 from tspc.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Size, Type
-
-_SHORT = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "b8",
-}
+from tspc.text import SHORT
 
 
 def show(
@@ -82,7 +72,7 @@ def _type(
         return "-"
     dims = [_size(s, names) + (f"@{axis}" if k == cut else "") for k, s in enumerate(t.shape)]
     suffix = f" +{axis}" if place == "P" else f" ~{axis}" if place == "V" else ""
-    return f"{_SHORT.get(t.dtype, str(t.dtype))}[{', '.join(dims)}]{suffix}"
+    return f"{SHORT.get(t.dtype, str(t.dtype))}[{', '.join(dims)}]{suffix}"
 
 
 def _line(
