@@ -51,6 +51,6 @@ def _forget(code: CodeType, kept: set[Any]) -> None:
         return
     for entry in new:
         manager = entry.guard_manager
-        if not isinstance(manager, DeletedGuardManagerWrapper):
+        if manager.cache_entry is not None and manager.extra_state is not None:
             gone = DeletedGuardManagerWrapper("it was compiled for a plan")
             manager.extra_state.invalidate(manager.cache_entry, gone)
