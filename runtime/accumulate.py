@@ -23,11 +23,13 @@ from tspc.errors import PendingGradientError, PlanError
 from tspc.runtime.drift import steps_since
 from tspc.runtime.execute import Place
 from tspc.runtime.inputs import replicas_agree, text
+from tspc.state import CALL, PROCESS, remembered
 
 aten = torch.ops.aten
-_QUIET: list[nn.Module] = []
-_OPEN: dict[int, weakref.ref[nn.Parameter]] = {}  # whose gradients were kept, in that order
-_HOOKS: list[object] = []
+_QUIET: list[nn.Module] = remembered(CALL, [])
+# of parameters whose gradients were kept, in that order
+_OPEN: dict[int, weakref.ref[nn.Parameter]] = remembered(CALL, {})
+_HOOKS: list[object] = remembered(PROCESS, [])
 _MESSAGE = (
     "gradients that tspc.no_sync kept on this rank are not averaged over the replicas yet: run the "
     "last backward of the accumulation outside of it, or drop them by zero_grad()"

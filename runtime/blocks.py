@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tspc.counter import kept_keys
 from tspc.layout import Layout
 from tspc.predicate import Bounds, mask, truth
+from tspc.state import MODEL, remembered
 
 Tensor = torch.Tensor
 EDGE = 512  # queries of a run, and keys of what is looked at as one
@@ -204,7 +205,7 @@ def _checks(
     return tuple(out)
 
 
-_BOUNDS: Any = WeakIdKeyDictionary()  # data -> (version, its bounds)
+_BOUNDS: Any = remembered(MODEL, WeakIdKeyDictionary())  # data -> (version, its bounds)
 
 
 def _bounds(data: Tensor) -> Bounds:

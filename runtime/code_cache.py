@@ -18,13 +18,14 @@ from torch.utils._filelock import FileLock
 
 from tspc.errors import CacheError
 from tspc.journal import log
+from tspc.state import PROCESS, remembered
 
 T = TypeVar("T")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 ROOM = 64 * 2**20  # bytes that a folder in place of a full one must have free
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-_prepared: set[str] = set()
+_prepared: set[str] = remembered(PROCESS, set())
 
 
 def compiled(compile_graphs: Callable[[], T]) -> T:

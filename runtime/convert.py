@@ -24,10 +24,12 @@ from tspc.context import Arguments, Keywords
 from tspc.errors import ShardedParameterError, UnsupportedError
 from tspc.runtime.handover import hand_over, release
 from tspc.runtime.storage import shard_parameters
+from tspc.state import MODEL, PROCESS, remembered
 from tspc.torch_seams import RestartTrace, compiled_roots, move_shard, real_tensors
 
-_HOOKS: list[object] = []
-_OPEN: Any = WeakIdKeyDictionary()  # of shards: no graph has said how these are to be cut
+_HOOKS: list[object] = remembered(PROCESS, [])
+# of shards: no graph has said how these are to be cut
+_OPEN: Any = remembered(MODEL, WeakIdKeyDictionary())
 
 
 class ShardedParameter(nn.Parameter):

@@ -12,11 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tspc.state import MODEL, PROCESS, remembered
+
 # steps of optimizers that hold shards, in this process; the foreach and fused ones leave a
 # DTensor's version as it was, so versions do not tell them
-_STEPS = [0]
-_FIRST: Any = WeakIdKeyDictionary()  # parameter -> (its version, steps) when it was first taken
-_HOOKS: list[object] = []
+_STEPS = remembered(PROCESS, [0])
+# parameter -> (its version, steps) when it was first taken
+_FIRST: Any = remembered(MODEL, WeakIdKeyDictionary())
+_HOOKS: list[object] = remembered(PROCESS, [])
 _VERSION, _GRAD = attrgetter("_version"), attrgetter("grad")
 
 

@@ -33,6 +33,7 @@ from tspc.runtime.requests import (
     Shift,
     Steps,
 )
+from tspc.state import CALL, remembered
 
 # of the links that share a group with another: what goes over one is never taken for the other's
 TAGS = {"outputs": 1}
@@ -56,7 +57,7 @@ class Sent:
     elements: float
 
 
-_RECORDS: list[list[Sent]] = []
+_RECORDS: list[list[Sent]] = remembered(CALL, [])
 
 
 @contextlib.contextmanager

@@ -14,10 +14,12 @@ from collections import deque
 
 import torch
 
+from tspc.state import PROCESS, remembered
+
 SMALL = 1 << 16  # bytes; larger ones are done with long before a process ends
 PAUSE = 0.05  # seconds in which the threads let go
 
-_LAST: deque[torch.Tensor] = deque(maxlen=64)
+_LAST: deque[torch.Tensor] = remembered(PROCESS, deque(maxlen=64))
 
 
 def hold(*tensors: object) -> None:

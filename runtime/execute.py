@@ -21,8 +21,9 @@ from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
+from tspc.state import CODE, GROUP, remembered
 
-GENERATORS: dict[str, Callable[..., Steps]] = {}
+GENERATORS: dict[str, Callable[..., Steps]] = remembered(CODE, {})
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Place:
         return distributed(steps, self.replicas, {"replicas": self.groups["replicas"]}, what)
 
 
-PLACES: dict[str, Place] = {}
+PLACES: dict[str, Place] = remembered(GROUP, {})
 
 
 def _steps(name: str) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:

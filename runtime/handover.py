@@ -11,9 +11,11 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
 
 from tspc.runtime.accumulate import is_cut
+from tspc.state import CALL, remembered
 from tspc.torch_seams import replace_member, uses
 
-_READ: list[nn.Parameter] = []  # whole parameters that live autograd graphs read or add to
+# whole parameters that live autograd graphs read or add to
+_READ: list[nn.Parameter] = remembered(CALL, [])
 
 
 def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:

@@ -22,6 +22,7 @@ from tspc.runtime.direct import same
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
+from tspc.state import CALL, PROCESS, remembered
 
 CHECK = "the check that starts a call or a compile"
 FROZEN = "frozen parameters"  # a fact of a graph: their names
@@ -174,8 +175,8 @@ class _Late:
     event: Any
 
 
-_LATE: list[_Late] = []
-_HOOKS: list[object] = []
+_LATE: list[_Late] = remembered(CALL, [])
+_HOOKS: list[object] = remembered(PROCESS, [])
 
 
 def arrived() -> None:

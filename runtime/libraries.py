@@ -17,10 +17,12 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from tspc.runtime.stored import is_stored
 from tspc.runtime.whole import Sharers, identity
-from tspc.runtime.writing import gathered, is_shard, settled, writing
+from tspc.runtime.writing import gathered, settled, writing
+from tspc.state import PROCESS, remembered
 
-_DONE: set[tuple[str, str]] = set()
+_DONE: set[tuple[str, str]] = remembered(PROCESS, set())
 SAVE = "save_pretrained"
 
 
@@ -61,7 +63,7 @@ def _save_pretrained(plain: Any, self: Any, *args: object, **kwargs: object) -> 
     state, what = kwargs.get("state_dict"), f"{type(self).__name__}.{SAVE}"
     if not isinstance(self, nn.Module):
         return plain(self, *args, **kwargs)
-    if state is not None and any(is_shard(x) for x in tree_leaves(state)):
+    if state is not None and any(is_stored(x) for x in tree_leaves(state)):
         kwargs["state_dict"], among = gathered(what, state)
         with settled(what, among):
             return plain(self, *args, **kwargs) if among.first else None
@@ -118,7 +120,7 @@ SAFETENSORS = "the saving by safetensors"
 
 def _flat(plain: Any, tensors: Any, *keep: object) -> object:
     """Of safetensors: the tensors as memory; what `save_file`, `save_model`, `save` begin with."""
-    if not any(is_shard(x) for x in tensors.values()):
+    if not any(is_stored(x) for x in tensors.values()):
         return plain(tensors, *keep)
     whole, among = gathered(SAFETENSORS, dict(tensors))
     with settled(SAFETENSORS, among):

@@ -20,9 +20,10 @@ from tspc.options import Options
 from tspc.runtime.execute import PLACES, Place
 from tspc.runtime.launched import join, runs_on
 from tspc.runtime.requests import Axis
+from tspc.state import GROUP, remembered, reset
 from tspc.torch_seams import forget_specs, timeout_of
 
-_WORLD: dict[str, DeviceMesh] = {}
+_WORLD: dict[str, DeviceMesh] = remembered(GROUP, {})
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Axes:
 
 
 # by identity: (a mesh of two axes, the name of one) or a mesh that parameters are stored on
-_AXES: dict[object, Axes] = {}
-_KEPT: list[DeviceMesh] = []
-_OVER: list[object] = []  # the default group that all of these were made over
+_AXES: dict[object, Axes] = remembered(GROUP, {})
+_KEPT: list[DeviceMesh] = remembered(GROUP, [])
+_OVER: list[object] = remembered(GROUP, [])  # the default group that all of these were made over
 
 
 def resolve(
@@ -90,11 +91,10 @@ def resolve(
 def _forget() -> None:
     """What was made over a default group that has been destroyed."""
     if _OVER != [dist.group.WORLD]:
-        for registry in (_WORLD, _AXES, _KEPT, PLACES):
-            registry.clear()
         if _OVER:
             forget_specs()
-        _OVER[:] = [dist.group.WORLD]
+        reset(GROUP)
+        _OVER.append(dist.group.WORLD)
 
 
 def renew(place: Place, options: Options, stored: Sequence[Any], device: torch.device) -> None:

@@ -37,6 +37,7 @@ from tspc.runtime.stored import dim_of
 from tspc.runtime.twice import refused
 from tspc.runtime.values import store_on
 from tspc.shard import ShardMap
+from tspc.state import CALL, MODEL, remembered
 from tspc.torch_seams import (
     assign_data_of_shards,
     find_nan_in_shards,
@@ -47,9 +48,9 @@ from tspc.torch_seams import (
 )
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
-_STATE = threading.local()
+_STATE = remembered(CALL, threading.local())
 # a class dies with its last module
-_CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+_CLASSES: weakref.WeakValueDictionary[Any, type] = remembered(MODEL, weakref.WeakValueDictionary())
 
 
 class _Sharded(nn.Module):
@@ -214,7 +215,7 @@ def shard_parameters(
     find_nan_in_shards()
     orthogonalise_whole()
     store_on(mesh)
-    writing.guard(mesh)
+    writing.guard()
     libraries.adapt(module)
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]

@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tspc.runtime.failures import told
+from tspc.state import PROCESS, remembered
 
 WHAT = "a value of sharded parameters outside of the compiled graphs"
 NOTED = 2**20  # bytes; what is smaller is gathered without a word
 _LOG = logging.getLogger("tspc")
-_MESHES: set[DeviceMesh] = set()
-_SEEN: dict[int, DeviceMesh] = {}  # the same, by identity
-_TOLD: set[str] = set()
+_MESHES: set[DeviceMesh] = remembered(PROCESS, set())
+_SEEN: dict[int, DeviceMesh] = remembered(PROCESS, {})  # the same, by identity
+_TOLD: set[str] = remembered(PROCESS, set())
 
 
 def own(mesh: DeviceMesh) -> None:

@@ -36,6 +36,7 @@ from tspc.runtime.stored import (
     wrap,
 )
 from tspc.runtime.views import parts_of, places
+from tspc.state import CODE, PROCESS, remembered
 
 aten = torch.ops.aten
 
@@ -51,8 +52,8 @@ class Call(NamedTuple):
 
 
 Ways = Callable[[Call], object]
-_INSTALLED: list[bool] = []
-_WAYS: dict[OpOverload, Ways] = {}
+_INSTALLED: list[bool] = remembered(PROCESS, [])
+_WAYS: dict[OpOverload, Ways] = remembered(CODE, {})
 # elementwise, without torch's tag
 _EACH = {
     *("copy", "copy_", "fill", "fill_", "zero_", "masked_fill", "masked_fill_", "_to_copy"),

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_map
 
 from tspc.errors import PlanError, ShardedParameterError
 from tspc.runtime.failures import Lost, failure, told
+from tspc.state import CALL, remembered
 from tspc.torch_seams import default_store, storage_key, timeout_of
 
 log = logging.getLogger("tspc")
 PATIENCE = timedelta(seconds=10)  # then it is said who is waited for
-_WRITING = threading.local()
+_WRITING = remembered(CALL, threading.local())
 _MEETINGS: Counter[str] = Counter()
 
 

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.errors import RankFailureError, ShardedParameterError
 from tspc.runtime.failures import told
+from tspc.runtime.stored import is_stored
 from tspc.runtime.whole import Gathered, Sharers, active, cut, sharers, shown
 from tspc.torch_seams import cut_loaded_states, refuse_pickles
 
-_MESHES: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 _REFUSED = (
     "a shard {shape} of a model that tspc shards (a parameter, its gradient or what an optimizer "
     "keeps for it) was to be pickled, as torch.save does: the file would hold one rank's part "
@@ -34,22 +32,16 @@ _REFUSED = (
 )
 
 
-def guard(mesh: DeviceMesh) -> None:
-    """From now on shards on this mesh are not pickled, and optimizers of them take whole states."""
-    _MESHES.add(mesh)
+def guard() -> None:
+    """From now on shards are not pickled, and optimizers of them take whole states."""
     refuse_pickles(_instead)
     cut_loaded_states(loaded)
-
-
-def is_shard(x: object) -> TypeGuard[DTensor]:
-    """A tensor stored on a mesh that tspc shards a model on."""
-    return isinstance(x, DTensor) and x.device_mesh in _MESHES
 
 
 def _instead(x: DTensor) -> torch.Tensor:
     """What is pickled in the place of a DTensor: the tensor itself where each rank has all of it.
     Raises `ShardedParameterError` for a shard of ours."""
-    if not is_shard(x):
+    if not is_stored(x):
         return x
     if not all(isinstance(p, Replicate) for p in x.placements):
         shape, part = list(x.shape), list(x._local_tensor.shape)
@@ -63,7 +55,7 @@ def _instead(x: DTensor) -> torch.Tensor:
 def loaded(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A tensor of a loaded optimizer's state, which is whole on every rank: cut like its
     parameter, or kept whole where it has another shape."""
-    if not is_shard(param) or isinstance(value, DTensor) or not value.dim():
+    if not is_stored(param) or isinstance(value, DTensor) or not value.dim():
         return value
     if value.shape == param.shape:
         return cut(value, param)
@@ -89,7 +81,7 @@ def writing(what: str, models: Sequence[Any], optimizers: Sequence[Any] = ()) ->
     params = [p for m in models for p in m.parameters()]
     params += [p for o in optimizers for g in o.param_groups for p in g["params"]]
     outer = active()
-    if outer is not None or not any(is_shard(p) for p in params):
+    if outer is not None or not any(is_stored(p) for p in params):
         yield outer is None or outer.among.first
         return
     among = sharers(*params)
@@ -135,12 +127,12 @@ def settled(what: str, among: Sharers) -> Iterator[None]:
 def gathered(what: str, state: Any) -> tuple[Any, Sharers]:
     """A state that holds shards -> whole on the first rank, None in it on the others; who shares
     it. A collective."""
-    shards = [x for x in tree_leaves(state) if is_shard(x)]
+    shards = [x for x in tree_leaves(state) if is_stored(x)]
     among = sharers(*shards)
     among.meet(what)
     take = Gathered(among)
     with torch.no_grad(), told(what, dist.group.WORLD):
-        whole = tree_map(lambda x: take(x) if is_shard(x) else x, state)
+        whole = tree_map(lambda x: take(x) if is_stored(x) else x, state)
     return whole, among
 
 

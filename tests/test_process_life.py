@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tests.world import PROCESSES
-from tspc import body
-from tspc.runtime import convert, drift, ending, execute, storage
+from tspc.runtime import ending, execute
+from tspc.state import MODEL, REGISTRIES
 
 pytestmark = pytest.mark.dist
 STEPS = 2
@@ -86,31 +87,34 @@ def test_a_group_that_is_destroyed_and_made_again(tmp_path: Path) -> None:
         assert places == still == 1
 
 
-def outlived() -> list[int]:
-    """What is left of two models: shards, and entries of registries."""
+def outlived() -> tuple[dict[str, int], list[bool]]:
+    """What twenty models leave: shards, and entries of registries; which of them are alive."""
 
-    def sizes() -> list[int]:
+    def sizes() -> dict[str, int]:
         torch._dynamo.reset()
         gc.collect()
-        alive = (x for x in gc.get_objects() if is_shard(x))
-        made = storage._CLASSES, body.BODIES, convert._OPEN, drift._FIRST
-        return [sum(1 for _ in alive), *map(len, made)]
+        of_models = {r.module: len(r.what) for r in REGISTRIES if r.lifetime is MODEL}
+        return {**of_models, "shards": sum(1 for x in gc.get_objects() if is_shard(x))}
 
     def is_shard(x: Any) -> bool:
         return isinstance(x, DTensor) and not isinstance(x._local_tensor, FakeTensor)
 
-    before = sizes()
-    for width in (32, 48, 64):
-        model = _block(width)
+    before, models = sizes(), []
+    for i in range(20):
+        model = _block(32 + 16 * (i % 3))
         _losses(model, torch.compile(model, backend="tsp", options={"compiler": "eager"}), 1)
+        models.append(weakref.ref(model))
     del model
-    return [a - b for a, b in zip(sizes(), before)]
+    after = sizes()
+    return {k: n - before.get(k, 0) for k, n in after.items()}, [m() is not None for m in models]
 
 
 def test_nothing_outlives_a_model(world: Any) -> None:
-    for shards, classes, bodies, uncut, first in world(2).run(outlived):
-        assert shards == classes == uncut == first == 0
+    for left, alive in world(2).run(outlived):
+        bodies = left.pop("tspc.body")
         assert bodies <= 1  # torch keeps what it traced last
+        assert len(left) > 4 and not any(left.values()), left
+        assert not any(alive)
 
 
 def test_what_is_held_is_kept_alive() -> None:

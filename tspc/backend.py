@@ -52,6 +52,7 @@ from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.runtime.twice import watched
 from tspc.shard import ShardMap
+from tspc.state import MODEL, remembered
 from tspc.torch_seams import compiled_roots, plainly
 
 
@@ -69,7 +70,7 @@ class Compiled:
 
 
 # compiled root -> its graphs, newest last
-GRAPHS: weakref.WeakKeyDictionary[torch.nn.Module, list[Compiled]] = weakref.WeakKeyDictionary()
+GRAPHS = remembered(MODEL, weakref.WeakKeyDictionary[torch.nn.Module, list[Compiled]]())
 
 
 @plainly

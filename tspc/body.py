@@ -23,6 +23,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from tspc.hardware import HARDWARE, Hardware
 from tspc.layout import Layout
 from tspc.program import Type
+from tspc.state import MODEL, remembered
 from tspc.text import show, textual
 
 Size = Any  # int or sympy.Expr
@@ -201,7 +202,7 @@ class Body:
 
 
 # a body lives as long as a program that folds it
-BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
+BODIES: weakref.WeakValueDictionary[str, Body] = remembered(MODEL, weakref.WeakValueDictionary())
 
 
 def made_again(body: Body) -> Body:

@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from tspc.errors import UnsupportedError
 from tspc.journal import log
+from tspc.state import CALL, remembered
 from tspc.torch_seams import on_compile, tracing, why_not_forward, why_outside
 from tspc.wrapped import check_wrapped
 
 LISTED = 3  # names that a line tells
 CHANGE = "change that, or leave this part out of the compiled model"
-_STATE = threading.local()
+_STATE = remembered(CALL, threading.local())
 
 
 @dataclass

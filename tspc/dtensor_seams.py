@@ -16,6 +16,7 @@ from torch.distributed.tensor._op_schema import OutputSharding
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from tspc.context import Arguments, Keywords
+from tspc.state import PROCESS, remembered
 from tspc.torch_seams import replace_member
 
 
@@ -42,7 +43,7 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
     torch._C._clear_DTensor_sharding_propagator_cache()
 
 
-_PROPAGATE: list[Callable[..., object]] = []
+_PROPAGATE: list[Callable[..., object]] = remembered(PROCESS, [])
 
 
 def _aten_ops() -> list[Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 
+from tspc.state import PROCESS, remembered
+
 log = logging.getLogger("tspc")
-_SAID: set[str] = set()
+_SAID: set[str] = remembered(PROCESS, set())
 
 
 class _Prefix(logging.Filter):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tspc.state import PROCESS, remembered
+
 NAME = "TSP"
 
 
@@ -33,7 +35,7 @@ class Replicas:
     firsts: tuple[int, ...] = (0,)
 
 
-_REPLICAS = [Replicas()]
+_REPLICAS = remembered(PROCESS, [Replicas()])
 
 
 def replicas() -> Replicas:

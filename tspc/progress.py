@@ -11,10 +11,11 @@ import time
 from torch._dynamo.utils import counters
 
 from tspc.journal import note
+from tspc.state import CALL, remembered
 
 AFTER = 2.0  # seconds
 _HITS = (("aot_autograd", "autograd_cache_hit"), ("inductor", "fxgraph_cache_hit"))
-_OPEN: list[Compiling] = []
+_OPEN: list[Compiling] = remembered(CALL, [])
 
 
 class Compiling:

@@ -9,10 +9,11 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from tspc.errors import RuleError
 from tspc.notation import Computed, Rule
+from tspc.state import CODE, remembered
 
-RULES: dict[OpOverload, Rule] = {}
-COMPUTED: dict[OpOverload, Computed] = {}
-ONCE: dict[OpOverload, int] = {}  # op -> the operand that is added after the sum
+RULES: dict[OpOverload, Rule] = remembered(CODE, {})
+COMPUTED: dict[OpOverload, Computed] = remembered(CODE, {})
+ONCE: dict[OpOverload, int] = remembered(CODE, {})  # op -> the operand that is added after the sum
 
 
 def rule(op: Any, text: str, once: int | None = None, **roles: str) -> None:

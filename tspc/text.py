@@ -17,6 +17,8 @@ import sympy
 import torch
 from torch.utils._sympy import functions
 
+from tspc.state import CODE, remembered
+
 SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -42,7 +44,7 @@ TOKEN = re.compile(
     | (?P<mark>\*\*|.)""",
     re.X,
 )
-CLASSES: dict[str, type] = {}
+CLASSES: dict[str, type] = remembered(CODE, {})
 T = TypeVar("T")
 
 

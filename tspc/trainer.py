@@ -34,9 +34,10 @@ from tspc.processes import (
 )
 from tspc.runtime.accumulate import no_sync
 from tspc.runtime.mesh import resolve
+from tspc.state import PROCESS, remembered
 
-_OPTIONS: dict[str, Any] = {}
-_DONE: list[str] = []
+_OPTIONS: dict[str, Any] = remembered(PROCESS, {})
+_DONE: list[str] = remembered(PROCESS, [])
 
 
 def register(**options: object) -> None:

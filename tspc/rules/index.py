@@ -31,9 +31,10 @@ from tspc.index import (
     zero,
 )
 from tspc.program import Node, Ref, Size, Type
+from tspc.state import CODE, remembered
 
 Operand = Ref | sympy.Expr | float  # what an op is called with: a value or a number
-RULES: dict[str, Callable[..., Expression | None]] = {}
+RULES: dict[str, Callable[..., Expression | None]] = remembered(CODE, {})
 MAX_CASES = 4
 
 
