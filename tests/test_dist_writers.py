@@ -131,7 +131,9 @@ def test_save_pretrained_writes_from_rank_0(world: Any, tmp_path: Path) -> None:
     ids = tokens_of(9)
     for name in ("one", "many", "main", "given", "whole"):
         found = type(wanted).from_pretrained(tmp_path / name, dtype=torch.float64)
-        assert torch.equal(found(ids).logits, wanted(ids).logits), name
+        assert all(torch.equal(x, state[n]) for n, x in found.state_dict().items()), name
+        # a file that is mapped begins anywhere, and products of what is not aligned round otherwise
+        assert torch.equal(copy.deepcopy(found)(ids).logits, wanted(ids).logits), name
 
 
 def late() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 import threading
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -63,13 +65,15 @@ def batches_of_forked_workers(side: Side) -> Any:
     optimizer = torch.optim.SGD(side.model.parameters(), lr=1e-2)
     losses = [side.loss().item()]
     loader = DataLoader(Numbered(), batch_size=2, num_workers=2, multiprocessing_context="fork")
-    for _ in range(2):
-        for batch in loader:
-            loss = side.loss(batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+    # a rank of a test is a daemon, which may have no children
+    with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):  # type: ignore[attr-defined]
+        for _ in range(2):
+            for batch in loader:
+                loss = side.loss(batch)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
     return losses, side.weights()
 
 
