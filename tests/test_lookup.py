@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import tspc
 from tspc.check import simulated_backend
+from tspc.lookup import Elements
 
 WORDS, H = 11, 8
 FLAGS = [
@@ -63,3 +65,39 @@ def test_a_sparse_gradient_comes_dense() -> None:
     torch.compile(mine, backend=simulated_backend(2))(ids()).backward()
     one(ids()).backward()
     torch.testing.assert_close(mine.table.grad, one.table.grad, rtol=1e-9, atol=1e-12)
+
+
+class Looked(nn.Module):
+    def __init__(self, fn: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.fn, self.table = fn, nn.Parameter(torch.randn(WORDS, H))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.fn(ids, self.table).square().sum()
+
+
+def filled(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(ids[:, :1] > 4, 3)
+
+
+@pytest.mark.parametrize(
+    "fn,constants",
+    [
+        (lambda i, t: F.embedding(i, t), set()),
+        (lambda i, t: F.embedding(i.T[1:].flatten(), t), set()),
+        (lambda i, t: F.embedding(F.pad(i, (0, 2), value=7), t), {7}),
+        (lambda i, t: F.embedding(F.pad(i, (0, 2)), t), {0}),
+        (lambda i, t: F.embedding(i.masked_fill(i == 9, 3), t), {3}),
+        (
+            lambda i, t: F.embedding(F.pad(i, (1, 0), value=-9).masked_fill(i[:, :1] < 4, 3), t),
+            {-9, 3},
+        ),
+        (lambda i, t: t[i.flip(0)], None),  # what it gives is not looked into
+        (lambda i, t: F.embedding(i + 1, t), None),
+        (lambda i, t: F.embedding(i.view(torch.int32), t), None),
+    ],
+)
+def test_what_an_index_is_made_of(fn: Any, constants: set[int] | None) -> None:
+    (found,) = tspc.plan(Looked(fn), (ids(),), ranks=2).rewritten.lookups.found
+    wanted = None if constants is None else Elements("ids", frozenset(constants))
+    assert found.elements == wanted

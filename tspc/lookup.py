@@ -42,6 +42,8 @@ DIMENSIONED = (  # (what is looked up, the dim, the index, ...); -1 is no index
 PLACED = (aten.index.Tensor, aten.index_put.default)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
+COPIES = (aten.clone.default, aten._unsafe_view.default)
+READ_OTHERWISE = (aten.view.dtype, aten._neg_view.default)  # views with other elements
 OWN = (PICK, aten.embedding.default)  # what they run as does not check
 
 
@@ -130,7 +132,7 @@ def _elements(value: Any, by_name: Mapping[str, Node]) -> Elements | None:
     if not n.is_call or not n.args or not isinstance(n.args[0], Ref):
         return None
     inner = _elements(n.args[0], by_name)
-    if inner is None or n.op == aten.clone.default or _is_view(n.op):
+    if inner is None or n.op in COPIES or _is_view(n.op):
         return inner
     if n.op in PADS:
         at = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}[n.op]
@@ -156,10 +158,11 @@ def _masked(mask: Any, x: Ref, by_name: Mapping[str, Node]) -> object:
 
 
 def _is_view(op: Any) -> bool:
-    """By its schema: what it gives is its first argument's memory, read only."""
-    schema = getattr(op, "_schema", None)
-    given = [] if schema is None else [r.alias_info for r in schema.returns]
-    return bool(given) and all(a is not None and not a.is_write for a in given)
+    """By its schema: what it gives is its first argument's memory, read only, as it is."""
+    if getattr(op, "namespace", "") != "aten" or op in READ_OTHERWISE:
+        return False
+    aliases = [r.alias_info for r in op._schema.returns]
+    return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
 
 
 def _word(n: Node) -> str:
