@@ -20,10 +20,10 @@ def rule(op: Any, text: str, once: int | None = None, **roles: str) -> None:
     """Declare how the dims of an op's results come from those of its operands, for all programs
     that are compiled from now on. Without a rule an op runs replicated.
 
-    op: a `torch.library.custom_op`, or an op of `torch.ops` or one of its overloads. text: as this
-    module says, the tensor operands in schema order. once: the operand that is added after a sum.
-    roles: role -> letters. Raises `RuleError` for a text that does not parse or does not fit the
-    op's schema, an unknown role, what is no op, and a second rule for an op.
+    op: a `torch.library.custom_op`, or an op of `torch.ops` or one of its overloads. text: in the
+    notation of `tspc/notation.py`, tensor operands in schema order. once: the operand that is added
+    after a sum. roles: role -> letters. Raises `RuleError` for a text that does not parse or does
+    not fit the op's schema, an unknown role, what is no op, and a second rule for an op.
     """
     op = overload_of(op)
     _unique(op)
