@@ -21,11 +21,10 @@ _MASK = (1 << 64) - 1
 
 def digest(x: torch.Tensor) -> int:
     """Of a tensor on the CPU."""
-    data = _numpy(x)
-    if len(data) <= SMALL:
-        return int.from_bytes(
-            blake2b(data.tobytes(), digest_size=8).digest(), "little", signed=True
-        )
+    if x.nbytes <= SMALL:
+        small = blake2b(_numpy(x).tobytes(), digest_size=8)
+        return int.from_bytes(small.digest(), "little", signed=True)
+    data = _numpy(x).reshape(-1).view(np.uint8)
     whole = len(data) & ~7
     value = int.from_bytes(data[whole:].tobytes(), "little") * GOLDEN
     words, weights, mixed = data[:whole].view(np.uint64), *_tables()
@@ -57,8 +56,9 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
+    """An array of the same bytes."""
     if x.dtype in ARRAYS and x.is_contiguous() and not x.is_neg():
-        return x.detach().numpy().reshape(-1).view(np.uint8)
+        return (x.detach() if x.requires_grad else x).numpy()
     return _bytes(x).numpy()
 
 

@@ -19,6 +19,7 @@ from tspc.runtime.failures import lost
 from tspc.runtime.requests import Axis
 
 Tensor = torch.Tensor
+PAIR = struct.Struct("2q")  # faster than tensors of so few
 
 
 def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
@@ -109,26 +110,39 @@ def reduce_scatter(x: Tensor, rank: int, ranks: int, group: dist.ProcessGroup) -
     return _near(Summed(_everyone(x, blocks, rank, group), blocks, rank, x), rank, ranks)
 
 
-def same(words: Sequence[int], axis: Axis, group: dist.ProcessGroup) -> bool:
-    """Whether all ranks have the same 64-bit numbers. Collective: an all-reduce of the largest and
-    the smallest, in log2(ranks) rounds.
+@dataclass
+class Alike:
+    """Whether all ranks have the same 64-bit number. Collective: an all-reduce of the largest and
+    the smallest, in log2(ranks) rounds of one message.
 
     Gloo's own would keep the caller's code, and the graphs that it names, in torch's record of the
-    last 2000 collectives.
+    last 2000 collectives. The messages are kept from call to call.
     """
-    extremes = [*words, *(~w for w in words)]
-    numbers = struct.Struct(f"{len(extremes)}q")  # faster than tensors of so few
-    far = 1
-    while far < axis.size:
-        sent, received = bytearray(numbers.pack(*extremes)), bytearray(numbers.size)
-        here, there = (torch.frombuffer(m, dtype=torch.int64) for m in (sent, received))
-        coming = receive(there, (axis.rank - far) % axis.size, group, far)
-        going = send(here, (axis.rank + far) % axis.size, group, far)
-        coming.wait()
-        going.wait()
-        extremes = list(map(max, extremes, numbers.unpack(received)))
-        far *= 2
-    return extremes[: len(words)] == [~n for n in extremes[len(words) :]]
+
+    axis: Axis
+    group: dist.ProcessGroup
+
+    def __post_init__(self) -> None:
+        self._sent, self._received = bytearray(PAIR.size), bytearray(PAIR.size)
+        self._here = torch.frombuffer(self._sent, dtype=torch.int64)
+        self._there = torch.frombuffer(self._received, dtype=torch.int64)
+        rank, ranks = self.axis.rank, self.axis.size
+        rounds = [1 << k for k in range((ranks - 1).bit_length())]
+        # past torch's dispatcher, which takes as long as the message
+        self._backend: Any = self.group._get_backend(torch.device("cpu"))
+        self._rounds = [((rank - far) % ranks, (rank + far) % ranks, far) for far in rounds]
+
+    def __call__(self, word: int) -> bool:
+        most, least = word, ~word
+        for source, to, tag in self._rounds:
+            PAIR.pack_into(self._sent, 0, most, least)
+            coming = self._backend.recv([self._there], source, tag)
+            going = self._backend.send([self._here], to, tag)
+            coming.wait()
+            going.wait()
+            others = PAIR.unpack_from(self._received)
+            most, least = max(most, others[0]), max(least, others[1])
+        return most == ~least
 
 
 def _near(transfers: Any, rank: int, ranks: int) -> Any:

@@ -18,7 +18,7 @@ from tspc.errors import RankMismatchError
 from tspc.program import PARAM, PLACEHOLDERS, Program, Size
 from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
-from tspc.runtime.direct import same
+from tspc.runtime.direct import Alike
 from tspc.runtime.drivers import distributed
 from tspc.runtime.execute import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
@@ -28,7 +28,6 @@ CHECK = "the check that starts a call or a compile"
 FROZEN = "frozen parameters"  # a fact of a graph: their names
 KEPT = 256  # calls of other shapes or numbers whose hashes are kept
 LISTED = 4  # inputs that a message names
-WORDS = 6  # hashes that a rank tells, one for each section of a call
 ADVICE = (
     "all ranks of the TSP axis run the same model on the same, full batch; use one sampler seed "
     "(DistributedSampler with rank = the data-parallel rank)"
@@ -37,6 +36,7 @@ ALIKE = (
     "all ranks call backward(), optimizer.step() and zero_grad() alike; what skips one of them (a "
     "loss that is not finite, a bad batch) decides by what is the same on all ranks"
 )
+Named = tuple[str, torch.dtype, torch.Size]  # an input
 SAME_GRAPHS = (
     "all replicas run the same model, with the same parameters used and frozen, on batches of "
     "their own"
@@ -69,12 +69,13 @@ class Checker:
     graph: str
     params: Sequence[str]
     calls: int = 0
-    hashes: dict[object, list[int]] = field(default_factory=dict)
+    hashes: dict[object, tuple[int, int]] = field(default_factory=dict)
     kept: dict[str, tuple[Any, int]] = field(default_factory=dict)
     taken: drift.Taken = field(default_factory=drift.Taken)
 
     def __post_init__(self) -> None:
         drift.watch()
+        self.alike = Alike(self.place.axis, self.place.groups["checks"])
 
     def __call__(
         self,
@@ -88,23 +89,26 @@ class Checker:
             return
         arrived()
         self.calls += 1
-        pairs = zip(self.names, tensors)
-        named = [(n, x) for n, x in pairs if isinstance(x, torch.Tensor)]
-        here, late = dict[str, int](), dict[str, torch.Tensor]()
-        for n, x in named:
-            if not is_plain(x):
+        named, here, late = list[Named](), dict[str, int](), dict[str, torch.Tensor]()
+        for n, x in zip(self.names, tensors):
+            if not isinstance(x, torch.Tensor):
                 continue
-            if _is_late(x):
-                late[n] = x
-            else:
-                here[n] = self._digest(n, x)
+            named.append((n, x.dtype, x.shape))
+            if is_plain(x):
+                if _is_late(x):
+                    late[n] = x
+                else:
+                    here[n] = self._digest(n, x)
         steps = [self.calls, *self.taken.since(params)]
         grads = drift.gradients(params)
-        words = [*self._words(named, numbers), *map(_hash_of, (here.values(), steps, grads))]
-        words.append(_hash(shared.encode()) if shared else 0)
+        called = self._hashes(named, numbers)
+
+        def words() -> list[int]:
+            of = *called, *map(_hash_of, (here.values(), steps, grads))
+            return [*of, _hash(shared.encode()) if shared else 0]
 
         def sections() -> list[Section]:
-            shapes = {n: text(x.dtype, x.shape) for n, x in named}
+            shapes = {n: text(dtype, shape) for n, dtype, shape in named}
             contents = {n: f"{h & (1 << 64) - 1:016x}" for n, h in here.items()}
             return [
                 Section("was called with", {**self.facts, **shapes}, ADVICE),
@@ -115,7 +119,8 @@ class Checker:
                 Section("was called with", {"memory of its inputs": shared or "apart"}, ADVICE),
             ]
 
-        _compare(self.place.axis, self.place.groups["checks"], words, sections)
+        word = hash((*called, *here.values(), *steps, *grads, shared and _hash(shared.encode())))
+        _compare(self.alike, word, words, sections)
         if late:
             self._send(late)
 
@@ -123,19 +128,17 @@ class Checker:
         numbered = {f"number {i}": str(n) for i, n in enumerate(numbers)}
         return {"the graph": self.graph, **numbered}
 
-    def _words(
-        self, named: Sequence[tuple[str, torch.Tensor]], numbers: Sequence[int]
-    ) -> list[int]:
+    def _hashes(self, named: Sequence[Named], numbers: Sequence[int]) -> tuple[int, int]:
         """Of the shapes and of the graph with its numbers; kept for the next call like this."""
-        key = (*numbers, *[f for n, x in named for f in (n, x.dtype, x.shape)])
-        words = self.hashes.get(key)
-        if words is None:
-            shapes = [(n, text(x.dtype, x.shape)) for n, x in named]
+        key = *numbers, *named
+        hashes = self.hashes.get(key)
+        if hashes is None:
+            shapes = [(n, text(dtype, shape)) for n, dtype, shape in named]
             if len(self.hashes) >= KEPT:
                 self.hashes.clear()
-            described = repr((self.facts, shapes)), repr(self._graph(numbers))
-            words = self.hashes[key] = [_hash(t.encode()) for t in described]
-        return words
+            called, run = repr((self.facts, shapes)), repr(self._graph(numbers))
+            hashes = self.hashes[key] = _hash(called.encode()), _hash(run.encode())
+        return hashes
 
     def _digest(self, name: str, x: torch.Tensor) -> int:
         if name not in self.lasting or x.is_inference():
@@ -162,7 +165,7 @@ class Checker:
 
 
 def _is_late(x: torch.Tensor) -> bool:
-    return x.device.type != "cpu"
+    return not x.is_cpu
 
 
 @dataclass(frozen=True)
@@ -225,30 +228,29 @@ def _agree(
     axis: Axis, group: dist.ProcessGroup, facts: Mapping[str, str], verb: str, advice: str
 ) -> None:
     word = _hash(repr((verb, sorted(facts.items()))).encode())
-    words = [word, *[0] * (WORDS - 1)]
-    _compare(axis, group, words, lambda: [Section(verb, facts, advice)])
+    alike = Alike(axis, group)
+    _compare(alike, word, lambda: [word], lambda: [Section(verb, facts, advice)])
 
 
 def _compare(
-    axis: Axis,
-    group: dist.ProcessGroup,
-    words: Sequence[int],
+    alike: Alike,
+    word: int,
+    words: Callable[[], Sequence[int]],
     sections: Callable[[], Sequence[Section]],
 ) -> None:
-    """Each word is of one section; the first section that differs is told."""
+    """word: of all that is compared; words: each of one section. The first section that differs is
+    told; another number of words is of another kind of comparison."""
+    axis, group = alike.axis, alike.group
     try:
-        if same(words, axis, group):
+        if alike(word):
             return
         said: list[Any] = [None] * axis.size
-        dist.all_gather_object(said, (words, sections()), group)
+        dist.all_gather_object(said, (words(), sections()), group)
     except RuntimeError as e:
         failures.fail(e, CHECK, group, "AllReduce of checks")
-    k = next(
-        i
-        for i, (first, *others) in enumerate(zip(*[w for w, _ in said]))
-        if any(w != first for w in others)
-    )
-    wrong = [r for r, (w, _) in enumerate(said) if w[k] != said[0][0][k]]
+    heard = [list(w) for w, _ in said]
+    k = next((i for i, of in enumerate(zip(*heard)) if any(w != of[0] for w in of)), 0)
+    wrong = [r for r, w in enumerate(heard) if w[k] != heard[0][k] or len(w) != len(heard[0])]
     parts = [s[min(k, len(s) - 1)] for _, s in said]
     lines = "; ".join(f"rank {r} {_differs(parts, r)}" for r in (0, wrong[0]))
     raise RankMismatchError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -35,22 +36,32 @@ class Lengthwise:
     ops: Sequence[tuple[str, Any, Sequence[Any], Mapping[str, Any]]]
     checks: Sequence[tuple[Lookup, int]]
 
+    @cached_property
+    def ranges(self) -> Mapping[str, tuple[int, int]] | None:
+        """The least and the largest that each input may hold, if what inputs hold says all."""
+        ranges: dict[str, tuple[int, int]] = {}
+        for lookup, size in self.checks:
+            elements, first = lookup.elements, -size if lookup.wraps else 0
+            if elements is None or any(not first <= v < size for v in elements.constants):
+                return None
+            least, most = ranges.get(elements.input, (first, size - 1))
+            ranges[elements.input] = max(least, first), min(most, size - 1)
+        return ranges
+
     def in_range(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the extremes of inputs on the CPU say so for all that is looked up; if not, the
         indices themselves have to be seen."""
-        extremes = dict[str, tuple[int, int]]()
-        for lookup, size in self.checks:
-            elements = lookup.elements
-            if elements is None:
+        if self.ranges is None:
+            return False
+        for name, (least, most) in self.ranges.items():
+            x = inputs[name]
+            if type(x) is not torch.Tensor or not x.is_cpu:
                 return False
-            name = elements.input
-            if name not in extremes:
-                x = inputs[name]
-                if type(x) is not torch.Tensor or x.device.type != "cpu" or not x.numel():
-                    return False
-                extremes[name] = _extremes(x)
-            first = -size if lookup.wraps else 0
-            if any(not first <= v < size for v in (*extremes[name], *elements.constants)):
+            array = x.numpy()
+            if not array.size:
+                return False
+            values = array.ravel().tolist() if array.size <= FEW else (array.min(), array.max())
+            if min(values) < least or max(values) > most:
                 return False
         return True
 
@@ -61,14 +72,6 @@ class Lengthwise:
             filled = {k: _filled(a, values) for k, a in kwargs.items()}
             values[name] = op(*[_filled(a, values) for a in args], **filled)
         return values
-
-
-def _extremes(x: torch.Tensor) -> tuple[int, int]:
-    if x.numel() <= FEW:
-        values = x.flatten().tolist()
-        return min(values), max(values)
-    array = x.numpy()
-    return int(array.min()), int(array.max())
 
 
 def _filled(a: Any, values: Mapping[str, Any]) -> Any:
