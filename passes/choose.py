@@ -19,8 +19,8 @@ from tspc.factor import Dims, Factor, const
 from tspc.passes.cycles import entangled
 from tspc.passes.factorize import Analysis, Record, in_segment
 from tspc.passes.independent import is_independent, makers_in
-from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.masks import bind
+from tspc.passes.refused import NOTHING, Refused
 from tspc.passes.regions import ENDS, Region, Regions, find_regions
 from tspc.passes.sequence import attends, masks_by_key, sequences
 from tspc.placement import indices

@@ -9,8 +9,8 @@ of the program, so all ranks climb alike. TSPC_STRICT_INTERNAL=1 raises instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from tspc.notation import Op
 from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
 from tspc.passes.piece import Maker
+from tspc.passes.refused import NOTHING, Refused
 from tspc.passes.regions import Region
 from tspc.program import Node, Program
 
@@ -31,79 +32,6 @@ RETRIES = 16  # refusals before all is refused
 ADVICE = "please report it with the log at debug level"
 # what a step of torch's own says, and what is of this machine: no rung helps
 SAID = (TorchDynamoException, torch.OutOfMemoryError, MemoryError, OSError)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """What the passes leave alone, each with its cause.
-
-    nodes: by name. regions: by weights that they hold. everything: the cause where the whole
-    program is refused, at `source`.
-    """
-
-    nodes: Mapping[str, str] = field(default_factory=dict)
-    regions: Mapping[frozenset[str], str] = field(default_factory=dict)
-    everything: str = ""
-    source: str = ""
-
-    def __contains__(self, name: str) -> bool:
-        return bool(self.everything) or name in self.nodes
-
-    def __bool__(self) -> bool:
-        return bool(self.everything or self.nodes or self.regions)
-
-    def why(self, name: str) -> str:
-        """The cause for a node that is refused."""
-        return self.nodes.get(name) or self.everything
-
-    def region(self, weights: Iterable[str]) -> str:
-        """The cause for a region with these weights, if it is refused."""
-        every = set(weights)
-        return next((why for held, why in self.regions.items() if held <= every), "")
-
-    @property
-    def told(self) -> dict[str, str]:
-        """All of it, with the causes, to be compared over the ranks."""
-        regions = {", ".join(sorted(g)): why for g, why in self.regions.items()}
-        whole = {"the whole graph": self.everything} if self.everything else {}
-        return {**self.nodes, **regions, **whole}
-
-    def after(self, e: Exception, program: Program, strict: bool) -> Refused:
-        """What to refuse after this error; called while it is handled. Raises it if it is no error
-        of tspc's own, and under TSPC_STRICT_INTERNAL=1."""
-        if not is_internal(e) or os.environ.get("TSPC_STRICT_INTERNAL") == "1":
-            raise e
-        cause, where = _text(e), _source(e, program)
-        if strict:
-            raise UnsupportedError(
-                f"{where}: {cause}: an error inside of tspc; {ADVICE}, or allow running replicated "
-                "by strict=False"
-            ) from e
-        if self.everything:
-            raise CaptureError(
-                f"{where}: {cause}: an error inside of tspc, which replicated execution does not "
-                f"avoid; {ADVICE}"
-            ) from e
-        log.debug("%s: %s", where, cause, exc_info=e)
-        if len(self.nodes) + len(self.regions) < RETRIES:
-            for found in at_hand(e):
-                if isinstance(found, Node):
-                    name = self._next(found.name, program)
-                    if name:
-                        return replace(self, nodes={**self.nodes, name: cause})
-                elif found and found not in self.regions:
-                    return replace(self, regions={**self.regions, found: cause})
-        return replace(self, everything=cause, source=where)
-
-    def _next(self, name: str, program: Program) -> str:
-        """The node, or where it is refused already, the one of which a pass made it."""
-        made = {n.name for n in program.nodes if n.is_call}
-        while name and (name in self.nodes or not any(_made_of(name, m) for m in made)):
-            name = name.rpartition(".")[0]
-        return name
-
-
-NOTHING = Refused()
 
 
 def climb(
@@ -115,7 +43,43 @@ def climb(
         try:
             return attempt(refused)
         except Exception as e:
-            refused = refused.after(e, program, strict)
+            refused = after(refused, e, program, strict)
+
+
+def after(refused: Refused, e: Exception, program: Program, strict: bool) -> Refused:
+    """What to refuse after this error; called while it is handled. Raises it if it is no error
+    of tspc's own, and under TSPC_STRICT_INTERNAL=1."""
+    if not is_internal(e) or os.environ.get("TSPC_STRICT_INTERNAL") == "1":
+        raise e
+    cause, where = _text(e), _source(e, program)
+    if strict:
+        raise UnsupportedError(
+            f"{where}: {cause}: an error inside of tspc; {ADVICE}, or allow running replicated "
+            "by strict=False"
+        ) from e
+    if refused.everything:
+        raise CaptureError(
+            f"{where}: {cause}: an error inside of tspc, which replicated execution does not "
+            f"avoid; {ADVICE}"
+        ) from e
+    log.debug("%s: %s", where, cause, exc_info=e)
+    if len(refused.nodes) + len(refused.regions) < RETRIES:
+        for found in at_hand(e):
+            if isinstance(found, Node):
+                name = _next(refused, found.name, program)
+                if name:
+                    return replace(refused, nodes={**refused.nodes, name: cause})
+            elif found and found not in refused.regions:
+                return replace(refused, regions={**refused.regions, found: cause})
+    return replace(refused, everything=cause, source=where)
+
+
+def _next(refused: Refused, name: str, program: Program) -> str:
+    """The node, or where it is refused already, the one of which a pass made it."""
+    made = {n.name for n in program.nodes if n.is_call}
+    while name and (name in refused.nodes or not any(_made_of(name, m) for m in made)):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def is_internal(e: Exception) -> bool:

@@ -14,7 +14,6 @@ import sympy
 import torch
 
 from tspc.body import Body, rows_of
-from tspc.checkpoint import recomputed
 from tspc.counter import ATTENTIONS
 from tspc.factor import Dims, Factor, norm
 from tspc.kinds import (
@@ -36,6 +35,7 @@ from tspc.passes.outputs import Result
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
 from tspc.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.recompute import recomputed
 
 
 class LocalProgram(torch.nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from tspc.passes.along import canonical
 from tspc.passes.entropy import cross_entropy
+from tspc.passes.sequence_ops import canonical
 from tspc.program import (
     CASTS,
     CONSTANT,

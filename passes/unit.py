@@ -18,9 +18,9 @@ from tspc.lookup import Lookups
 from tspc.options import Options
 from tspc.passes.choose import Choice
 from tspc.passes.factorize import Analysis
-from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.localize import LocalProgram
 from tspc.passes.outputs import Range, Result
+from tspc.passes.refused import NOTHING, Refused
 from tspc.passes.typed import Typed
 from tspc.program import FOLD, SEED, Node, Program, Ref
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from tspc.context import Arguments, Keywords
 from tspc.errors import PendingGradientError, PlanError
 from tspc.runtime.drift import steps_since
-from tspc.runtime.execute import Place
 from tspc.runtime.inputs import replicas_agree, text
+from tspc.runtime.place import Place
 from tspc.state import CALL, PROCESS, remembered
 
 aten = torch.ops.aten

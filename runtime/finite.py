@@ -11,7 +11,7 @@ import torch
 
 from tspc.errors import NonFiniteError
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.place import Place
 from tspc.runtime.requests import AllGather, Request, Steps
 
 Named = Sequence[tuple[str, object]]  # values that are no float tensors are passed over

@@ -27,7 +27,7 @@ from tspc.context import Arguments, Keywords
 from tspc.errors import PlanError
 from tspc.runtime import exchange
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.place import Place
 from tspc.torch_seams import storage_key
 
 RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has the second

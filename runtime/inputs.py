@@ -20,7 +20,7 @@ from tspc.runtime import drift, failures
 from tspc.runtime.digest import digest, digest_there, is_plain
 from tspc.runtime.direct import Alike
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.place import Place
 from tspc.runtime.requests import AllGather, Axis, Steps
 from tspc.state import CALL, PROCESS, remembered
 

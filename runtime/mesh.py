@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tspc.errors import PlanError
 from tspc.options import Options
-from tspc.runtime.execute import PLACES, Place
 from tspc.runtime.launched import join, runs_on
+from tspc.runtime.place import PLACES, Place
 from tspc.runtime.requests import Axis
 from tspc.state import GROUP, remembered, reset
 from tspc.torch_seams import forget_specs, timeout_of

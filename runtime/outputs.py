@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tspc.context import Context
 from tspc.layout import Layout
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.place import Place
 from tspc.runtime.requests import Axis, Exchange, Steps
 
 

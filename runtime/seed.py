@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import Place
+from tspc.runtime.place import Place
 from tspc.runtime.requests import Broadcast, Steps
 
 

@@ -28,10 +28,10 @@ from tspc.errors import UnsupportedError
 from tspc.runtime import libraries, writing
 from tspc.runtime.accumulate import is_cut, reduced
 from tspc.runtime.drivers import distributed
-from tspc.runtime.execute import PLACES, Place, chunk_rows
 from tspc.runtime.failures import told
 from tspc.runtime.finite import check_gradients
 from tspc.runtime.gradients import arrives_cut
+from tspc.runtime.place import PLACES, Place, chunk_rows
 from tspc.runtime.repack import fits, repack, repack_backward
 from tspc.runtime.stored import dim_of
 from tspc.runtime.twice import refused

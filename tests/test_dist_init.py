@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 import tspc
 from tests.models import MODELS, call, loss_of, tokens_of, whole
 from tspc.check import relative_errors
-from tspc.runtime.execute import Place
 from tspc.runtime.initialise import Wholes
+from tspc.runtime.place import Place
 from tspc.runtime.requests import Axis
 
 pytestmark = pytest.mark.sampled(6)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tspc.context import Arguments, Context
-from tspc.notation import ALONG
+from tspc.kinds import ALONG
 from tspc.ops import DIM, LIB, local_rows
 
 aten = torch.ops.aten
@@ -53,16 +53,7 @@ def sequence_conv(
 
 LIB.impl("sequence_conv", sequence_conv, "CompositeImplicitAutograd")
 SEQUENCE_CONV = torch.ops.tspc.sequence_conv.default
-
-# `passes.along` runs them on a rank
-ALONG["halo"] |= {
-    SEQUENCE_CONV,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-    aten.flip.default,
-    aten.roll.default,
-}
-ALONG["scan"] |= {aten.cumsum.default}
+ALONG["halo"].add(SEQUENCE_CONV)
 
 
 def _sized(x: Tensor, dim: int, size: Any) -> Tensor:

@@ -31,9 +31,9 @@ from tspc.planned import check_planned, parameters_of
 from tspc.reference import reference_backend
 from tspc.report import reports
 from tspc.runtime.convert import convert
-from tspc.runtime.execute import Place
 from tspc.runtime.initialise import initialise
 from tspc.runtime.mesh import resolve
+from tspc.runtime.place import Place
 from tspc.runtime.requests import Axis
 from tspc.runtime.schedules import choose
 from tspc.show import show

@@ -28,7 +28,8 @@ from tspc.hardware import device_name
 from tspc.journal import log
 from tspc.options import Options, mode_options, parse
 from tspc.outside import only_shards
-from tspc.passes.ladder import NOTHING, Refused
+from tspc.passes.ladder import after
+from tspc.passes.refused import NOTHING, Refused
 from tspc.passes.unit import Unit
 from tspc.planned import check_planned
 from tspc.precision import off
@@ -41,13 +42,13 @@ from tspc.runtime.convert import convert_and_restart, settle
 from tspc.runtime.deferred import defer
 from tspc.runtime.drivers import distributed
 from tspc.runtime.exchange import whole
-from tspc.runtime.execute import Place
 from tspc.runtime.finite import check_outputs
 from tspc.runtime.inductor import compile_local
 from tspc.runtime.lookups import Indices
 from tspc.runtime.mesh import renew, resolve
 from tspc.runtime.outputs import sharded
 from tspc.runtime.pieces import InductorPieces
+from tspc.runtime.place import Place
 from tspc.runtime.storage import Prologue, Taken, placed
 from tspc.runtime.trace import Fakes, local_fakes
 from tspc.runtime.twice import watched
@@ -173,7 +174,7 @@ def _compile(
     try:
         run = code_cache.compiled(lambda: _function(compiled, chosen, example_inputs, gm))
     except Exception as e:
-        refused = rewritten.refused.after(e, captured.program, chosen.strict)
+        refused = after(rewritten.refused, e, captured.program, chosen.strict)
         return _compile(captured, chosen, gm, example_inputs, place, mesh, refused)
     for line in warnings(findings) if place.axis.rank == 0 else ():
         log.warning(line)

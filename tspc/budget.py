@@ -7,7 +7,6 @@ computation per byte come first, of equal ones the last; each that still fits ke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +14,7 @@ from typing import Any
 import sympy
 
 from tspc.body import Body, Lengths, evaluate, numel, rows_of
-from tspc.errors import OptionError
-
-Budget = str | float | int
-MAX_SPEED, MIN = "max-speed", "min"
-VALID = (
-    f"{MAX_SPEED!r}, {MIN!r}, a share of what {MAX_SPEED!r} keeps from 0.0 to 1.0, or bytes per "
-    "rank as an int or as text such as '2GiB'"
-)
-_UNITS = {
-    "B": 1,
-    **{f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)},
-    **{f"{u}IB": 1024**k for k, u in enumerate("KMGT", 1)},
-}
+from tspc.options import Budget, memory_limit
 
 
 @dataclass(frozen=True)
@@ -44,27 +31,6 @@ class Keeping:
     def bytes(self, sizes: Lengths) -> int:
         """Of one rank, at these values of the symbols."""
         return kept_bytes(self.body, sizes)
-
-
-def check(budget: object) -> None:
-    """Raises `OptionError` naming what is valid."""
-    limit(budget, 0)
-
-
-def limit(budget: Any, most: int) -> float:
-    """Bytes of one rank, of the `most` that there are to keep."""
-    if isinstance(budget, str):
-        if budget in (MAX_SPEED, MIN):
-            return most if budget == MAX_SPEED else 0
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", budget.strip().upper())
-        if match and match[2] in _UNITS:
-            return float(match[1]) * _UNITS[match[2]]
-    elif isinstance(budget, float) and 0 <= budget <= 1:
-        return budget * most
-    elif isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 and budget != 1:
-        return budget
-    hint = "; one byte is '1B', all of it 1.0" if type(budget) is int and budget == 1 else ""
-    raise OptionError(f"memory_budget={budget!r}; valid: {VALID}{hint}")
 
 
 def kept_bytes(body: Body, sizes: Lengths) -> int:
@@ -95,7 +61,7 @@ def choose(
     regions = [(n, b) for n, b in regions if any(p.saves for p in b.pieces)]
     bytes_of = [kept_bytes(b, sizes) for _, b in regions]
     gain = [spared(b, sizes) / max(n, 1) for (_, b), n in zip(regions, bytes_of)]
-    left, kept = limit(budget, sum(bytes_of)), set()
+    left, kept = memory_limit(budget, sum(bytes_of)), set()
     for i in sorted(range(len(regions)), key=lambda i: (-gain[i], -i)):
         if bytes_of[i] <= left:
             left -= bytes_of[i]

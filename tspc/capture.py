@@ -35,8 +35,8 @@ from tspc.hardware import hardware
 from tspc.index import rounded_down
 from tspc.options import Options
 from tspc.overwritten import Overwriting
-from tspc.passes.ladder import NOTHING, Refused
 from tspc.passes.pipeline import rewrite
+from tspc.passes.refused import NOTHING, Refused
 from tspc.passes.unit import Unit
 from tspc.program import (
     BUFFER,

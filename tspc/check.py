@@ -20,8 +20,9 @@ from tspc.capture import Captured, capture
 from tspc.context import Context
 from tspc.layout import Layout
 from tspc.options import Options
-from tspc.passes.ladder import Refused, climb
+from tspc.passes.ladder import climb
 from tspc.passes.outputs import Result
+from tspc.passes.refused import Refused
 from tspc.passes.unit import Unit
 from tspc.precision import off
 from tspc.program import PARAM, PLACEHOLDERS, Type

@@ -10,15 +10,12 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx.traceback import preserve_node_meta, set_current_meta
-from torch.utils.checkpoint import CheckpointPolicy
 
-from tspc.context import Keywords
 from tspc.journal import log
+from tspc.recompute import tag
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # what calls a body -> how many of its arguments are not the body's
@@ -76,7 +73,7 @@ def _copied(
             if copy.op == "get_attr":
                 copy.target = f"{path}{n.target}"
             if group:
-                copy.meta.update(_tag(group))
+                copy.meta.update(tag(group))
     raise AssertionError("a graph without output")
 
 
@@ -84,23 +81,3 @@ def _is_body(gm: torch.fx.GraphModule, n: torch.fx.Node) -> bool:
     return all(u.target in CALLS for u in n.users) and isinstance(
         getattr(gm, str(n.target), None), torch.fx.GraphModule
     )
-
-
-def _tag(group: int, leaves: bool = False) -> Keywords:
-    policy = CheckpointPolicy.MUST_SAVE if leaves else CheckpointPolicy.PREFER_RECOMPUTE
-    return {"recompute": policy, "ac_graph_id": group}
-
-
-@contextmanager
-def recomputed(group: int, leaves: bool) -> Iterator[None]:
-    """What is traced here is recomputed in the backward, from what enters its group (0: none).
-
-    leaves: what it makes is read outside of the group, and kept if the backward reads it.
-    """
-    if not group:
-        yield
-        return
-    tag = torch.fx.Graph().placeholder("tag")
-    tag.meta = _tag(group, leaves)
-    with preserve_node_meta(), set_current_meta(tag):
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._ops import OpOverload
 
 aten = torch.ops.aten
 
@@ -10,6 +11,7 @@ aten = torch.ops.aten
 LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR = "local", "whole", "all_reduce", "vary", "clear_pads"
 GATHER_WEIGHT, EMBED, ATTENTION = "gather_weight", "embed", "attention"
 CONVERSIONS = (LOCAL, WHOLE, ALL_REDUCE, VARY, CLEAR, GATHER_WEIGHT, EMBED, ATTENTION)
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 MEANS = (aten.mean.dim, aten.mean.default)
 CONTRACTIONS = (
@@ -21,3 +23,8 @@ CONTRACTIONS = (
     aten.matmul.default,
     aten.einsum.default,
 )
+# role -> the ops along the sequence that may have it: `passes.along` runs them on a rank
+ALONG: dict[str, set[OpOverload]] = {
+    "halo": {*PADS, aten.flip.default, aten.roll.default},
+    "scan": {aten.cumsum.default},
+}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tspc import ops  # noqa: F401  defines tspc::pick
+from tspc.kinds import PADS
 from tspc.program import (
     BUFFER,
     CONSTANT,
@@ -41,7 +42,6 @@ DIMENSIONED = (  # (what is looked up, the dim, the index, ...); -1 is no index
 )
 PLACED = (aten.index.Tensor, aten.index_put.default)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 COPIES = (aten.clone.default, aten._unsafe_view.default)
 READ_OTHERWISE = (aten.view.dtype, aten._neg_view.default)  # views with other elements
 OWN = (PICK, aten.embedding.default)  # what they run as does not check

@@ -29,16 +29,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch._ops import OpOverload
-
 from tspc.context import Keywords
 from tspc.errors import RuleError
 from tspc.factor import Dim, Dims, Factor, Factors, Size, divide
+from tspc.kinds import ALONG
 from tspc.program import Node, Ref
 
 ROLES = ("reduce", "whole", "select", "exchange", "lse", "at", "halo", "scan")
 KEPT = ("at", "halo", "scan")  # of a letter that stays
-ALONG: dict[str, set[OpOverload]] = {"halo": set(), "scan": set()}  # the ops that may have the role
 Pattern = tuple[str | tuple[str, ...], ...]  # of a tensor: "...", "1" or letters
 Key = str | tuple[str, int]  # a letter, or a leading dim counted from the right
 Computed = Callable[["Op"], Sequence[Dims]]  # -> the dims of the results

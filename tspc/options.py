@@ -4,18 +4,29 @@ value."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from tspc import budget
 from tspc.errors import OptionError
 from tspc.hardware import hardware
 from tspc.usage import check_mesh, said
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
+Budget = str | float | int
+MAX_SPEED, MIN = "max-speed", "min"
+VALID = (
+    f"{MAX_SPEED!r}, {MIN!r}, a share of what {MAX_SPEED!r} keeps from 0.0 to 1.0, or bytes per "
+    "rank as an int or as text such as '2GiB'"
+)
+_UNITS = {
+    "B": 1,
+    **{f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)},
+    **{f"{u}IB": 1024**k for k, u in enumerate("KMGT", 1)},
+}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHOICES: dict[str, tuple[object, ...]] = {
     "layout": ("auto", "contiguous", "zigzag"),
@@ -75,7 +86,7 @@ class Options:
     strict: bool = False
     compiler: str = "inductor"
     hardware: Any = None
-    memory_budget: budget.Budget = "max-speed"
+    memory_budget: Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     check_nan: bool = False
@@ -105,7 +116,7 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
     if plan is not None and not isinstance(getattr(plan, "options", None), Options):
         raise OptionError(f"plan is what tspc.plan(...) returns, not {said(plan)}")
     if "memory_budget" in chosen:
-        budget.check(chosen["memory_budget"])
+        memory_limit(chosen["memory_budget"], 0)
     _check_schedule(chosen.get("schedule", "auto"))
     for name in ("param_dtype", "reduce_dtype"):
         if not _one_of(chosen.get(name), (None, *FLOATS)):
@@ -132,6 +143,23 @@ def _check_schedule(schedule: object) -> None:
     for v in values:
         if not _one_of(v, SCHEDULES):
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
+
+
+def memory_limit(budget: Any, most: int) -> float:
+    """Bytes of one rank, of the `most` that there are to keep. Raises `OptionError` naming what is
+    valid."""
+    if isinstance(budget, str):
+        if budget in (MAX_SPEED, MIN):
+            return most if budget == MAX_SPEED else 0
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", budget.strip().upper())
+        if match and match[2] in _UNITS:
+            return float(match[1]) * _UNITS[match[2]]
+    elif isinstance(budget, float) and 0 <= budget <= 1:
+        return budget * most
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 and budget != 1:
+        return budget
+    hint = "; one byte is '1B', all of it 1.0" if type(budget) is int and budget == 1 else ""
+    raise OptionError(f"memory_budget={budget!r}; valid: {VALID}{hint}")
 
 
 def mode_options(mode: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tspc.runtime import storage
+OURS = str(Path(__file__).parent)
 
 
 def source_line(node: torch.fx.Node) -> str:
@@ -16,7 +16,7 @@ def source_line(node: torch.fx.Node) -> str:
     frames = [
         (file, line)
         for file, line, function in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace)
-        if "/torch/" not in file and file != storage.__file__ and function != "__torch_function__"
+        if "/torch/" not in file and not file.startswith(OURS) and function != "__torch_function__"
     ]
     if not frames:
         return ""
