@@ -22,9 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tspc import capture as front
-from tspc.capture import Captured
-from tspc.options import Options
+from tspc.base.options import Options
+from tspc.frontend import capture as front
+from tspc.frontend.capture import Captured
 
 
 def model_of(name: str, layers: int) -> torch.nn.Module:

@@ -31,10 +31,10 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.world import ROOT, add_sizes, launch, work
 from examples.llama_like import LlamaLike
-from tspc import backend
-from tspc.runtime.inputs import Checker
-from tspc.runtime.lookups import Indices
-from tspc.runtime.storage import Prologue
+from tspc.backend import tsp as backend
+from tspc.runtime.call.inputs import Checker
+from tspc.runtime.call.lookups import Indices
+from tspc.runtime.params.storage import Prologue
 
 SYSTEMS = ("plain", "fsdp2", "tspc")
 PARTS = ("forward", "backward", "optimizer", "front end", "checks")

@@ -9,18 +9,17 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from itertools import starmap
 from pathlib import Path
 
-from tests.test_imports import TOGETHER
+from tests.test_imports import FOLDERS
 from tspc.passes.pipeline import PIPELINE
 from tspc.passes.runner import Pass
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
-BEFORE = (("capture", "tspc/capture.py"),)
-AFTER = (("lower", "runtime/inductor.py"),)
-FOLDERS = ("front", "passes", "runtime", "core")
+BEFORE = (("capture", "tspc/frontend/capture.py"),)
+ROOTS = ("passes", "runtime")  # the folders that stand beside tspc/
+AFTER = (("lower", "runtime/lowering/inductor.py"),)
 
 
 def stages() -> list[tuple[str, str]]:
@@ -31,9 +30,8 @@ def stages() -> list[tuple[str, str]]:
 
 def file_of(step: Pass) -> str:
     """The module of its name, else that of the first function of another file that it calls."""
-    for file in (f"passes/{step.name}.py", f"tspc/{step.name}.py"):
-        if (ROOT / file).exists():
-            return file
+    for file in (*ROOT.glob(f"passes/*/{step.name}.py"), *ROOT.glob(f"tspc/*/{step.name}.py")):
+        return str(file.relative_to(ROOT))
     called = filter(inspect.isfunction, inspect.getclosurevars(step.run).globals.values())
     files = [Path(inspect.getfile(fn)).resolve() for fn in called]
     return next(str(f.relative_to(ROOT)) for f in files if f.is_relative_to(ROOT))
@@ -46,36 +44,23 @@ def purpose(file: str) -> str:
     return re.sub(r" \(docs/design\.md[^)]*\)", "", sentence).replace("|", "\\|")
 
 
-def folder(path: Path) -> str:
-    """Of a module of the product: the front puts core, passes and runtime together."""
-    name = path.relative_to(ROOT).parts[0]
-    return name if name != "tspc" else "front" if path.name in TOGETHER else "core"
+def arrows() -> list[str]:
+    """Between folders, as the table of `tests/test_imports.py` has them, but for those that others
+    imply."""
+    below = {f: set(names.split()) for f, names in FOLDERS.items()}
+    further: dict[str, set[str]] = {}
+    for f in below:  # those below come first
+        further[f] = set().union(*(below[g] | further[g] for g in below[f]))
+    return [f"  {f} --> {g}" for f in below for g in sorted(below[f] - further[f])]
 
 
-def arrows() -> dict[tuple[str, str], set[str]]:
-    """(folder, folder that it imports) -> the modules that are imported."""
-    files = [*(ROOT / "tspc").glob("*.py"), *(ROOT / "tspc/rules").glob("*.py")]
-    files += [*(ROOT / "passes").glob("*.py"), *(ROOT / "runtime").glob("*.py")]
-    out: dict[tuple[str, str], set[str]] = {}
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{a.name}" for a in node.names]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] != "tspc" or len(parts) < 2:
-                    continue
-                to = parts[1] if parts[1] in FOLDERS else folder(ROOT / "tspc" / f"{parts[1]}.py")
-                if to != folder(path):
-                    out.setdefault((folder(path), to), set()).add(parts[1])
-    return out
-
-
-def arrow(ends: tuple[str, str], modules: set[str]) -> str:
-    """Labelled where it is for one module alone."""
-    label = f"|{min(modules)}|" if len(modules) == 1 and ends[1] not in modules else ""
-    return f"  {ends[0]} -->{label} {ends[1]}"
+def folders() -> list[str]:
+    """What belongs where, as the folders themselves say it."""
+    paths = {
+        f: ROOT / (f.replace(".", "/") if f.startswith(ROOTS) else f"tspc/{f}") for f in FOLDERS
+    }
+    files = [(p.relative_to(ROOT), p / "__init__.py") for f, p in paths.items() if f != "tspc"]
+    return [f"| `{p}/` | {ast.get_docstring(ast.parse(file.read_text()))} |" for p, file in files]
 
 
 def text() -> str:
@@ -85,7 +70,8 @@ def text() -> str:
     table = [f"| {name} | `{file}` | {purpose(file)} |" for name, file in rows]
     lines = ["```mermaid", "flowchart LR", f"  {steps}", "```", ""]
     lines += ["| stage | file | what it does |", "| --- | --- | --- |", *table, ""]
-    lines += ["```mermaid", "flowchart TD", *starmap(arrow, sorted(arrows().items())), "```"]
+    lines += ["| folder | what belongs there |", "| --- | --- |", *folders(), ""]
+    lines += ["```mermaid", "flowchart BT", *arrows(), "```"]
     return "\n".join(lines)
 
 

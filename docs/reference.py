@@ -8,9 +8,9 @@ from types import FunctionType
 from typing import Any
 
 import tspc
-import tspc.errors
+import tspc.base.errors
 import tspc.trainer
-from tspc.options import Options
+from tspc.base.options import Options
 
 PAGE = Path(__file__).parent / "api.md"
 HEAD = """# API
@@ -73,7 +73,7 @@ def text() -> str:
     parts += ["## Trainer\n", entry("tspc.trainer.register", tspc.trainer.register)]
     parts += ['## Options\n\nOf `torch.compile(model, backend="tsp", options={...})`.\n']
     parts += [entry("Options", Options)]
-    parts += ["## Errors\n\n" + (tspc.errors.__doc__ or "")]
+    parts += ["## Errors\n\n" + (tspc.base.errors.__doc__ or "")]
     parts += ["| error | is a | when |\n| --- | --- | --- |\n" + "\n".join(map(error, errors))]
     return "\n".join(parts).rstrip() + "\n"
 

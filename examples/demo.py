@@ -119,7 +119,7 @@ def measured(step, folded: bool) -> tuple[int, torch.Tensor, Counter]:
     if not folded:
         peak, _, loss = peak_of(step)
         return peak, loss, sent
-    from tspc.runtime.drivers import record
+    from tspc.runtime.comm.drivers import record
 
     with record() as requests:
         peak, _, loss = peak_of(step)

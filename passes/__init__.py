@@ -1,0 +1,1 @@
+"""The order of the passes, who runs them, and what happens where one cannot."""

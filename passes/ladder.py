@@ -17,15 +17,15 @@ from typing import TypeVar
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from tspc.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
-from tspc.journal import log
-from tspc.notation import Op
-from tspc.passes.factorize import Record
-from tspc.passes.fold import Fold
-from tspc.passes.piece import Maker
-from tspc.passes.refused import NOTHING, Refused
-from tspc.passes.regions import Region
-from tspc.program import Node, Program
+from tspc.base.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
+from tspc.base.journal import log
+from tspc.factors.notation import Op
+from tspc.ir.program import Node, Program
+from tspc.passes.analyse.factorize import Record
+from tspc.passes.analyse.fold import Fold
+from tspc.passes.analyse.refused import NOTHING, Refused
+from tspc.passes.analyse.regions import Region
+from tspc.passes.lower.run_piece import Maker
 
 T = TypeVar("T")
 RETRIES = 16  # refusals before all is refused

@@ -5,27 +5,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tspc import budget
-from tspc.body import Body, made_again
-from tspc.counter import ATTENTIONS
-from tspc.lookup import lookups, watched
-from tspc.passes.attend import find_attention
-from tspc.passes.choose import GATHER, choose
-from tspc.passes.draws import draw_by_counter
-from tspc.passes.fold import outline
+from tspc.cost import budget
+from tspc.ir.body import Body, made_again
+from tspc.ir.program import FOLD, Node, Program, Ref
+from tspc.ops.counter import ATTENTIONS
+from tspc.ops.lookup import lookups, watched
+from tspc.passes.analyse.fold import outline
+from tspc.passes.analyse.outputs import hand_out
+from tspc.passes.analyse.seal import analyse
+from tspc.passes.analyse.sequence import sequences
+from tspc.passes.analyse.windows import widen
 from tspc.passes.ladder import climb
-from tspc.passes.localize import LocalProgram
-from tspc.passes.masks import recognise_masks
-from tspc.passes.normalize import normalize
-from tspc.passes.outputs import hand_out
-from tspc.passes.pieces import make_body
-from tspc.passes.propagate import propagate
+from tspc.passes.lower.choose import GATHER, choose
+from tspc.passes.lower.localize import LocalProgram
+from tspc.passes.lower.pieces import make_body
+from tspc.passes.lower.propagate import propagate
+from tspc.passes.rewrite.attend import find_attention
+from tspc.passes.rewrite.draws import draw_by_counter
+from tspc.passes.rewrite.masks import recognise_masks
+from tspc.passes.rewrite.normalize import normalize
 from tspc.passes.runner import Pass, run
-from tspc.passes.seal import analyse
-from tspc.passes.sequence import sequences
 from tspc.passes.unit import Unit
-from tspc.passes.windows import widen
-from tspc.program import FOLD, Node, Program, Ref
 
 
 def rewrite(unit: Unit) -> Unit:

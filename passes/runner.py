@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tspc.ir.program import Node
 from tspc.passes.ladder import at_hand
 from tspc.passes.unit import Unit
 from tspc.passes.verify import check_program, check_typed
-from tspc.program import Node
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ from typing import Any
 
 import sympy
 
-from tspc.body import Body
-from tspc.budget import Keeping
-from tspc.hardware import HARDWARE, Hardware
-from tspc.lookup import Lookups
-from tspc.options import Options
-from tspc.passes.choose import Choice
-from tspc.passes.factorize import Analysis
-from tspc.passes.localize import LocalProgram
-from tspc.passes.outputs import Range, Result
-from tspc.passes.refused import NOTHING, Refused
-from tspc.passes.typed import Typed
-from tspc.program import FOLD, SEED, Node, Program, Ref
+from tspc.base.hardware import HARDWARE, Hardware
+from tspc.base.options import Options
+from tspc.cost.budget import Keeping
+from tspc.ir.body import Body
+from tspc.ir.program import FOLD, SEED, Node, Program, Ref
+from tspc.ops.lookup import Lookups
+from tspc.passes.analyse.factorize import Analysis
+from tspc.passes.analyse.outputs import Range, Result
+from tspc.passes.analyse.refused import NOTHING, Refused
+from tspc.passes.analyse.typed import Typed
+from tspc.passes.lower.choose import Choice
+from tspc.passes.lower.localize import LocalProgram
 
 LATER: Any = None  # no pass has filled it yet
 

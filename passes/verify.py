@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from tspc.errors import InternalError
-from tspc.kinds import (
+from tspc.base.errors import InternalError
+from tspc.ir.kinds import (
     ALL_REDUCE,
     CLEAR,
     EMBED,
@@ -13,8 +13,8 @@ from tspc.kinds import (
     VARY,
     WHOLE,
 )
-from tspc.passes.typed import Typed
-from tspc.program import APART, FOLD, OUTPUT, PLACEHOLDERS, Node, Program
+from tspc.ir.program import APART, FOLD, OUTPUT, PLACEHOLDERS, Node, Program
+from tspc.passes.analyse.typed import Typed
 
 # conversion -> the placement that its operand must have
 OPERAND = {LOCAL: "R", WHOLE: "S", CLEAR: "S", ALL_REDUCE: "P", VARY: "R"}

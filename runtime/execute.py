@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 
-from tspc import along as ops  # noqa: F401  defines them
-from tspc.body import BODIES, Body
-from tspc.layout import Layout
-from tspc.ops import LIB
-from tspc.runtime import along, exchange, schedules
-from tspc.runtime import attention as attn
-from tspc.runtime.drivers import distributed
-from tspc.runtime.failures import Lost
-from tspc.runtime.pieces import EagerPieces
-from tspc.runtime.place import PLACES, chunk_rows
-from tspc.runtime.requests import Axis, Steps
-from tspc.runtime.step import Call
-from tspc.state import CODE, remembered
+from tspc.base.state import CODE, remembered
+from tspc.ir.body import BODIES, Body
+from tspc.ir.layout import Layout
+from tspc.ops import sequence as ops  # noqa: F401  defines them
+from tspc.ops.library import LIB
+from tspc.runtime.attention import kernels as attn
+from tspc.runtime.comm import exchange
+from tspc.runtime.comm import halo as along
+from tspc.runtime.comm.drivers import distributed
+from tspc.runtime.comm.failures import Lost
+from tspc.runtime.comm.place import PLACES, chunk_rows
+from tspc.runtime.comm.requests import Axis, Steps
+from tspc.runtime.fold import schedules
+from tspc.runtime.fold.pieces import EagerPieces
+from tspc.runtime.fold.step import Call
 
 GENERATORS: dict[str, Callable[..., Steps]] = remembered(CODE, {})
 

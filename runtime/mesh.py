@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tspc.errors import PlanError
-from tspc.options import Options
-from tspc.runtime.launched import join, runs_on
-from tspc.runtime.place import PLACES, Place
-from tspc.runtime.requests import Axis
-from tspc.state import GROUP, remembered, reset
-from tspc.torch_seams import forget_specs, timeout_of
+from tspc.base.errors import PlanError
+from tspc.base.options import Options
+from tspc.base.state import GROUP, remembered, reset
+from tspc.runtime.comm.launched import join, runs_on
+from tspc.runtime.comm.place import PLACES, Place
+from tspc.runtime.comm.requests import Axis
+from tspc.seams.compiler import forget_specs, timeout_of
 
 _WORLD: dict[str, DeviceMesh] = remembered(GROUP, {})
 

@@ -14,9 +14,9 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from tspc.runtime.drivers import lockstep
+from tspc.runtime.comm.drivers import lockstep
+from tspc.runtime.comm.requests import Axis
 from tspc.runtime.execute import GENERATORS
-from tspc.runtime.requests import Axis
 
 # some kernels give other strides than their fakes
 RESHAPED = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}

@@ -19,15 +19,15 @@ from unittest import mock
 import torch
 
 import tests.test_samples as samples
-import tspc.notation as language
-import tspc.passes.factorize as factorize
+import tspc.factors.notation as language
+import tspc.passes.analyse.factorize as factorize
 import tspc.rules as rules
-from tspc.brute import check, check_meaning, traced
-from tspc.counter import ATTENTIONS
-from tspc.errors import RuleError
-from tspc.notation import ROLES, Op, Rule
-from tspc.program import OUTPUT
-from tspc.registry import ONCE
+from tspc.backend.brute import check, check_meaning, traced
+from tspc.base.errors import RuleError
+from tspc.factors.notation import ROLES, Op, Rule
+from tspc.factors.registry import ONCE
+from tspc.ir.program import OUTPUT
+from tspc.ops.counter import ATTENTIONS
 
 APPLIED = (factorize, language, *(getattr(rules, m) for m in rules.__all__))
 Samples = list[tuple[Any, samples.Sample, int]]

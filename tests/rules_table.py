@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import tspc.rules as rules
-from tspc.notation import pointwise
-from tspc.passes.factorize import EXTRA_POINTWISE
-from tspc.registry import COMPUTED, ONCE, RULES
+from tspc.factors.notation import pointwise
+from tspc.factors.registry import COMPUTED, ONCE, RULES
+from tspc.passes.analyse.factorize import EXTRA_POINTWISE
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "rules.md"
 HEAD = """# Rules
 
-Made by `make rules`; a test compares. Letters are factors; `tspc/notation.py` has the notation.
-An op that torch tags as pointwise needs none; an op without a rule runs replicated and is reported.
+Made by `make rules`; a test compares. Letters are factors; the notation stands in
+`tspc/factors/notation.py`. An op that torch tags as pointwise needs none; an op without a rule runs
+replicated and is reported.
 
 *Checked*: the group of samples (`tests/test_samples.py`) that runs the op on pieces of every factor
 its rule leaves cuttable, joins them and compares with the whole, and how many such cuts; *needs*:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tspc import backend, options
+from tspc.backend import tsp as backend
+from tspc.base import options
 
 if __name__ == "__main__":
     parse = options.parse

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tspc.along import SEQUENCE_CONV
-from tspc.sinks import SINK_ATTENTION
+from tspc.ops.sequence import SEQUENCE_CONV
+from tspc.ops.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
 Sample = tuple[Callable[..., Any], Sequence[torch.Tensor]]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tspc
-from tspc.errors import RuleError
-from tspc.registry import RULES
+from tspc.base.errors import RuleError
+from tspc.factors.registry import RULES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding.md").read_text()
 
@@ -105,11 +105,11 @@ def test_the_repository_has_what_the_page_names() -> None:
     root = Path(__file__).parent.parent
     for file, names in {
         "passes/pipeline.py": ["PIPELINE = ", "PREPARE = "],
-        "tspc/options.py": ["SCHEDULES = "],
-        "passes/choose.py": ["SCHEDULES = "],
-        "runtime/travel.py": ["class Weights", "class Gradients"],
-        "runtime/attention.py": ["def _kernel(", "def _kernel_backward(", "def _is_fused("],
-        "tspc/registry.py": ["def computed("],
+        "tspc/base/options.py": ["SCHEDULES = "],
+        "passes/lower/choose.py": ["SCHEDULES = "],
+        "runtime/fold/travel.py": ["class Weights", "class Gradients"],
+        "runtime/attention/kernels.py": ["def _kernel(", "def _kernel_backward(", "def _is_fused("],
+        "tspc/factors/registry.py": ["def computed("],
     }.items():
         text = (root / file).read_text()
         assert not [n for n in names if n not in text], file

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tspc.body import Body
-from tspc.check import Simulated, simulated_backend
-from tspc.options import parse
-from tspc.runtime import schedules
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.base.options import parse
+from tspc.ir.body import Body
+from tspc.runtime.fold import schedules
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from examples.llama_like import LlamaLike
-from tspc.backend import GRAPHS
-from tspc.runtime import drivers, ending
+from tspc.backend.tsp import GRAPHS
+from tspc.runtime.comm import drivers, ending
 
 pytestmark = pytest.mark.dist
 RANKS, BATCH, LENGTH, HIDDEN, HEADS, KV_HEADS, FFN, WORDS = 4, 2, 262, 64, 8, 4, 208, 136
@@ -28,7 +28,7 @@ class Flying:
 
     A thread of gloo's lets go of a tensor only some time after the wait for it has ended: beyond
     two, those that vanish by themselves within `PATIENCE` are not counted. Of small ones a process
-    keeps the last for its end, 4 MiB at most (`runtime/ending.py`): here none is small.
+    keeps the last for its end, 4 MiB at most (`runtime/comm/ending.py`): here none is small.
     """
 
     def __init__(self) -> None:

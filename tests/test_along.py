@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
-from tspc.check import Simulated, simulated_backend
-from tspc.kinds import WHOLE
-from tspc.layout import Layout
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.ir.kinds import WHOLE
+from tspc.ir.layout import Layout
 from tspc.passes.unit import Unit
-from tspc.runtime import along
-from tspc.runtime.drivers import lockstep
+from tspc.runtime.comm import halo as along
+from tspc.runtime.comm.drivers import lockstep
+from tspc.runtime.comm.requests import Axis
 from tspc.runtime.execute import GENERATORS
-from tspc.runtime.requests import Axis
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.mutants import applying
-from tspc.capture import convert
-from tspc.notation import Op, Rule
-from tspc.passes.choose import choose
-from tspc.passes.factorize import factorize
-from tspc.program import INPUT, PARAM, Program, Ref
+from tspc.factors.notation import Op, Rule
+from tspc.frontend.capture import convert
+from tspc.ir.program import INPUT, PARAM, Program, Ref
+from tspc.passes.analyse.factorize import factorize
+from tspc.passes.lower.choose import choose
 
 WIDTH, HEADS, FFN, LENGTH = 12, 3, 20, 7
 SHAPES = ((WIDTH,), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (FFN, WIDTH), (WIDTH, FFN))

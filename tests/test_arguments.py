@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import tspc
-from tspc.options import Options, parse
+from tspc.base.options import Options, parse
 
 MODEL = nn.Linear(4, 4)
 X = torch.ones(2, 4, 4)

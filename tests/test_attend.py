@@ -17,7 +17,7 @@ from tests.models import VOCABULARY, make, tokens_of
 from tests.test_masks import decision, inputs
 from tests.wide import each_once
 from tests.widen import Widen
-from tspc.check import Simulated, simulated_backend
+from tspc.backend.simulated import Simulated, simulated_backend
 
 pytestmark = pytest.mark.sampled(2)
 

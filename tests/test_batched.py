@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import tspc
-from tspc.check import simulated_backend
+from tspc.backend.simulated import simulated_backend
 
 Tensor = torch.Tensor
 

@@ -9,8 +9,8 @@ import torch
 
 from examples.llama_like import LlamaLike
 from tests.zoo import build
-from tspc.check import Simulated, simulated_backend
-from tspc.runtime.pieces import cotangent_names
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.runtime.fold.pieces import cotangent_names
 
 
 class Renamed(torch.nn.Module):

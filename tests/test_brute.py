@@ -13,8 +13,8 @@ from torch import Tensor
 
 import tspc
 from tests.models import whole
-from tspc.errors import RuleError
-from tspc.registry import RULES
+from tspc.base.errors import RuleError
+from tspc.factors.registry import RULES
 
 RULE = "... f, f, o f -> ... o"
 TOLERANCE = 1e-10

@@ -11,8 +11,8 @@ import torch
 import tspc
 from examples.llama_like import LlamaLike
 from tests.models import VOCABULARY, make, tokens_of
-from tspc.check import Simulated, simulated_backend
-from tspc.options import parse
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.base.options import parse
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 

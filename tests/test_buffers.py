@@ -10,7 +10,7 @@ import torch.nn as nn
 import tspc
 from examples.llama_like import LlamaLike
 from tests.models import tokens_of
-from tspc.check import relative_errors, simulated_backend
+from tspc.backend.simulated import relative_errors, simulated_backend
 
 
 class Tracking(LlamaLike):

@@ -12,9 +12,9 @@ import torch
 
 from examples.llama_like import LlamaLike
 from tests.test_dist_order import Issued, issued
-from tspc.check import Simulated, simulated_backend
-from tspc.options import parse
-from tspc.runtime.drivers import Sent, record
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.base.options import parse
+from tspc.runtime.comm.drivers import Sent, record
 
 pytestmark = pytest.mark.sampled(2)
 

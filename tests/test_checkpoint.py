@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import tspc
 from examples.llama_like import LlamaLike
 from tests.models import VOCABULARY, call, make, tokens_of
-from tspc.check import Simulated
+from tspc.backend.simulated import Simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._filelock import FileLock
 
 import tspc
-from tspc.runtime import code_cache
+from tspc.runtime.lowering import code_cache
 
 
 @pytest.fixture

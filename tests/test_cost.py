@@ -9,9 +9,9 @@ import torch.nn as nn
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.body import Body
-from tspc.cost import STATIONARY, backward, fastest, folded, forward, sizes, transient
-from tspc.hardware import HARDWARE, Hardware, hardware
+from tspc.base.hardware import HARDWARE, Hardware, hardware
+from tspc.cost.model import STATIONARY, backward, fastest, folded, forward, sizes, transient
+from tspc.ir.body import Body
 
 RANKS, BATCH = 4, 2
 

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import tspc
-from tspc.check import simulated_backend
+from tspc.backend.simulated import simulated_backend
 
 Tensor = torch.Tensor
 WORDS, H = 11, 8

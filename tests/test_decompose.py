@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import tspc
 from tests.samples import Sample, ids, of, x
-from tspc.brute import check, traced
-from tspc.decompose import nll_loss, taken_apart
-from tspc.program import OUTPUT
+from tspc.backend.brute import check, traced
+from tspc.frontend.decompose import nll_loss, taken_apart
+from tspc.ir.program import OUTPUT
 
 aten = torch.ops.aten
 

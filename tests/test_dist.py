@@ -14,11 +14,11 @@ from torch.distributed.tensor import Replicate, Shard
 
 import tspc
 from tests.models import call, loss_of, make, tokens_of, whole
-from tspc.check import relative_errors
-from tspc.options import parse
-from tspc.runtime.convert import convert
-from tspc.runtime.deferred import DeferredTensor
+from tspc.backend.simulated import relative_errors
+from tspc.base.options import parse
+from tspc.runtime.call.deferred import DeferredTensor
 from tspc.runtime.mesh import resolve
+from tspc.runtime.params.convert import convert
 
 pytestmark = pytest.mark.dist
 

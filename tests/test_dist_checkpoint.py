@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from tests.models import call, loss_of, make, tokens_of, whole
-from tspc.options import parse
-from tspc.runtime.convert import convert
+from tspc.base.options import parse
 from tspc.runtime.mesh import resolve
+from tspc.runtime.params.convert import convert
 
 # TSP ranks and replicas that hold parts, by the ranks of a world
 SHARES = {4: (2, 2), 2: (1, 2)}

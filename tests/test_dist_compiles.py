@@ -11,8 +11,8 @@ import torch
 from torch._inductor import compile_fx
 
 from tests.models import call, loss_of, make, tokens_of
-from tspc.backend import tsp
-from tspc.runtime import schedules
+from tspc.backend.tsp import tsp
+from tspc.runtime.fold import schedules
 
 pytestmark = pytest.mark.dist
 # bytes alone decide: a crossover between 31 and 300 for every region

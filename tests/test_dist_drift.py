@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tests.models import VOCABULARY, tokens_of
-from tspc.errors import RankMismatchError
-from tspc.runtime import drift, inputs
-from tspc.runtime.digest import BLOCK, digest, digest_there
+from tspc.base.errors import RankMismatchError
+from tspc.runtime.call import drift, inputs
+from tspc.runtime.call.digest import BLOCK, digest, digest_there
 
 EAGER = {"compiler": "eager"}
 

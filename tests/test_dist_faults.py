@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from tests.models import VOCABULARY, make, tokens_of
 from tests.world import PROCESSES
-from tspc.runtime import failures
-from tspc.runtime.travel import Gradients, Weights
+from tspc.runtime.comm import failures
+from tspc.runtime.fold.travel import Gradients, Weights
 
 pytestmark = pytest.mark.dist
 TIMEOUT = 5.0  # seconds of the process group

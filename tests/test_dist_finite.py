@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import tspc
 from tests.models import VOCABULARY, make, tokens_of
-from tspc.runtime.drivers import record
+from tspc.runtime.comm.drivers import record
 
 pytestmark = pytest.mark.dist
 OPTIONS = {"compiler": "eager", "check_nan": True}

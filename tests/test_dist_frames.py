@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from tspc import calls
+from tspc.runtime.call import frames as calls
 
 pytestmark = pytest.mark.dist
 EAGER = {"compiler": "eager"}

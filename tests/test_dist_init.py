@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 import tspc
 from tests.models import MODELS, call, loss_of, tokens_of, whole
-from tspc.check import relative_errors
-from tspc.runtime.initialise import Wholes
-from tspc.runtime.place import Place
-from tspc.runtime.requests import Axis
+from tspc.backend.simulated import relative_errors
+from tspc.runtime.comm.place import Place
+from tspc.runtime.comm.requests import Axis
+from tspc.runtime.params.initialise import Wholes
 
 pytestmark = pytest.mark.sampled(6)
 

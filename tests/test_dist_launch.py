@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import tspc
-from tspc import journal
-from tspc.runtime import launched
+from tspc.base import journal
+from tspc.runtime.comm import launched
 
 ROOT = Path(__file__).parent.parent
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -9,7 +9,7 @@ import torch
 
 from tests import test_predicates as kinds
 from tests.models import whole
-from tspc.check import relative_errors
+from tspc.backend.simulated import relative_errors
 
 pytestmark = pytest.mark.dist
 

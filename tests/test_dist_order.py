@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from tests.models import VOCABULARY, tokens_of
 from tests.world import World
 from tspc.runtime.execute import PLACES
-from tspc.runtime.inductor import KeepOrder
+from tspc.runtime.lowering.inductor import KeepOrder
 
 pytestmark = pytest.mark.dist
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.models import call, loss_of, make, strided, tokens_of, whole
-from tspc.check import relative_errors
+from tspc.backend.simulated import relative_errors
 
 pytestmark = pytest.mark.dist
 

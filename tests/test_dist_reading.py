@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import tspc
 from tests.models import make
 from tests.test_dist_whole import adamw, compiled, steps
-from tspc.options import parse
-from tspc.runtime.convert import convert
+from tspc.base.options import parse
 from tspc.runtime.mesh import resolve
+from tspc.runtime.params.convert import convert
 
 LAYERS, ROWS, COLUMNS = 6, 1024, 2048
 TENSOR = ROWS * COLUMNS * 4 / 2**20  # MiB

@@ -17,8 +17,8 @@ import tspc
 from examples.llama_like import LlamaLike
 from examples.measure import state_bytes
 from tests.models import call, loss_of, make, tokens_of, whole
-from tspc.check import relative_errors
-from tspc.runtime.drivers import record
+from tspc.backend.simulated import relative_errors
+from tspc.runtime.comm.drivers import record
 
 pytestmark = [pytest.mark.dist, pytest.mark.sampled(5)]
 STEPS, LENGTH, BATCH = 5, 11, 2
@@ -367,7 +367,7 @@ def other_parameters(options: dict[str, Any]) -> str:
     loss = loss_of(fn(**call("llama_like", tokens(0, 0, mine), True)))
     try:
         loss.backward()
-    except tspc.errors.RankMismatchError as e:
+    except tspc.RankMismatchError as e:
         return str(e)
     return ""
 

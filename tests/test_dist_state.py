@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tspc
 from tests.models import make, tokens_of, whole
 from tests.test_buffers import Tracking
-from tspc.check import relative_errors
+from tspc.backend.simulated import relative_errors
 
 pytestmark = [pytest.mark.dist, pytest.mark.sampled(3)]
 EAGER = {"compiler": "eager"}

@@ -22,7 +22,7 @@ import tspc
 import tspc.trainer
 from examples.llama_like import LlamaLike
 from tests.world import World
-from tspc.check import relative_errors
+from tspc.backend.simulated import relative_errors
 
 pytestmark = [pytest.mark.dist, pytest.mark.integrations]
 VOCABULARY, LENGTH = 53, 9
@@ -397,7 +397,7 @@ def refused() -> list[str]:
     messages = []
 
     def tried(do: Callable[[], object]) -> None:
-        with pytest.raises(tspc.errors.OptionError) as caught:
+        with pytest.raises(tspc.OptionError) as caught:
             do()
         messages.append(str(caught.value))
 

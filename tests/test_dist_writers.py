@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import tspc
 from tests.models import make, tokens_of
 from tests.test_dist_whole import adamw, compiled, steps
-from tspc.runtime import whole
+from tspc.runtime.params import whole
 
 pytestmark = pytest.mark.dist
 TIED = {"head.weight", "tokens.weight"}

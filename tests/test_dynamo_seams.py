@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import tspc
-from tspc.dynamo_seams import isolated
+from tspc.seams.dynamo import isolated
 
 
 class Mlp(nn.Module):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 import tspc
 from tests.models import loss_of, make, tokens_of
-from tspc.check import relative_errors, simulated_backend
-from tspc.options import parse
-from tspc.report import reports
+from tspc.backend.simulated import relative_errors, simulated_backend
+from tspc.base.options import parse
+from tspc.explain.report import reports
 
 pytestmark = pytest.mark.sampled(3)
 

@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.check import simulated_backend
-from tspc.options import parse
+from tspc.backend.simulated import simulated_backend
+from tspc.base.options import parse
 
 pytestmark = pytest.mark.sampled(2)
 
@@ -159,7 +159,7 @@ def test_an_op_without_a_rule_runs_replicated() -> None:
 
 
 def test_verify_tells_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tspc.runtime.schedules as schedules
+    import tspc.runtime.fold.schedules as schedules
 
     real = schedules._results
 

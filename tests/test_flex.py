@@ -14,8 +14,8 @@ import tspc
 from tests.test_predicates import Model, attentions, inputs, squares
 from tests.widen import Widen
 from tests.zoo import build
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.flex import _prune
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.frontend.flex_attention import _prune
 
 pytestmark = pytest.mark.sampled(2)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from tspc.gradients import reached
+from tspc.frontend.autograd_grad import reached
 
 
 class Model(nn.Module):

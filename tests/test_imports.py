@@ -1,71 +1,114 @@
-"""The structure of the repository: imports go one way, files stay short, no model is named in the
-compiler."""
+"""The structure of the repository: folders import those below them, files stay short, no model is
+named in the product."""
 
 from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = [p for p in (ROOT / "tspc").rglob("*.py")]
-PASSES, RUNTIME = list((ROOT / "passes").glob("*.py")), list((ROOT / "runtime").glob("*.py"))
-TOGETHER = {
-    "__init__.py",
-    "capture.py",
-    "source.py",
-    "backend.py",
-    "api.py",
-    "check.py",
-    "reference.py",
-    "attended.py",
-    "show.py",
-    "report.py",
-    "origin.py",
-    "brute.py",
-    "cli.py",
-    "trainer.py",
+# folder -> the folders that its files import; tspc: the files that stand beside the folders
+FOLDERS = {
+    "base": "",
+    "seams": "base",
+    "masks": "base",
+    "ir": "base",
+    "factors": "base ir",
+    "cost": "base ir",
+    "ops": "base ir masks",
+    "rules": "base factors ir masks ops",
+    "passes.rewrite": "base ir masks ops rules",
+    "passes.analyse": "base factors ir ops rules",
+    "passes.lower": "base factors ir masks ops passes.analyse passes.rewrite",
+    "passes": "base cost factors ir ops passes.analyse passes.lower passes.rewrite",
+    "runtime.comm": "base ir seams",
+    "runtime.attention": "base ir masks ops runtime.comm",
+    "runtime.lowering": "base ir ops seams",
+    "runtime.fold": "cost ir ops runtime.attention runtime.comm runtime.lowering",
+    "runtime.call": "base ir ops runtime.comm seams",
+    "runtime.params": "base ir runtime.call runtime.comm seams",
+    "runtime": "base ir ops runtime.attention runtime.comm runtime.fold seams",
+    "frontend": "base ir masks ops passes passes.analyse seams",
+    "explain": "base cost ir masks ops passes passes.analyse passes.rewrite runtime.attention",
+    "backend": "base explain factors frontend ir passes passes.analyse passes.lower runtime "
+    "runtime.call runtime.comm runtime.fold runtime.lowering runtime.params seams",
+    "tspc": "backend base cost explain factors frontend passes runtime runtime.comm runtime.fold "
+    "runtime.params seams",
 }
+FLOORS = 10  # folders in the longest chain of imports
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)
-
-
-def imported(path: Path) -> set[str]:
-    out = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            out |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            out.add(node.module)
-    return out
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", CORE, ids=name)
-def test_core_imports_no_pass_and_no_runtime(path: Path) -> None:
-    if path.parent == ROOT / "tspc" and path.name in TOGETHER:
-        return
-    wrong = {m for m in imported(path) if m.startswith(("tspc.passes", "tspc.runtime"))}
-    assert not wrong
+def module(path: Path) -> str:
+    """As it is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "tspc" else ("tspc", *parts)
+    return ".".join(parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", PASSES, ids=name)
-def test_passes_import_the_core_only(path: Path) -> None:
-    banned = ("tspc.runtime", "tspc.backend", "tspc.api", "tspc.capture", "torch.distributed")
-    assert not {m for m in imported(path) if m.startswith(banned)}
+FILES = [
+    p
+    for folder in ("tspc", "passes", "runtime")
+    for p in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in p.parts
+]
+MODULES = {module(p): p for p in FILES}
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=name)
-def test_runtime_imports_the_core_only(path: Path) -> None:
-    banned = ("tspc.passes", "tspc.backend", "tspc.api", "tspc.capture")
-    assert not {m for m in imported(path) if m.startswith(banned)}
+def folder(path: Path) -> str:
+    parts = list(path.parent.relative_to(ROOT).parts)
+    return ".".join(parts[1:] if parts[0] == "tspc" and len(parts) > 1 else parts)
 
 
-@pytest.mark.parametrize("path", [*CORE, *PASSES, *RUNTIME], ids=name)
+def imported(path: Path) -> set[str]:
+    """Modules of any library."""
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full = {f"{node.module}.{a.name}" for a in node.names}
+            out |= {m if m in MODULES else node.module for m in full}
+    return out
+
+
+def below(path: Path) -> set[str]:
+    """The other folders of the product that a file imports."""
+    return {folder(MODULES[m]) for m in imported(path) if m in MODULES} - {folder(path)}
+
+
+@cache
+def floor(of: str) -> int:
+    return 1 + max(map(floor, FOLDERS[of].split()), default=0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_imports_the_folders_below_its_own(path: Path) -> None:
+    assert below(path) <= set(FOLDERS[folder(path)].split())
+
+
+def test_folders_stand_on_few_floors_and_name_no_folder_in_vain() -> None:
+    assert max(map(floor, FOLDERS)) <= FLOORS
+    used = {f: set[str]() for f in FOLDERS}
+    for path in FILES:
+        used[folder(path)] |= below(path)
+    assert used == {f: set(b.split()) for f, b in FOLDERS.items()}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "passes" in p.parts], ids=name)
+def test_passes_know_no_process_group(path: Path) -> None:
+    assert not {m for m in imported(path) if m.startswith("torch.distributed")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_are_short_and_name_no_model(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400

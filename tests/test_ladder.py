@@ -16,8 +16,11 @@ import torch.nn.functional as F
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.passes import factorize, localize, pieces, pipeline, propagate
-from tspc.report import reports, warnings
+from tspc.explain.report import reports, warnings
+from tspc.passes import pipeline
+from tspc.passes.analyse import factorize
+from tspc.passes.lower import pieces
+from tspc.passes.lower import localize, propagate
 
 aten = torch.ops.aten
 TOKENS = torch.zeros(2, 8, dtype=torch.long)

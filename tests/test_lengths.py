@@ -8,7 +8,7 @@ import torch
 
 from examples.llama_like import LlamaLike
 from tests.models import make, tokens_of
-from tspc.check import Simulated, simulated_backend
+from tspc.backend.simulated import Simulated, simulated_backend
 
 pytestmark = pytest.mark.slow
 

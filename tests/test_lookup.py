@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tspc
-from tspc.check import simulated_backend
-from tspc.lookup import Elements
+from tspc.backend.simulated import simulated_backend
+from tspc.ops.lookup import Elements
 
 WORDS, H = 11, 8
 FLAGS = [

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.llama_like import LlamaLike
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.options import parse
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.base.options import parse
 
 pytestmark = pytest.mark.slow
 WORDS, HIDDEN, LENGTH, IGNORED = 29, 16, 13, -100

@@ -15,8 +15,8 @@ import tspc
 from tests.models import VOCABULARY, make
 from tests.wide import each_once
 from tests.widen import Widen
-from tspc.check import Simulated
-from tspc.passes.masks import SDPA
+from tspc.backend.simulated import Simulated
+from tspc.passes.rewrite.masks import SDPA
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tspc.errors import RuleError
-from tspc.notation import Rule
-from tspc.registry import RULES, rule
+from tspc.base.errors import RuleError
+from tspc.factors.notation import Rule
+from tspc.factors.registry import RULES, rule
 
 
 @pytest.mark.parametrize("op", list(RULES), ids=str)

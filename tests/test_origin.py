@@ -40,5 +40,5 @@ def test_values() -> None:
     assert "meets the sequence: reduce" in text and "a partial sum on each rank" in text
     for n in nodes[:-1]:  # every line of the plan
         assert plan.origin(n.name)
-    with pytest.raises(tspc.errors.PlanError, match="'nothing' in this program; its regions are b"):
+    with pytest.raises(tspc.PlanError, match="'nothing' in this program; its regions are b"):
         plan.origin("nothing")

@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 import tspc
 from tests.models import call, make, tokens_of, whole
-from tspc.check import relative_errors
-from tspc.layout import Layout
-from tspc.runtime.drivers import lockstep
-from tspc.runtime.exchange import clear, take
-from tspc.runtime.exchange import whole as gathered
-from tspc.runtime.outputs import from_chunks, to_chunks
-from tspc.runtime.requests import Axis
+from tspc.backend.simulated import relative_errors
+from tspc.ir.layout import Layout
+from tspc.runtime.call.outputs import from_chunks, to_chunks
+from tspc.runtime.comm.drivers import lockstep
+from tspc.runtime.comm.exchange import clear, take
+from tspc.runtime.comm.exchange import whole as gathered
+from tspc.runtime.comm.requests import Axis
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

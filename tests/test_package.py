@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tspc
-from tspc.runtime.inductor import hash_of_code
+from tspc.runtime.lowering.inductor import hash_of_code
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,8 +122,8 @@ def test_a_new_sub_package_counts_in_the_cache_key(tmp_path: Path) -> None:
 
 
 def test_runs_from_the_checkout() -> None:
-    text = "import tspc.passes.fold as m, tspc.runtime.mesh; print(m.__file__)"
+    text = "import tspc.passes.analyse.fold as m, tspc.runtime.mesh; print(m.__file__)"
     found = subprocess.run(
         [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert Path(found.stdout.strip()).resolve() == ROOT / "passes" / "fold.py"
+    assert Path(found.stdout.strip()).resolve() == ROOT / "passes" / "analyse" / "fold.py"

@@ -15,9 +15,9 @@ import torch
 import tspc
 from tests.models import VOCABULARY, call, make, strided
 from tests.widen import Widen
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.options import parse
-from tspc.runtime.schedules import choose
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.base.options import parse
+from tspc.runtime.fold.schedules import choose
 
 TOLERANCE = 1e-9
 VALUES = {

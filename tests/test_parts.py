@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tspc
 from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
-from tspc.check import Simulated
-from tspc.runtime import attention
+from tspc.backend.simulated import Simulated
+from tspc.runtime.attention import kernels as attention
 
 
 def run(make: type[Base], ranks: int = 3) -> Simulated:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tspc.ir.program import Program
 from tspc.passes.pipeline import PIPELINE
 from tspc.passes.runner import run
 from tspc.passes.unit import Unit
-from tspc.program import Program
 
 FOLDER = Path(__file__).parent / "golden" / "passes"
 FILES = sorted(FOLDER.glob("*/*.txt"))

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 import tspc
 from examples.llama_like import LlamaLike
 from tests.models import MODELS, VOCABULARY, call, loss_of, tokens_of
-from tspc import check
-from tspc.capture import Captured
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.errors import OptionError
-from tspc.options import parse
-from tspc.program import Node, Program
+from tspc.backend import simulated as check
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.base.errors import OptionError
+from tspc.base.options import parse
+from tspc.frontend.capture import Captured
+from tspc.ir.program import Node, Program
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -286,7 +286,7 @@ def test_param_dtype_widened_is_exact(name: str, monkeypatch: pytest.MonkeyPatch
 
 def sums_sent(made: list[Simulated], run: Callable[[], Any], monkeypatch: Any) -> set[torch.dtype]:
     """The types of what adds up over the ranks on the links of weights."""
-    from tspc.runtime import travel
+    from tspc.runtime.fold import travel
 
     seen: set[torch.dtype] = set()
     pack = travel.Gradients.pack

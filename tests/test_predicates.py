@@ -15,9 +15,9 @@ import tspc
 from tests.models import VOCABULARY
 from tests.wide import each_once
 from tests.widen import Widen
-from tspc.check import Simulated, simulated_backend
-from tspc.layout import Layout
-from tspc.runtime import blocks, keys
+from tspc.backend.simulated import Simulated, simulated_backend
+from tspc.ir.layout import Layout
+from tspc.runtime.attention import blocks, keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tests.world import PROCESSES
-from tspc.runtime import ending, execute
-from tspc.state import MODEL, REGISTRIES
+from tspc.base.state import MODEL, REGISTRIES
+from tspc.runtime import execute
+from tspc.runtime.comm import ending
 
 pytestmark = pytest.mark.dist
 STEPS = 2
@@ -111,7 +112,7 @@ def outlived() -> tuple[dict[str, int], list[bool]]:
 
 def test_nothing_outlives_a_model(world: Any) -> None:
     for left, alive in world(2).run(outlived):
-        bodies = left.pop("tspc.body")
+        bodies = left.pop("tspc.ir.body")
         assert bodies <= 1  # torch keeps what it traced last
         assert len(left) > 4 and not any(left.values()), left
         assert not any(alive)

@@ -14,10 +14,10 @@ import tspc
 from examples.gpt2_like import GPT2Like
 from tests.models import whole
 from tests.widen import Widen
-from tspc import counter
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.options import parse
-from tspc.reference import reference_backend
+from tspc.backend.reference import reference_backend
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.base.options import parse
+from tspc.ops import counter
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(5)]
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn as nn
 
 from tests.models import make, tokens_of
-from tspc.check import relative_errors, simulated_backend
-from tspc.runtime.drivers import lockstep, record
-from tspc.runtime.replicas import gather, mean, scatter_mean
-from tspc.runtime.requests import Axis
-from tspc.runtime.storage import default_dim
+from tspc.backend.simulated import relative_errors, simulated_backend
+from tspc.runtime.comm.drivers import lockstep, record
+from tspc.runtime.comm.replicas import gather, mean, scatter_mean
+from tspc.runtime.comm.requests import Axis
+from tspc.runtime.params.storage import default_dim
 
 pytestmark = pytest.mark.sampled(4)
 

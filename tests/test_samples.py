@@ -14,10 +14,10 @@ import tspc.rules  # noqa: F401  fills the registries
 from tests.op_samples import contraction_samples, pointwise_samples, reduction_samples
 from tests.rules_table import DOC, table
 from tests.samples import MORE, Sample, ids, more_forbidden, of, x
-from tspc.brute import check, check_cut, check_meaning, traced
-from tspc.counter import ATTENTIONS
-from tspc.passes.factorize import EXTRA_POINTWISE, VANISHED, Analysis
-from tspc.registry import COMPUTED, RULES
+from tspc.backend.brute import check, check_cut, check_meaning, traced
+from tspc.factors.registry import COMPUTED, RULES
+from tspc.ops.counter import ATTENTIONS
+from tspc.passes.analyse.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
 

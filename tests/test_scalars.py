@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tspc.check import Simulated, relative_errors, simulated_backend
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
 
 
 class Base(nn.Module):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.script_models import Model, loss_of, make
 from tests.scripts import Script, batches, scripts
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.options import parse
-from tspc.reference import reference_backend
+from tspc.backend.reference import reference_backend
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.base.options import parse
 
 pytestmark = pytest.mark.slow
 CHUNKS = 8

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
+from tspc.explain.report import reports
 from tspc.passes.unit import Unit
-from tspc.report import reports
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 

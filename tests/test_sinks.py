@@ -14,9 +14,9 @@ from torch import Tensor
 import tspc
 from tests.models import VOCABULARY
 from tests.test_masks import inputs
-from tspc.check import Simulated
-from tspc.runtime.pieces import cotangent_names
-from tspc.sinks import sink_attention, sinks_gradient, sunk
+from tspc.backend.simulated import Simulated
+from tspc.ops.sinks import sink_attention, sinks_gradient, sunk
+from tspc.runtime.fold.pieces import cotangent_names
 
 HEADS, DIM = 3, 4
 # (scores [b, h, q, k], the sinks as a parameter, values) -> out

@@ -223,7 +223,7 @@ def test_a_folder_of_code_of_another_user(tmp_path: Path) -> None:
 
 OTHER_USER = """
 import logging, os, sys
-from tspc.runtime import code_cache
+from tspc.runtime.lowering import code_cache
 logging.basicConfig()
 os.environ[code_cache.FOLDER] = sys.stdin.read()
 os.setuid(65534)

@@ -12,13 +12,13 @@ import torch
 
 from examples.gpt2_like import GPT2Like
 from examples.llama_like import LlamaLike
-from tspc.brute import check, values
-from tspc.capture import Captured, capture
-from tspc.factor import Factor
-from tspc.passes.factorize import Analysis, factorize
-from tspc.passes.normalize import normalize
-from tspc.passes.regions import find_regions
-from tspc.passes.sequence import sequences
+from tspc.backend.brute import check, values
+from tspc.factors.factor import Factor
+from tspc.frontend.capture import Captured, capture
+from tspc.passes.analyse.factorize import Analysis, factorize
+from tspc.passes.analyse.regions import find_regions
+from tspc.passes.analyse.sequence import sequences
+from tspc.passes.rewrite.normalize import normalize
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tspc
-from tspc.state import CALL, CODE, GROUP, MODEL, PROCESS, REGISTRIES, Registry, reset
+from tspc.base.state import CALL, CODE, GROUP, MODEL, PROCESS, REGISTRIES, Registry, reset
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("tspc", "passes", "runtime") for p in (ROOT / folder).rglob("*.py")]
@@ -72,7 +72,7 @@ def test_each_is_known_with_its_module() -> None:
 def test_reset_empties_what_a_run_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     of_code, of_group, of_call = {1: 2}, [3], {4}
     kinds = (CODE, of_code), (GROUP, of_group), (CALL, of_call)
-    monkeypatch.setattr("tspc.state.REGISTRIES", [Registry("here", k, x) for k, x in kinds])
+    monkeypatch.setattr("tspc.base.state.REGISTRIES", [Registry("here", k, x) for k, x in kinds])
     reset(GROUP)
     assert (of_code, of_group, of_call) == ({1: 2}, [], {4})
     reset()

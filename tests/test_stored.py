@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.stored_values import READ, WRITE, lines
-from tspc.runtime.gradients import arrives_cut
-from tspc.runtime.values import store_on
-from tspc.torch_seams import assign_data_of_shards
+from tspc.runtime.params.gradients import arrives_cut
+from tspc.runtime.params.values import store_on
+from tspc.seams.compiler import assign_data_of_shards
 
 pytestmark = pytest.mark.dist
 SHAPES = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import tspc
 from examples.llama_like import LlamaLike
+from tspc.ir.program import APART
 from tspc.passes.unit import Unit
-from tspc.program import APART
 
 pytestmark = pytest.mark.sampled(2)
 

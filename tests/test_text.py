@@ -15,11 +15,11 @@ import tests.test_samples as samples
 import tspc
 from examples.gpt2_like import GPT2Like
 from tests.zoo import ZOO, build
-from tspc.brute import traced
+from tspc.backend.brute import traced
+from tspc.ir.program import Node, Program, Ref, Type
 from tspc.passes import pipeline
 from tspc.passes.runner import Pass
 from tspc.passes.unit import Unit
-from tspc.program import Node, Program, Ref, Type
 
 
 def check(program: Program) -> None:

@@ -9,12 +9,12 @@ import torch
 
 import tspc
 from examples.llama_like import LlamaLike
-from tspc.errors import CaptureError
-from tspc.kinds import ALL_REDUCE, VARY
+from tspc.base.errors import CaptureError
+from tspc.ir.kinds import ALL_REDUCE, VARY
+from tspc.ir.program import Program, Ref
+from tspc.passes.analyse.typed import Typed
 from tspc.passes.pipeline import PIPELINE
-from tspc.passes.typed import Typed
 from tspc.passes.verify import check_program, check_typed
-from tspc.program import Program, Ref
 
 TOKENS = torch.zeros(2, 16, dtype=torch.long)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import tspc
 from examples.llama_like import LlamaLike
 from tests.wide import each_once
-from tspc.kinds import WHOLE
+from tspc.ir.kinds import WHOLE
 from tspc.passes.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]

@@ -25,8 +25,8 @@ PROCESSES.set_forkserver_preload(["tests.preload"])
 def _in_turn(rank: int, folder: str) -> Callable[[], None]:
     """Each graph and each piece is compiled on rank 0 first, so that the others find it in its
     cache; -> to be called before each task."""
-    from tspc import backend
-    from tspc.runtime import pieces
+    from tspc.backend import tsp as backend
+    from tspc.runtime.fold import pieces
 
     done = [0, 0]
 

@@ -20,14 +20,14 @@ from tests.models import whole
 from tests.widen import Widen
 from tests.world import World
 from tests.zoo import build, sized
-from tspc.body import evaluate
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.counter import ATTENTIONS
-from tspc.kinds import WHOLE
-from tspc.passes.regions import VIEWS, weight_values
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.explain.report import reports
+from tspc.ir.body import evaluate
+from tspc.ir.kinds import WHOLE
+from tspc.ir.program import PARAM
+from tspc.ops.counter import ATTENTIONS
+from tspc.passes.analyse.regions import VIEWS, weight_values
 from tspc.passes.unit import Unit
-from tspc.program import PARAM
-from tspc.report import reports
 
 aten = torch.ops.aten
 CASES = ((2, 24), (3, 24), (4, 24), (4, 23))  # ranks, length

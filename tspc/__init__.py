@@ -2,9 +2,9 @@
 parallelism."""
 
 from tspc.api import Plan, Verification, explain, plan, verify
-from tspc.backend import tsp
-from tspc.brute import check_rule
-from tspc.errors import (
+from tspc.backend.brute import check_rule
+from tspc.backend.tsp import tsp
+from tspc.base.errors import (
     CacheError,
     CaptureError,
     IndexRangeError,
@@ -20,11 +20,11 @@ from tspc.errors import (
     TspcError,
     UnsupportedError,
 )
-from tspc.registry import rule
-from tspc.runtime.accumulate import no_sync
-from tspc.runtime.reading import load_safetensors
-from tspc.runtime.whole import full_state_dict, load_full_state_dict
-from tspc.version import __version__ as __version__
+from tspc.base.version import __version__ as __version__
+from tspc.factors.registry import rule
+from tspc.runtime.params.accumulate import no_sync
+from tspc.runtime.params.reading import load_safetensors
+from tspc.runtime.params.whole import full_state_dict, load_full_state_dict
 
 __all__ = [
     "CacheError",

@@ -16,29 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from tspc import attended
-from tspc.backend import GRAPHS, Compiled
-from tspc.budget import lines
-from tspc.capture import capture
-from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.dynamo_seams import isolated
-from tspc.errors import CaptureError, ParityError, PlanError
-from tspc.hardware import device_name
-from tspc.options import Options, parse
-from tspc.origin import origin
-from tspc.passes.unit import Unit
-from tspc.planned import check_planned, parameters_of
-from tspc.reference import reference_backend
-from tspc.report import reports
-from tspc.runtime.convert import convert
-from tspc.runtime.initialise import initialise
-from tspc.runtime.mesh import resolve
-from tspc.runtime.place import Place
-from tspc.runtime.requests import Axis
-from tspc.runtime.schedules import choose
-from tspc.show import show
-from tspc.torch_seams import plainly
-from tspc.usage import (
+from tspc.backend.planned import check_planned, parameters_of
+from tspc.backend.reference import reference_backend
+from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.backend.tsp import GRAPHS, Compiled
+from tspc.base.errors import CaptureError, ParityError, PlanError
+from tspc.base.hardware import device_name
+from tspc.base.options import Options, parse
+from tspc.base.usage import (
     check_called,
     check_function,
     check_mesh,
@@ -49,6 +34,21 @@ from tspc.usage import (
     check_tolerance,
     said,
 )
+from tspc.cost.budget import lines
+from tspc.explain import attention as attended
+from tspc.explain.origin import origin
+from tspc.explain.report import reports
+from tspc.explain.show import show
+from tspc.frontend.capture import capture
+from tspc.passes.unit import Unit
+from tspc.runtime.comm.place import Place
+from tspc.runtime.comm.requests import Axis
+from tspc.runtime.fold.schedules import choose
+from tspc.runtime.mesh import resolve
+from tspc.runtime.params.convert import convert
+from tspc.runtime.params.initialise import initialise
+from tspc.seams.compiler import plainly
+from tspc.seams.dynamo import isolated
 
 
 @dataclass(frozen=True)

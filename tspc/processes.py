@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tspc.state import PROCESS, remembered
+from tspc.base.state import PROCESS, remembered
 
 NAME = "TSP"
 

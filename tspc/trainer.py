@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tspc.errors import OptionError
-from tspc.options import parse
+from tspc.base.errors import OptionError
+from tspc.base.options import parse
+from tspc.base.state import PROCESS, remembered
 from tspc.processes import (
     NAME,
     Replicas,
@@ -32,9 +33,8 @@ from tspc.processes import (
     wrap,
     wrap_property,
 )
-from tspc.runtime.accumulate import no_sync
 from tspc.runtime.mesh import resolve
-from tspc.state import PROCESS, remembered
+from tspc.runtime.params.accumulate import no_sync
 
 _OPTIONS: dict[str, Any] = remembered(PROCESS, {})
 _DONE: list[str] = remembered(PROCESS, [])

@@ -9,8 +9,8 @@ import torch.nn as nn
 
 from tests.habits import Side, habit, tokens
 from tests.models import strided
-from tspc.backend import GRAPHS
-from tspc.errors import UnsupportedError
+from tspc.backend.tsp import GRAPHS
+from tspc.base.errors import UnsupportedError
 
 
 class Cached(nn.Module):

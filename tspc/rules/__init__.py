@@ -1,4 +1,4 @@
-"""All rules; importing this fills the registries of `tspc.notation`."""
+"""Rules, a file for each family of ops. Importing this fills `tspc.factors.registry`."""
 
 from tspc.rules import contract, loss, norm, place, pointwise, random, view
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc import counter  # noqa: F401  defines the ops
-from tspc.along import SEQUENCE_CONV
-from tspc.factor import Dims
-from tspc.notation import Op, Rule, apply, fallback
-from tspc.registry import computed, rule
+from tspc.factors.factor import Dims
+from tspc.factors.notation import Op, Rule, apply, fallback
+from tspc.factors.registry import computed, rule
+from tspc.ops import counter  # noqa: F401  defines the ops
+from tspc.ops.sequence import SEQUENCE_CONV
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 

@@ -12,7 +12,9 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from tspc.index import (
+from tspc.base.state import CODE, remembered
+from tspc.ir.program import Node, Ref, Size, Type
+from tspc.masks.index import (
     COMPARE,
     FALSE,
     TRUE,
@@ -30,8 +32,6 @@ from tspc.index import (
     substitute,
     zero,
 )
-from tspc.program import Node, Ref, Size, Type
-from tspc.state import CODE, remembered
 
 Operand = Ref | sympy.Expr | float  # what an op is called with: a value or a number
 RULES: dict[str, Callable[..., Expression | None]] = remembered(CODE, {})

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc.factor import Dims, const
-from tspc.notation import Op, Rule, apply
-from tspc.registry import computed, rule
+from tspc.factors.factor import Dims, const
+from tspc.factors.notation import Op, Rule, apply
+from tspc.factors.registry import computed, rule
 
 aten = torch.ops.aten
 

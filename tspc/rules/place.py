@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc.factor import Dims
-from tspc.notation import Op, fallback
-from tspc.registry import computed
+from tspc.factors.factor import Dims
+from tspc.factors.notation import Op, fallback
+from tspc.factors.registry import computed
 from tspc.rules.norm import at
 
 aten = torch.ops.aten

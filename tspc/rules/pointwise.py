@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc.factor import Dims
-from tspc.notation import Op, pointwise
-from tspc.registry import computed
+from tspc.factors.factor import Dims
+from tspc.factors.notation import Op, pointwise
+from tspc.factors.registry import computed
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Rules of `tspc.counter`'s ops: element by element in the first operand, each index along its
+"""Rules of `tspc.ops.counter`'s ops: element by element in the first operand, each index along its
 dim."""
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc import counter  # noqa: F401  defines the ops
-from tspc.factor import Dims
-from tspc.notation import Op
-from tspc.registry import computed
+from tspc.factors.factor import Dims
+from tspc.factors.notation import Op
+from tspc.factors.registry import computed
+from tspc.ops import counter  # noqa: F401  defines the ops
 
 tspc = torch.ops.tspc
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc.context import Keywords
-from tspc.factor import Dim, Dims, const, divide
-from tspc.notation import Op, fallback
-from tspc.program import Size
-from tspc.registry import computed, rule
+from tspc.base.context import Keywords
+from tspc.factors.factor import Dim, Dims, const, divide
+from tspc.factors.notation import Op, fallback
+from tspc.factors.registry import computed, rule
+from tspc.ir.program import Size
 from tspc.rules.norm import at
 
 aten = torch.ops.aten

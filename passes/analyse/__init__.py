@@ -1,0 +1,1 @@
+"""What is read from a program: factors, sequences, regions, and the folds made of them."""

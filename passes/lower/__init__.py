@@ -1,0 +1,1 @@
+"""From decisions to one rank's program: storage, conversions, bodies of folds."""

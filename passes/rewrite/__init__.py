@@ -1,0 +1,1 @@
+"""From a program to an equal one, before anything is known of its factors."""

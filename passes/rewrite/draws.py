@@ -1,0 +1,257 @@
+"""Make every random op a function of one seed per call and of global positions.
+
+In: a normalized program. Out: an equal one, in distribution, whose random ops are those of
+`tspc.ops.counter`; where there are any it has one placeholder more, the seed. Two runs of a node
+with one seed give one result, on any part of its dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from tspc.base.context import Arguments, Keywords
+from tspc.base.errors import UnsupportedError
+from tspc.ir.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Size, Type
+from tspc.ops import counter  # noqa: F401  defines the ops
+from tspc.ops.masked import MASKED_ATTENTION
+
+aten = torch.ops.aten
+tspc = torch.ops.tspc
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
+
+
+@dataclass
+class _Drawer:
+    """Emits nodes in the place of one; number: which random op of the program it is."""
+
+    types: dict[str, tuple[Type | None, ...]]
+    nodes: list[Node] = field(default_factory=list)
+    number: int = 0
+    node: Node = field(default_factory=lambda: Node("", ""))
+    args: Keywords = field(default_factory=dict)
+
+    def start(self, n: Node) -> None:
+        self.node, self.number = n, self.number + 1
+        self.args = _bind(n)
+
+    def type(self, ref: Ref) -> Type:
+        t = self.types[ref.name][ref.item or 0]
+        assert t is not None
+        return t
+
+    def emit(self, suffix: str, op: OpOverload, args: Arguments, t: Type, **kwargs: object) -> Ref:
+        """The node of no suffix is the one that stands for the random op."""
+        name = f"{self.node.name}.{suffix}" if suffix else self.node.name
+        made = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
+        self.nodes.append(made)
+        self.types[name] = made.types
+        return Ref(name)
+
+    def state(self, shape: Sequence[Size]) -> tuple[Ref, tuple[Ref, ...]]:
+        """The op's state and the positions of every dim."""
+        seed = Ref(SEED)
+        state = Type((2,), torch.int64)
+        own = self.emit("state", tspc.instance.default, (seed, self.number), state)
+        at, stride = [], 1
+        for k, n in reversed(list(enumerate(shape))):
+            t = Type((n,), torch.int64)
+            at.append(self.emit(f"at{k}", tspc.positions.default, (seed, n, stride), t))
+            stride = stride * n
+        return own, tuple(reversed(at))
+
+    def draw(self, op: OpOverload, dtype: torch.dtype, suffix: str, like: Ref | None) -> Ref:
+        """`op` of the node's shape, along the dims of `like`."""
+        shape = self.node.type.shape
+        if like is not None and self.type(like).shape != shape:
+            like = None
+        return self.emit(suffix, op, (like, *self.state(shape)), Type(shape, dtype), dtype=dtype)
+
+
+def draw_by_counter(program: Program) -> Program:
+    """Raises `UnsupportedError` for a random op that the ranks could not agree on."""
+    d = _Drawer({n.name: n.types for n in program.nodes})
+    drawn = False
+    renamed: dict[Ref, Ref] = {}
+    for n in program.nodes:
+        n = n.map_refs(lambda r: renamed.get(r, r))
+        if _is_identity(n):
+            renamed[Ref(n.name)] = n.args[0]
+        elif not _is_random(n):
+            d.nodes.append(n)
+        else:
+            d.start(n)
+            make = _RULES.get(n.op)
+            own = d.args.get("generator") is not None
+            if make is None or own or n.type.dtype.is_complex:
+                raise UnsupportedError(
+                    f"{n.source}: {n.op} draws random numbers that the ranks cannot share; "
+                    "make them of torch.rand, torch.randn or torch.bernoulli without a generator, "
+                    "or pass them to the model"
+                )
+            make(d)
+            drawn = True
+    if not drawn:
+        return replace(program, nodes=tuple(d.nodes)).without_dead_nodes()
+    seed = Node(SEED, INPUT, types=(Type((), torch.int64),))
+    first = [n for n in d.nodes if n.op in PLACEHOLDERS]
+    rest = [n for n in d.nodes if n.op not in PLACEHOLDERS]
+    return replace(program, nodes=(*first, seed, *rest)).without_dead_nodes()
+
+
+def _bind(n: Node) -> Keywords:
+    """Arguments by schema name."""
+    return {
+        a.name: n.args[i]
+        if i < len(n.args)
+        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
+        for i, a in enumerate(n.op._schema.arguments)
+    }
+
+
+def _is_identity(n: Node) -> bool:
+    """Dropout that drops nothing."""
+    return n.op in _DROPOUTS and (not n.args[2] or n.args[1] == 0)
+
+
+def _is_random(n: Node) -> bool:
+    if not n.is_call:
+        return False
+    if n.op in (SDPA, MASKED_ATTENTION):
+        return bool(_bind(n)["dropout_p"])
+    if n.op == aten.rrelu.default:
+        return bool(_bind(n)["training"])
+    return torch.Tag.nondeterministic_seeded in n.op.tags
+
+
+def _dropout(d: _Drawer) -> None:
+    x, p = d.args["input"], d.args["p"]
+    d.emit("", tspc.dropout.default, (x, *d.state(d.node.type.shape), float(p)), d.node.type)
+
+
+def _attention(d: _Drawer) -> None:
+    a = d.args
+    q = a["query"]
+    shape = d.type(q).shape[:-1]
+    states = d.emit(
+        "states", tspc.query_states.default, (q, *d.state(shape)), Type(shape, torch.int64)
+    )
+    args = (q, a["key"], a["value"], a["attn_mask"], a["dropout_p"], a["is_causal"], states)
+    names = ("rows", "predicate", "sizes", "fill", "score", "scale", "enable_gqa")
+    kwargs = {n: a[n] for n in names if n in a}
+    d.emit("", tspc.dropout_attention.default, args, d.node.type, **kwargs)
+
+
+def _like(d: _Drawer) -> Ref | None:
+    """The operand whose dims the result has."""
+    refs = [r for r in d.node.refs() if d.type(r).shape == d.node.type.shape]
+    return refs[0] if refs else None
+
+
+def _plain(op: OpOverload) -> Callable[[_Drawer], object]:
+    """A draw as torch's op has it."""
+    return lambda d: d.draw(op, d.node.type.dtype, "", _like(d))
+
+
+def _done(d: _Drawer, made: Ref) -> None:
+    """The last node takes the name and the dtype of the random op; nothing differentiates it."""
+    t = replace(d.node.type, requires_grad=False)
+    d.emit("", aten._to_copy.default, (made,), t, dtype=t.dtype)
+
+
+def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]:
+    """A draw times one argument plus another, each a number or a tensor."""
+
+    def make(d: _Drawer) -> None:
+        dtype = d.node.type.dtype
+        made = d.draw(op, dtype, "drawn", _like(d))
+        t = replace(d.node.type, requires_grad=False)
+        a, b = d.args[scale], d.args[shift]
+        times = aten.mul.Tensor if isinstance(a, Ref) else aten.mul.Scalar
+        plus = aten.add.Tensor if isinstance(b, Ref) else aten.add.Scalar
+        made = d.emit("scaled", times, (made, a), t)
+        d.emit("", plus, (made, b), t)
+
+    return make
+
+
+def _uniform(d: _Drawer) -> None:
+    low, high = d.args["from"], d.args["to"]
+    d.args = {"scale": high - low, "shift": low}
+    _affine(tspc.uniform.default, "scale", "shift")(d)
+
+
+def _bernoulli(d: _Drawer) -> None:
+    """1 where a uniform number is less than p."""
+    p = d.args["p"] if "p" in d.args else d.args["self" if "self" in d.args else "input"]
+    wide = torch.float64 if isinstance(p, Ref) and d.type(p).dtype == torch.float64 else None
+    dtype = wide or torch.float32
+    made = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
+    less = aten.lt.Tensor if isinstance(p, Ref) else aten.lt.Scalar
+    made = d.emit("less", less, (made, p), Type(d.node.type.shape, torch.bool))
+    _done(d, made)
+
+
+def _exponential(d: _Drawer) -> None:
+    """-log(1 - u) / rate, never zero: its logarithm is taken."""
+    dtype = torch.promote_types(d.node.type.dtype, torch.float32)
+    t = Type(d.node.type.shape, dtype)
+    made = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
+    made = d.emit("negative", aten.neg.default, (made,), t)
+    made = d.emit("log", aten.log1p.default, (made,), t)
+    made = d.emit("positive", aten.neg.default, (made,), t)
+    made = d.emit("least", aten.clamp_min.default, (made, torch.finfo(dtype).eps / 4), t)
+    _done(d, d.emit("scaled", aten.mul.Scalar, (made, 1.0 / d.args["lambd"]), t))
+
+
+def _integers(d: _Drawer) -> None:
+    """floor(u * (high - low)) + low."""
+    low, high = d.args.get("low") or 0, d.args["high"]
+    wide = Type(d.node.type.shape, torch.float64)
+    made = d.draw(tspc.uniform.default, wide.dtype, "drawn", _like(d))
+    made = d.emit("scaled", aten.mul.Scalar, (made, high - low), wide)
+    made = d.emit("floor", aten.floor.default, (made,), wide)
+    made = d.emit("shifted", aten.add.Scalar, (made, low), wide)
+    _done(d, made)
+
+
+def _permutation(d: _Drawer) -> None:
+    """The order of uniform numbers."""
+    made = d.draw(tspc.uniform.default, torch.float64, "drawn", None)
+    made = d.emit("order", aten.argsort.default, (made,), Type(d.node.type.shape, torch.int64))
+    _done(d, made)
+
+
+_RULES: dict[Any, Callable[[_Drawer], object]] = {
+    aten.dropout.default: _dropout,
+    SDPA: _attention,
+    MASKED_ATTENTION: _attention,
+    aten.rand.default: _plain(tspc.uniform.default),
+    aten.rand_like.default: _plain(tspc.uniform.default),
+    aten.randn.default: _plain(tspc.normal.default),
+    aten.randn_like.default: _plain(tspc.normal.default),
+    aten.bernoulli.default: _bernoulli,
+    aten.bernoulli.p: _bernoulli,
+    aten.bernoulli.Tensor: _bernoulli,
+    aten.uniform.default: _uniform,
+    aten.exponential.default: _exponential,
+    aten.normal_functional.default: _affine(tspc.normal.default, "std", "mean"),
+    aten.normal.float_float: _affine(tspc.normal.default, "std", "mean"),
+    aten.normal.Tensor_float: _affine(tspc.normal.default, "std", "mean"),
+    aten.normal.float_Tensor: _affine(tspc.normal.default, "std", "mean"),
+    aten.normal.Tensor_Tensor: _affine(tspc.normal.default, "std", "mean"),
+    aten.randint.default: _integers,
+    aten.randint.low: _integers,
+    aten.randint_like.default: _integers,
+    aten.randint_like.low_dtype: _integers,
+    aten.randperm.default: _permutation,
+}

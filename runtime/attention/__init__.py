@@ -1,0 +1,1 @@
+"""Attention on a rank: kernels, blocks, the keys of other ranks."""

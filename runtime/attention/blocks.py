@@ -1,0 +1,307 @@
+"""Which blocks of queries and keys an attention computes, and under which mask.
+
+In: the predicate, the layout's chunks, data and a mask tensor. Out: runs of queries with their
+blocks of keys: those that no query of the run sees are left out, those that all see need no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tspc.base.state import MODEL, remembered
+from tspc.ir.layout import Layout
+from tspc.masks.predicate import Bounds, mask, truth
+from tspc.ops.counter import kept_keys
+
+Tensor = torch.Tensor
+EDGE = 512  # queries of a run, and keys of what is looked at as one
+CAUSAL = "(q >= k)"
+LOW = -5e8  # beyond what scores and biases are
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sequence on the ranks: its layout and sizes."""
+
+    layout: Layout
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one attention is: the scale, causal or not, the sizes of the queries' layout, with which
+    probability a key is dropped; predicate, sizes, fill and score as in `tspc.ops.masked`.
+
+    keys: how many, where they are of another sequence.
+    """
+
+    causal: bool
+    scale: float
+    rows: int
+    length: int
+    dropout: float = 0.0
+    predicate: str = ""
+    sizes: tuple[int, ...] = ()
+    fill: float = 0.0
+    score: str = ""
+    keys: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Of the keys."""
+        return self.length if self.keys is None else self.keys
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The predicates that hold together."""
+        return (*((CAUSAL,) if self.causal else ()), *((self.predicate,) if self.predicate else ()))
+
+
+@dataclass(frozen=True)
+class Given:
+    """mask: [b, h, local or 1, S], a bool or added; states: [b, h, local], from which the dropped
+    keys are drawn; data: rows of the predicate."""
+
+    mask: Tensor | None = None
+    states: Tensor | None = None
+    data: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [q0, q1) of the local rows against keys [k0, k1) of the sequence.
+
+    causal: it is square and on the diagonal, nothing else hides a key. checks: the predicates that
+    hold for some of it only.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool = False
+    checks: tuple[str, ...] = ()
+
+    def of(self, mask: Tensor) -> Tensor:
+        """Its part of a mask, which may be one row or one column for all."""
+        if mask.shape[-2] != 1:
+            mask = mask[..., self.q0 : self.q1, :]
+        return mask[..., self.k0 : self.k1] if mask.shape[-1] != 1 else mask
+
+
+@dataclass(frozen=True)
+class Run:
+    """Queries whose blocks are merged; first: the position of the first one."""
+
+    q0: int
+    q1: int
+    first: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a kernel takes beside queries, keys and values.
+
+    factors: zero or 1 / (1 - p) for every weight. top: what is taken off the scores of each query
+    after the mask is added, where they would be lost in it; zero for others. score: what is done to
+    the scores before, as `tspc.masks.score`'s text.
+    """
+
+    causal: bool = False
+    mask: Tensor | None = None
+    factors: Tensor | None = None
+    top: Tensor | None = None
+    score: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """A fused kernel takes it."""
+        return self.factors is None and self.top is None and not self.score
+
+
+def _segments(spec: Spec, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first local row, past the last, position of the first) of adjacent chunks."""
+    c, start = spec.rows, 0
+    for i in range(1, len(chunks) + 1):
+        if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
+            yield start * c, i * c, chunks[start] * c
+            start = i
+
+
+@lru_cache(maxsize=256)
+def _plain(spec: Spec, chunks: tuple[int, ...]) -> list[Run]:
+    """All keys, or those before: as large as they come."""
+    s, runs = spec.count, []
+    for q0, q1, first in _segments(spec, chunks):
+        blocks = []
+        if not spec.causal:
+            blocks.append(Block(q0, q1, 0, s))
+        elif first:
+            blocks.append(Block(q0, q1, 0, min(first, s)))
+        if spec.causal and first < s:
+            blocks.append(Block(q0, q1, first, min(first + q1 - q0, s), True))
+        runs.append(Run(q0, q1, first, tuple(blocks)))
+    return runs
+
+
+def _edge(spec: Spec) -> int:
+    return min(EDGE, max(spec.rows, 64))
+
+
+def counted(spec: Spec, chunks: tuple[int, ...]) -> tuple[int, int, int]:
+    """(blocks that positions do not rule out, of how many, their edge)."""
+    edge = _edge(spec)
+    runs = _known(spec, chunks, edge)
+    blocks = [-(-(b.k1 - b.k0) // edge) for run in runs for b in run.blocks]
+    return sum(blocks), len(runs) * -(-spec.length // edge), edge
+
+
+@lru_cache(maxsize=256)
+def _known(spec: Spec, chunks: tuple[int, ...], edge: int) -> list[Run]:
+    return list(_looked_at(spec, chunks, edge, None))
+
+
+def _looked_at(
+    spec: Spec, chunks: tuple[int, ...], edge: int, bounds: Bounds | None
+) -> Iterator[Run]:
+    last = spec.length - 1
+    for start, stop, first in _segments(spec, chunks):
+        for q0 in range(start, stop, edge):
+            q1 = min(q0 + edge, stop)
+            at = first + q0 - start
+            queries = min(at, last), min(at + q1 - q0 - 1, last)
+            blocks: list[Block] = []
+            for k0 in range(0, spec.count, edge):
+                k1 = min(k0 + edge, spec.count)
+                checks = _checks(spec, queries, (k0, k1 - 1), bounds)
+                if checks is None:
+                    continue
+                before = blocks[-1] if blocks else None
+                if before is not None and before.k1 == k0 and before.checks == checks:
+                    k0 = blocks.pop().k0
+                blocks.append(Block(q0, q1, k0, k1, False, checks))
+            yield Run(q0, q1, at, tuple(blocks))
+
+
+def _checks(
+    spec: Spec, queries: tuple[int, int], keys: tuple[int, int], bounds: Bounds | None
+) -> tuple[str, ...] | None:
+    """The predicates to evaluate on a block, None where it is empty."""
+    out = []
+    for text in spec.texts:
+        answer = truth(text, queries, keys, spec.sizes, bounds)
+        if answer is False:
+            return None
+        if answer is None:
+            out.append(text)
+    return tuple(out)
+
+
+_BOUNDS: Any = remembered(MODEL, WeakIdKeyDictionary())  # data -> (version, its bounds)
+
+
+def _bounds(data: Tensor) -> Bounds:
+    """Read once: on a device it waits."""
+    version, bounds = _BOUNDS.get(data, (None, None))
+    if version != data._version:
+        version, bounds = data._version, Bounds(data)
+        _BOUNDS[data] = version, bounds
+    return bounds
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The runs of one attention on one rank."""
+
+    spec: Spec
+    masking: Given
+    chunks: tuple[int, ...]
+    device: torch.device
+
+    def runs(self) -> Iterator[tuple[Run, Tensor | None]]:
+        """Each run, and what is taken off its scores, if anything is."""
+        spec, masked = self.spec, self.masking.mask is not None
+        if not spec.predicate and not (spec.causal and masked) and not spec.fill:
+            runs = _plain(spec, self.chunks)
+        elif self.masking.data is not None:
+            runs = _looked_at(spec, self.chunks, _edge(spec), _bounds(self.masking.data))
+        else:
+            runs = _known(spec, self.chunks, _edge(spec))
+        for run in runs:
+            top = self._top(run)
+            yield (run if top is None else replace(run, blocks=(self._whole(run),))), top
+
+    def view(self, run: Run, b: Block, top: Tensor | None, wide: torch.dtype) -> View:
+        """Of one block."""
+        factors, states, p = None, self.masking.states, self.spec.dropout
+        if states is not None:
+            kept = kept_keys(states[:, :, b.q0 : b.q1], b.k0, b.k1, p)
+            factors = kept.to(wide) * (1.0 / (1.0 - p) if p < 1 else 0.0)
+        keep, operand = self._keep(run, b), self._operand(b)
+        if top is not None:
+            combined = self._total(keep, operand)
+        elif keep is None or operand is None:
+            combined = operand if keep is None else keep
+        elif operand.dtype == torch.bool:
+            combined = keep & operand
+        else:
+            combined = operand.masked_fill(~keep, -torch.inf)
+        return View(b.causal, combined, factors, top, self.spec.score)
+
+    def _whole(self, run: Run) -> Block:
+        return Block(run.q0, run.q1, 0, self.spec.count, False, self.spec.texts)
+
+    def _keep(self, run: Run, b: Block) -> Tensor | None:
+        """[b or 1, 1, queries, keys]: the predicates that hold for some of the block only."""
+        if not b.checks:
+            return None
+        q = torch.arange(b.q0 - run.q0, b.q1 - run.q0, device=self.device) + run.first
+        q = q.clamp(max=self.spec.length - 1)
+        k = torch.arange(b.k0, b.k1, device=self.device)
+        parts = [mask(t, q, k, self.spec.sizes, self.masking.data) for t in b.checks]
+        return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+    def _operand(self, b: Block) -> Tensor | None:
+        """The mask tensor on a block."""
+        whole = self.masking.mask
+        return None if whole is None else b.of(whole)
+
+    def _total(self, keep: Tensor | None, operand: Tensor | None) -> Tensor:
+        """All that is added to the scores, in fp64 if the mask is, else fp32."""
+        parts = [] if operand is None else [(operand, -torch.inf)]
+        parts += [] if keep is None else [(keep, self.spec.fill)]
+        added = []
+        for x, fill in parts:
+            if x.dtype == torch.bool:
+                x = torch.zeros_like(x, dtype=torch.float32).masked_fill(~x, fill)
+            added.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return added[0] if len(added) == 1 else added[0] + added[1]
+
+    @cached_property
+    def _is_low(self) -> bool:
+        """The mask tensor alone may be all that a query sees of a score."""
+        x = self.masking.mask
+        if x is None or x.dtype == torch.bool:
+            return x is not None
+        return bool((x <= LOW).any())
+
+    def _top(self, run: Run) -> Tensor | None:
+        """[b or 1, h or 1, queries, 1]: the greatest number that is added to a score of a query, if
+        for some it is low."""
+        if not self.spec.fill:
+            return None
+        b = self._whole(run)
+        keep = self._keep(run, b)
+        if not self._is_low and (keep is None or bool(keep.any(-1).all())):
+            return None
+        top = self._total(keep, self._operand(b)).amax(-1, keepdim=True)
+        low = top <= LOW
+        return torch.where(low, top, 0.0) if bool(low.any()) else None

@@ -1,0 +1,1 @@
+"""What surrounds a call: inputs compared and looked up, outputs handed out."""

@@ -1,0 +1,211 @@
+"""Calls of what was compiled with this backend: whether Dynamo gave tspc its graphs, and which
+weights were used whole outside of them. Told once each, with the cause and the bytes; an error
+under `strict=True`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+
+from tspc.base.errors import UnsupportedError
+from tspc.base.journal import log
+from tspc.base.state import CALL, remembered
+from tspc.runtime.call.wrapped import check_wrapped
+from tspc.seams.compiler import on_compile, tracing, why_not_forward, why_outside
+
+LISTED = 3  # names that a line tells
+CHANGE = "change that, or leave this part out of the compiled model"
+_STATE = remembered(CALL, threading.local())
+
+
+@dataclass
+class Compiled:
+    """What was compiled. given: it had a graph once. told: kinds of lines.
+
+    root: a weak reference to the module or function; None for modules that are called without
+    `torch.compile`.
+    """
+
+    root: Callable[[], Any] | None
+    strict: bool = False
+    given: bool = False
+    told: set[str] = field(default_factory=set)
+
+    def say(self, kind: str, text: str) -> None:
+        """Raises `UnsupportedError` if it is strict, at each call."""
+        if self.strict:
+            raise UnsupportedError(f"{text}, or allow it by strict=False")
+        if kind not in self.told:
+            self.told.add(kind)
+            if (dist.get_rank() if dist.is_initialized() else _number("RANK")) == 0:
+                log.warning(text)
+
+
+EAGER = Compiled(None, given=True)
+
+
+@dataclass
+class Call:
+    """One call. graphs: of tspc that ran in it. used: parameters used whole, by id, with their
+    names and bytes; cause: of the first, with its place."""
+
+    of: Compiled
+    graphs: int = 0
+    used: dict[int, tuple[str, int]] = field(default_factory=dict)
+    cause: str = ""
+
+
+def _open() -> list[Call]:
+    """The calls that this thread is in, outermost first."""
+    if not hasattr(_STATE, "calls"):
+        _STATE.calls = []
+    return _STATE.calls
+
+
+def given() -> None:
+    """The backend made something of a graph of the calls."""
+    for c in _open():
+        c.of.given = True
+
+
+def ran() -> None:
+    """A graph of tspc ran."""
+    for c in _open():
+        c.graphs, c.of.given = c.graphs + 1, True
+
+
+def used(module: nn.Module, name: str, p: torch.Tensor) -> None:
+    """A parameter is read whole in Python, not in a graph."""
+    calls = _open()
+    if not calls or tracing() or id(p) in calls[-1].used:
+        return
+    call = calls[-1]
+    call.used[id(p)] = f"{type(module).__name__}.{name}", p.numel() * p.element_size()
+    if not call.cause and "whole" not in call.of.told:
+        call.cause = why_outside(call.of is EAGER)
+
+
+def enter(compiled: Compiled) -> Call:
+    call = Call(compiled)
+    _open().append(call)
+    return call
+
+
+def leave(call: Call) -> None:
+    assert _open().pop() is call
+
+
+def eager(module: nn.Module) -> Call | None:
+    """Starts a call of a sharded module without `torch.compile`; None inside of another call, and
+    once it was told."""
+    return None if _open() or EAGER.told else enter(EAGER)
+
+
+def watched(compiled: Callable[..., Any], root: Any, strict: bool) -> Callable[..., Any]:
+    """What `torch.compile` made, with each call looked at."""
+    of = Compiled(weakref.ref(root), strict)
+
+    @functools.wraps(compiled)
+    def run(*args: object, **kwargs: object) -> object:
+        if not of.given and _ranks() > 1:
+            check_wrapped(of.root() if of.root is not None else None)
+        call = enter(of)
+        try:
+            out = compiled(*args, **kwargs)
+        finally:
+            leave(call)
+        if not call.graphs or call.used:
+            tell(call, (args, kwargs))
+        return out
+
+    return run
+
+
+def tell(call: Call, given: object = ()) -> None:
+    """After a call: what of it ran whole."""
+    of, root = call.of, call.of.root() if call.of.root is not None else None
+    if call.used:
+        if of.strict or "whole" not in of.told:
+            of.say("whole", _whole(call, root))
+    elif not call.graphs and not of.given and "nothing" not in of.told and _ranks() > 1:
+        modules = [root] if isinstance(root, nn.Module) else _modules(root, given)
+        held = {id(p): p.numel() * p.element_size() for m in modules for p in m.parameters()}
+        if held:
+            of.say(
+                "nothing",
+                f"{_name(root)}: Dynamo gave tspc nothing of it: it runs whole on every rank, "
+                f"with {len(held)} parameters of {_size(held.values())}: "
+                f"{why_not_forward(root)}; {CHANGE}",
+            )
+
+
+def _whole(call: Call, root: Any) -> str:
+    names = {}
+    if isinstance(root, nn.Module):
+        names = {id(p): n for n, p in root.named_parameters()}
+    listed = [names.get(i, n) for i, (n, _) in call.used.items()]
+    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    return (
+        f"{_name(root) + ': ' if root is not None else ''}used whole on every rank, outside of a "
+        "compiled graph: "
+        f"{', '.join(listed[:LISTED])}{more}, {_size(n for _, n in call.used.values())}: "
+        f"{call.cause}; {CHANGE}"
+    )
+
+
+def _modules(function: object, given: object) -> list[nn.Module]:
+    """Those that a function has at hand."""
+    found, todo, seen = [], [function, *tree_leaves(given)], set()
+    while todo:
+        x = todo.pop()
+        if isinstance(x, nn.Module):
+            found.append(x)
+        elif isinstance(x, types.FunctionType) and x not in seen:
+            seen.add(x)
+            todo += [c.cell_contents for c in x.__closure__ or () if _filled(c)]
+            if not x.__module__.startswith("torch."):
+                todo += [x.__globals__.get(n) for n in x.__code__.co_names]
+    return found
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _name(root: object) -> str:
+    return type(root).__name__ if isinstance(root, nn.Module) else getattr(root, "__name__", "?")
+
+
+def _size(counts: Iterable[int]) -> str:
+    count = sum(counts)
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _ranks() -> int:
+    """Of the process group, or those that a launcher tells of."""
+    return dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE")
+
+
+def _number(name: str) -> int:
+    told = os.environ.get(name, "")
+    return int(told) if told.isdigit() else 0
+
+
+def watch(backend: Any) -> None:
+    """From now on, whatever is compiled with this backend."""
+    on_compile(backend, watched)

@@ -1,0 +1,1 @@
+"""Communications: what is asked for, the drivers that answer, where a rank stands."""

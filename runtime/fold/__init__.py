@@ -1,0 +1,1 @@
+"""A fold on a rank: one step of it, and the schedules."""

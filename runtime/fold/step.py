@@ -1,0 +1,348 @@
+"""One call of a fold on one rank, and the backward of one of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Protocol
+
+import sympy
+import torch
+
+from tspc.ir.body import Attention, Body, Lengths, Piece, Token, evaluate, symbol_values
+from tspc.ir.layout import Layout
+from tspc.ir.program import Size
+from tspc.ops.sinks import sinks_gradient, sunk
+from tspc.runtime.attention import kernels as attn
+from tspc.runtime.comm.exchange import take
+from tspc.runtime.comm.requests import Axis, Steps
+
+Tensor = torch.Tensor
+Values = dict[str, Tensor]
+
+
+class Pieces(Protocol):
+    """Runs the pieces of a body, eagerly or compiled."""
+
+    def forward(self, index: int, symbols: Lengths, step: Tensor, values: Values) -> Values: ...
+
+    def again(self, index: int, symbols: Lengths, step: Tensor, values: Values) -> Values: ...
+
+    def backward(
+        self, index: int, symbols: Lengths, step: Tensor, values: Values, cotangents: Values
+    ) -> Values: ...
+
+
+@dataclass
+class Call:
+    """One call of a fold on one rank."""
+
+    axis: Axis
+    body: Body
+    pieces: Pieces
+    schedule: str
+    tokens: Sequence[Tensor]
+    invariants: Sequence[Tensor]
+    shards: Sequence[Tensor]
+    sizes: Sequence[int]
+    rows: Sequence[int]  # c of each sequence of the body
+    lengths: Sequence[int]
+    turn: int = 0  # the step that it is at, from 1
+    known: dict[int, dict[sympy.Symbol, int]] = field(default_factory=dict)  # symbols by parts
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        return [e.layout(self.axis.size) for e in self.body.extents]
+
+    def symbols(self, parts: int = 1) -> dict[sympy.Symbol, int]:
+        """Sizes of a step on the rows of so many ranks."""
+        if parts not in self.known:
+            rows = [parts * l.chunks * c for l, c in zip(self.layouts, self.rows)]
+            self.known[parts] = symbol_values(self.body, self.sizes, rows)
+        return self.known[parts]
+
+    def lead(self, size: Size) -> int:
+        return evaluate(size, self.symbols())
+
+    def span(self, i: int) -> attn.Span:
+        """Of a sequence."""
+        return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
+
+    def met(self, a: Attention) -> tuple[int, list[attn.Span]]:
+        """This rank, and the sequences of queries and keys."""
+        return self.axis.rank, [self.span(a.queries), self.span(a.keys)]
+
+    def biased(self, a: Attention) -> bool:
+        """The mask is added and wants a gradient."""
+        return a.mask is not None and self.body.values[a.mask].requires_grad
+
+    def spec(self, a: Attention) -> attn.Spec:
+        sizes = tuple(self.lead(s) for s in a.sizes)
+        queries, told = (
+            (self.rows[a.queries], self.lengths[a.queries]),
+            (a.predicate, sizes, a.fill, a.score),
+        )
+        return attn.Spec(a.causal, a.scale, *queries, a.dropout, *told, self.lengths[a.keys])
+
+    def rows_of(self, spec: Token, t: Tensor, lead: int, rank: int) -> Tensor:
+        """The rows of a rank of a token that is given whole."""
+        i = spec.sequence
+        return take(self.layouts[i], rank, t, spec.dim, lead, self.rows[i], self.lengths[i])
+
+    def step(self, j: int) -> Tensor:
+        return torch.tensor(j, device=self.shards[0].device)
+
+    def local_tokens(self) -> Values:
+        """This rank's rows of every token."""
+        out: Values = {}
+        for spec, t in zip(self.body.tokens, self.tokens):
+            if spec.whole:
+                t = self.rows_of(spec, t, self.lead(spec.lead), self.axis.rank)
+            out[spec.name] = t
+        return out
+
+    @property
+    def sent(self) -> torch.dtype:
+        """The type in which shards travel: what the body computes in."""
+        return reduce(torch.promote_types, (self.body.values[n].dtype for n in self.body.shards))
+
+    def buffer(self) -> Tensor:
+        """Room for one shard of all weights."""
+        length = sum(s.numel() for s in self.shards)
+        return self.shards[0].new_empty(length, dtype=self.sent)
+
+    def flat(self) -> Tensor:
+        """This rank's shards in one buffer."""
+        out = self.buffer()
+        for p, s in zip(out.split([s.numel() for s in self.shards]), self.shards):
+            p.copy_(s.reshape(-1))
+        return out
+
+    def own(self) -> Values:
+        """This rank's shards."""
+        return {n: s.to(self.body.values[n].dtype) for n, s in zip(self.body.shards, self.shards)}
+
+    def unpack(self, flat: Tensor) -> Values:
+        parts = flat.split([s.numel() for s in self.shards])
+        return {
+            n: p.view(s.shape).to(self.body.values[n].dtype)
+            for n, p, s in zip(self.body.shards, parts, self.shards)
+        }
+
+    def invariant_values(self) -> Values:
+        return dict(zip(self.body.invariants, self.invariants))
+
+    def saved(self, values: Values) -> list[Tensor]:
+        """What the backward takes, of the rows of all ranks: as D blocks of the local shape."""
+        blocks = []
+        for n in self.body.saves:
+            shape = [self.axis.size, *self.shape(n)]
+            blocks.append(values[n].reshape(shape))
+        return blocks
+
+    def restored(self, saved: Sequence[Tensor]) -> Values:
+        """The inverse of `saved`."""
+        return {n: t.view(self.shape(n, self.axis.size)) for n, t in zip(self.body.saves, saved)}
+
+    def shape(self, name: str, parts: int = 1) -> list[int]:
+        symbols = self.symbols(parts)
+        return [evaluate(s, symbols) for s in self.body.values[name].shape]
+
+
+class Sums(dict[str, Tensor]):
+    """Values that add up, in fp32 or wider. The first of a name is taken as it is, not copied: what
+    was given is never written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[str] = set()
+
+    def add(self, name: str, x: Tensor) -> None:
+        if name not in self:
+            self[name] = x.to(torch.promote_types(x.dtype, torch.float32))
+        elif name in self.made:
+            self[name] += x
+        else:
+            self[name] = self[name] + x
+            self.made.add(name)
+
+    def take(self, name: str) -> Tensor | None:
+        self.made.discard(name)
+        return self.pop(name, None)
+
+
+def given(a: Attention, values: Values) -> attn.Given:
+    """What says which keys each query sees."""
+    return attn.Given(*(values[n] if n else None for n in (a.mask, a.states, a.rows)))
+
+
+@dataclass
+class Exchange:
+    """How K and V meet the queries of a call, and their gradients go back: once per shard, or once
+    per call where they carry nothing of the shard (one K/V head)."""
+
+    call: Call
+    given: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[Attention, Sums] = field(default_factory=dict)
+
+    def start(self, fixed: Values) -> Steps:
+        """fixed: the values that are equal for all shards."""
+        for a in self.call.body.attentions:
+            if a.k in fixed and a.v in fixed:
+                self.given[a] = yield from self._gather(a, fixed)
+
+    def _gather(self, a: Attention, values: Values) -> Steps:
+        call = self.call
+        return (yield from attn.gather(*call.met(a), values[a.k], values[a.v], call.spec(a)))
+
+    def forward(self, a: Attention, values: Values) -> Steps:
+        """(out, lse) of one shard."""
+        k, v = self.given.get(a) or (yield from self._gather(a, values))
+        call = self.call
+        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
+        return attn.attend(values[a.q], k, v, chunks, call.spec(a), given(a, values))
+
+    def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
+        """Gradients of what the attention of one shard reads, by name."""
+        call = self.call
+        k, v = self.given.get(a) or (yield from self._gather(a, values))
+        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
+        done = values[a.out], values[a.lse]
+        rest = (chunks, call.spec(a), given(a, values), call.biased(a))
+        dq, dk, dv, *more = attn.attend_backward(g, values[a.q], k, v, *done, *rest)
+        own = {a.q: dq, **({a.mask: more[0]} if a.mask and more else {})}
+        if a in self.given:
+            sums = self.sums.setdefault(a, Sums())
+            sums.add(a.k, dk)
+            sums.add(a.v, dv)
+            return own
+        dk, dv = yield from attn.scatter(*call.met(a), dk, dv, call.spec(a))
+        return {**own, a.k: dk, a.v: dv}
+
+    def finish(self, total: Sums) -> Steps:
+        """Gradients of what was exchanged once per call."""
+        call = self.call
+        for a, sums in self.sums.items():
+            dk, dv = yield from attn.scatter(*call.met(a), sums[a.k], sums[a.v], call.spec(a))
+            total.add(a.k, dk)
+            total.add(a.v, dv)
+
+
+@dataclass
+class Resident(Exchange):
+    """The same where the rows of all ranks are here, in rank order (stationary)."""
+
+    def start(self, fixed: Values) -> Steps:
+        return
+        yield
+
+    def _ordered(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
+        return self.call.layouts[sequence].in_order(x, dim, self.call.rows[sequence])
+
+    def _keys(self, a: Attention, x: Tensor) -> Tensor:
+        """In order, without pads."""
+        return self._ordered(x, a.keys)[:, :, : self.call.lengths[a.keys]]
+
+    def _by_rank(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
+        return self.call.layouts[sequence].by_rank(x, dim, self.call.rows[sequence])
+
+    def _operands(
+        self, a: Attention, values: Values
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], attn.Given]:
+        """q, k, v in order, and what says which keys a query sees."""
+        q = self._ordered(values[a.q], a.queries)
+        qkv = q, self._keys(a, values[a.k]), self._keys(a, values[a.v])
+        found = given(a, values)
+        mask, states = found.mask, found.states
+        if mask is not None and mask.shape[-2] != 1:
+            mask = self._ordered(mask, a.queries, mask.dim() - 2)
+        states = self._ordered(states, a.queries) if states is not None else None
+        return qkv, attn.Given(mask, states, found.data)
+
+    def _chunks(self, a: Attention) -> list[int]:
+        return list(range(self.call.axis.size * self.call.layouts[a.queries].chunks))
+
+    def forward(self, a: Attention, values: Values) -> Steps:
+        qkv, found = self._operands(a, values)
+        out, lse = attn.attend(*qkv, self._chunks(a), self.call.spec(a), found)
+        return self._by_rank(out, a.queries), self._by_rank(lse, a.queries)
+        yield
+
+    def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
+        qkv, found = self._operands(a, values)
+        done = (self._ordered(x, a.queries) for x in (g, values[a.out], values[a.lse]))
+        g, out, lse = done
+        spec = self.call.spec(a)
+        rest = (self._chunks(a), spec, found, self.call.biased(a))
+        grads = attn.attend_backward(g, *qkv, out, lse, *rest)
+        missing = values[a.k].shape[2] - self.call.lengths[a.keys]
+        dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:3])
+        made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
+        own = {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
+        if a.mask and len(grads) > 3:
+            d = grads[3]
+            rows = d.dim() - 2
+            own[a.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
+        return own
+        yield
+
+
+def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
+    """(out, lse) of one shard, its sinks in both: the backward takes them as they are."""
+    out, lse = yield from exchange.forward(a, values)
+    return (out, lse) if a.sinks is None else sunk(out, lse, values[a.sinks])
+
+
+def step_backward(
+    call: Call, symbols: Lengths, j: int, values: Values, given: Values, exchange: Exchange
+) -> Steps:
+    """Gradients of all operands of one step; pieces before the last run again."""
+    body, step = call.body, call.step(j)
+    last = max(i for i, s in enumerate(body.steps) if isinstance(s, Piece))
+    for index, s in enumerate(body.steps):
+        if isinstance(s, Piece) and index < last:
+            kept = {a.out for a in body.attentions}
+            made = call.pieces.again(index, symbols, step, values)
+            values.update({n: t for n, t in made.items() if n not in kept})
+    grads = Sums()
+    for n, g in given.items():
+        grads.add(n, g)
+    for index in reversed(range(len(body.steps))):
+        s = body.steps[index]
+        if isinstance(s, Piece):
+            mine = {n: g for n in s.writes if (g := grads.take(n)) is not None}
+            if mine:
+                for n, g in call.pieces.backward(index, symbols, step, values, mine).items():
+                    grads.add(n, g)
+            continue
+        g = grads.take(s.out)
+        out = values[s.out]
+        g = torch.zeros_like(out) if g is None else g.to(out.dtype)
+        for n, d in (yield from exchange.backward(s, g, values)).items():
+            grads.add(n, d)
+        if s.sinks is not None:
+            grads.add(s.sinks, sinks_gradient(g, out, values[s.lse], values[s.sinks]))
+    return grads
+
+
+def in_operand_order(call: Call, total: Values, shards: Values) -> tuple[list, list, list]:
+    """In operand order, in the operands' dtypes."""
+    body = call.body
+
+    def of(names: Sequence[str], source: Values, like: Sequence[Tensor]) -> list[Tensor | None]:
+        out: list[Tensor | None] = []
+        for n, x in zip(names, like):
+            if not body.values[n].requires_grad:
+                out.append(None)
+            elif n in source:
+                out.append(source[n].to(x.dtype))
+            else:
+                out.append(torch.zeros_like(x))
+        return out
+
+    return (
+        of([t.name for t in body.tokens], total, call.tokens),
+        of(body.invariants, total, call.invariants),
+        of(body.shards, shards, call.shards),
+    )

@@ -1,0 +1,1 @@
+"""Parameters as shards, and every way in which people read, write and save them."""

@@ -1,0 +1,1 @@
+"""What puts passes and runtime together: `backend="tsp"`, and ranks in one process."""

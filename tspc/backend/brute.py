@@ -1,0 +1,206 @@
+"""Rules by brute force: an op on the pieces of every factor that its rule leaves cuttable, rejoined
+by concatenation, sum or log-sum-exp, must equal the op on the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tspc.base.errors import RuleError
+from tspc.factors.factor import Factor
+from tspc.factors.placement import indices
+from tspc.factors.registry import overload_of
+from tspc.frontend.capture import convert
+from tspc.ir.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
+from tspc.passes.analyse.factorize import Analysis, Record, factorize
+from tspc.passes.analyse.fold import added_once
+from tspc.passes.analyse.sizes import Sizes
+from tspc.passes.lower.run_op import call, constant
+
+PICK = torch.ops.tspc.pick.default
+Values = dict[tuple[str, int], Any]
+
+
+def traced(
+    fn: Callable[..., Any], *tensors: torch.Tensor, apart: dict[Any, Any] | None = None
+) -> tuple[Analysis, Values]:
+    """The analysis of a function of tensors, its ops as they are written but for those taken apart,
+    and every value."""
+    gm = make_fx(fn, apart, pre_dispatch=True)(*tensors)
+    kinds = [(INPUT, f"x{i}") for i in range(len(tensors))]
+    program, positions = convert("sample", gm, kinds, [False] * len(tensors), {})
+    a = factorize(program)
+    return a, values(program, {n: tensors[i] for n, i in positions.items()}, a)
+
+
+def values(program: Program, inputs: dict[str, Any], a: Analysis) -> Values:
+    """Every node's value on one device."""
+    env: Values = {}
+    plain = Sizes(a.F, {}, {})
+    for n in program.nodes:
+        if n.op in PLACEHOLDERS:
+            env[n.name, 0] = inputs[n.name]
+        elif n.op == CONSTANT:
+            env[n.name, 0] = constant(n, torch.device("cpu"))
+        elif n.op != OUTPUT:
+            out = call(n, [[]], [[]], plain, lambda r: env[r.name, r.item or 0])
+            for i, v in enumerate(out if isinstance(out, (list, tuple)) else [out]):
+                env[n.name, i] = v
+    return env
+
+
+def take(a: Analysis, x: torch.Tensor, dims: Any, f: Factor, piece: list[int]) -> torch.Tensor:
+    """The part of a value that a piece of a factor has."""
+    for k, d in enumerate(dims):
+        if f in a.F.leaves(tuple(d)):
+            x = x.index_select(k, torch.tensor(indices(a.F, tuple(d), f, piece)))
+    return x
+
+
+def cuttable(r: Record) -> list[tuple[Factor, str]]:
+    """(factor, "keep" | "reduce" | "lse"): what the rule says may be cut."""
+    out = []
+    for f in set().union(*r.carried_in, *r.carried_out):
+        kinds = {role for role, *_ in r.roles.get(f, ())}
+        if not isinstance(f.size, int) or f.size < 2:
+            continue
+        if not kinds and any(f in c for c in r.carried_out):
+            out.append((f, "keep"))
+        elif kinds in ({"reduce"}, {"lse"}):
+            out.append((f, *kinds))
+    return sorted(out, key=lambda x: x[0].id)
+
+
+def pieces(f: Factor) -> list[list[int]]:
+    """Two uneven pieces."""
+    n = int(f.size)
+    return [list(range(n // 3 + 1)), list(range(n // 3 + 1, n))]
+
+
+def run(a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[int]) -> list[Any]:
+    """The op on one piece of a factor; what is added after a sum only in the first."""
+    sizes = Sizes(a.F, {}, {f: len(piece)})
+    dims = {x: d for x, d in zip(r.refs, r.ins) if x is not None}
+    once = added_once(r.node) if how == "reduce" and piece[0] else None
+
+    def get(x: Ref) -> Any:
+        v = take(a, env[x.name, x.item or 0], dims[x], f, piece)
+        return torch.zeros_like(v) if x == once else v
+
+    if r.node.op == PICK and how == "reduce":
+        logits, labels = (get(x) for x in r.refs[:2] if x is not None)
+        return [r.node.op(logits, labels, torch.tensor(piece[0]))]
+    out = call(r.node, r.ins, r.outs, sizes, get)
+    return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
+    """The pieces of one factor, rejoined, are the whole."""
+    split, where = pieces(f), f"{r.node.name} {r.node.op} cut along {f}"
+    try:
+        parts = [run(a, r, env, f, how, p) for p in split]
+    except RuntimeError as e:
+        raise AssertionError(f"{where}: {e}") from e
+    for i, dims in enumerate(r.outs):
+        whole = env[r.node.name, i]
+        if how == "keep":
+            for piece, p in zip(split, parts):
+                torch.testing.assert_close(p[i], take(a, whole, dims, f, piece), msg=where)
+            continue
+        both = torch.stack([p[i] for p in parts])
+        joined = both.sum(0) if how == "reduce" else both.logsumexp(0)
+        torch.testing.assert_close(joined, whole, msg=where)
+
+
+def check(a: Analysis, env: Values) -> dict[Any, int]:
+    """Compares every piece; returns how many cuts were tried per op."""
+    done: dict[Any, int] = {}
+    for r in a.records:
+        if r.node.op == OUTPUT:
+            continue
+        for f, how in cuttable(r):
+            check_cut(a, r, env, f, how)
+            done[r.node.op] = done.get(r.node.op, 0) + 1
+    return done
+
+
+def only(x: torch.Tensor, dim: int, position: int) -> torch.Tensor:
+    """Zero but at one position of a dim."""
+    out = torch.zeros_like(x)
+    out.select(dim, position).copy_(x.select(dim, position))
+    return out
+
+
+def outputs(r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]) -> list[Any]:
+    """The op on the whole, some operands exchanged; numbers as floats."""
+    sizes = Sizes(a.F, {}, {})
+    out = call(r.node, r.ins, r.outs, sizes, lambda x: swap.get(x, env[x.name, x.item or 0]))
+    results = out if isinstance(out, (list, tuple)) else [out]
+    return [x if x.is_floating_point() or x.is_complex() else x.double() for x in results]
+
+
+def check_meaning(a: Analysis, env: Values) -> None:
+    """What is selected: each result takes one position of it. Where positions are read: a result
+    depends on no other position of it."""
+    for r in a.records:
+        for f, roles in r.roles.items() if r.node.op != OUTPUT else ():
+            kinds = {role for role, *_ in roles}
+            for x, dims in zip(r.refs, r.ins):
+                at = [k for k, d in enumerate(dims or ()) if a.F.expand(tuple(d)) == (f,)]
+                if x is None or len(at) != 1 or not kinds & {"select", "at"}:
+                    continue
+                value, where = env[x.name, x.item or 0], f"{r.node.op} {kinds} {f}"
+                if value.dtype == torch.int64:
+                    continue
+                parts = [only(value, at[0], p) for p in range(int(f.size))]
+                each = [outputs(r, a, env, {x: part}) for part in parts]
+                for i, whole in enumerate(outputs(r, a, env, {})):
+                    if "at" in kinds:
+                        (k,) = (k for k, d in enumerate(r.outs[i]) if f in a.F.leaves(tuple(d)))
+                        for p, e in enumerate(each):
+                            torch.testing.assert_close(
+                                e[i].select(k, p), whole.select(k, p), msg=where
+                            )
+                    elif kinds == {"select"}:
+                        none = outputs(r, a, env, {x: torch.zeros_like(value)})[i]
+                        moved = torch.stack([e[i] - none for e in each])
+                        torch.testing.assert_close(moved.sum(0) + none, whole, msg=where)
+                        assert ((moved != 0).sum(0) <= 1).all(), where
+
+
+def check_rule(
+    op: Callable[..., Any], samples: Sequence[Sequence[object]], kwargs: Mapping[str, object] = {}
+) -> int:
+    """Try the rule of an op by brute force.
+
+    op: as given to `tspc.rule`. samples: the positional arguments of a call each, tensors on the
+    CPU (float64 tells best) and others; kwargs: keywords of all calls. Every factor that the rule
+    leaves cuttable is cut in two uneven pieces, the op runs on each, and what they make, rejoined,
+    must be what the whole op makes; what is said to be selected or read by position must be so.
+    -> how many cuts were tried. Raises `RuleError` naming the op and the factor where a cut changes
+    the result, and where no sample reaches a cut.
+    """
+    overload, tried = overload_of(op), 0
+    for number, sample in enumerate(samples):
+        tensors = [x for x in sample if isinstance(x, torch.Tensor)]
+
+        def call(*xs: torch.Tensor, sample: Sequence[object] = sample) -> Any:
+            following = iter(xs)
+            args = [next(following) if isinstance(x, torch.Tensor) else x for x in sample]
+            return overload(*args, **kwargs)
+
+        try:
+            a, env = traced(call, *tensors)
+            tried += check(a, env).get(overload, 0)
+            check_meaning(a, env)
+        except (AssertionError, RuntimeError) as e:
+            raise RuleError(f"the rule of {overload} is wrong, sample {number}: {e}") from e
+    if not tried:
+        raise RuleError(
+            f"no sample of {overload} reaches a cut: it has no rule, or its rule leaves no dim of "
+            "size 2 or more cuttable"
+        )
+    return tried

@@ -1,0 +1,1 @@
+"""What every folder may import: errors, the log, registries, options, the text of values."""

@@ -1,0 +1,1 @@
+"""Dims as products of factors, the notation of rules, which op has which rule."""

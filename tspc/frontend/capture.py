@@ -1,0 +1,382 @@
+"""A Dynamo graph -> forward ATen `Program` with symbolic sizes, high-level ops kept whole.
+
+In: the graph module and example inputs that Dynamo hands to a backend. Out: `Captured`, the
+program and where each of its values comes from at a call. Sharded parameters (`to_local` ->
+`tspc::whole_weight`) appear as whole "param" placeholders.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    dispatch_functionalize,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._sympy.functions import FloorDiv
+
+from tspc.base.errors import CaptureError, UnsupportedError
+from tspc.base.hardware import hardware
+from tspc.base.options import Options
+from tspc.frontend import autocast as precision
+from tspc.frontend import autograd_function as custom
+from tspc.frontend import checkpoint, scalars
+from tspc.frontend import flex_attention as flex
+from tspc.frontend import reject as refused
+from tspc.frontend import vmap as batched
+from tspc.frontend.autograd_grad import gives_itself, is_input
+from tspc.frontend.decompose import taken_apart
+from tspc.frontend.overwritten import Overwriting
+from tspc.ir.program import (
+    BUFFER,
+    CONSTANT,
+    INPUT,
+    OUTPUT,
+    PARAM,
+    SEED,
+    Node,
+    Program,
+    Ref,
+    Type,
+    refs_in,
+)
+from tspc.ir.source import graph_break, source_line
+from tspc.masks.index import rounded_down
+from tspc.passes.analyse.refused import NOTHING, Refused
+from tspc.passes.pipeline import rewrite
+from tspc.passes.unit import Unit
+from tspc.seams.compiler import source_name
+
+_SKIPPED = ("sym_size", "_assert")
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A Dynamo graph as a program.
+
+    positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim |
+    None if a SymInt).
+    """
+
+    program: Program
+    positions: dict[str, int]
+    symbols: dict[sympy.Symbol, tuple[int, int | None]]
+    outer_symbols: dict[sympy.Symbol, torch.SymInt]
+    graph_break: str  # where the graph ends in one, else "": every output then comes back whole
+    writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
+    same: Mapping[int, int] = field(default_factory=dict)  # output -> the written input that it is
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Graph input -> its placeholder."""
+        return {i: n for n, i in self.positions.items()}
+
+    def given(
+        self, nodes: Sequence[Node], args: Sequence[object], seed: torch.Tensor | None
+    ) -> list[Any]:
+        """What each of these placeholders is at a call."""
+        return [seed if n.name == SEED else args[self.positions[n.name]] for n in nodes]
+
+    def rewritten(
+        self, ranks: int, axis: str, options: Options, device: str, refused: Refused = NOTHING
+    ) -> Unit:
+        """What the passes make of it. device: its name, for the cost model's table."""
+        if self.graph_break:
+            options = replace(options, outputs="full")
+        if not torch.is_grad_enabled():
+            options = replace(options, memory_budget="min")
+        symbols = tuple(sorted(self.symbols, key=str))
+        table = hardware(options.hardware, device)
+        target = (ranks, axis, options, table)
+        writes = len(self.writes)
+        return rewrite(Unit(self.program, symbols, *target, writes, refused, self.graph_break))
+
+    def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """The value of each symbol at a call."""
+        return {
+            s: int(args[i] if d is None else args[i].shape[d]) for s, (i, d) in self.symbols.items()
+        }
+
+
+def capture(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    name: str = "graph",
+    param_dtype: torch.dtype | None = None,
+) -> Captured:
+    """Retrace a Dynamo graph with `make_fx(pre_dispatch=True)`, functionalized, under Dynamo's
+    own fake mode; autocast and `param_dtype` become casts."""
+    context = TracingContext.get()
+    assert context.fake_mode is not None
+    kinds = _kinds(gm, example_inputs)
+    refused.check(gm)
+    scalars.fixed_inside(gm)
+    gm = checkpoint.inlined(flex.inlined(gm))
+    fakes = [_fake(context, x) for x in example_inputs]
+    gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    batched.inlined(gm, fakes, context.fake_mode)
+    custom.inlined(gm, fakes, context.fake_mode)
+    around = precision.ambient()
+    functional = precision.OneType(param_dtype)
+
+    writes: list[int] = []
+    same: dict[int, int] = {}
+
+    def run(*args: Any) -> Any:
+        given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
+        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
+        own = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
+        interpreter = Overwriting(gm, kinds, own)
+        out: Any = interpreter.run(*given)
+        for i, ((kind, wanted), x, a) in enumerate(zip(kinds, given, args)):
+            if isinstance(x, FunctionalTensor) and has_data_mutation(x):
+                if grads[i] and i not in interpreter.places or x is not a:
+                    raise UnsupportedError(
+                        f"{wanted}: the model writes into this {kind} in its forward, and its "
+                        "gradient would not see it; write into a buffer, or between the calls"
+                    )
+                writes.append(i)
+        same.update((at, i) for at, x in enumerate(out) for i in writes if is_input(x, args[i]))
+        kept = [None if at in same else x for at, x in enumerate(out)]
+        return [*kept, *(args[i].detach() for i in writes)]
+
+    with context.fake_mode, torch.enable_grad(), preserve_node_meta():
+        traced = make_fx(
+            dispatch_functionalize(run, functional),
+            taken_apart(),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+        traced = scalars.as_tensors(precision.explicit(traced, around, fakes), fakes)
+    env = context.fake_mode.shape_env
+    assert env is not None
+    known = getattr(env, "backed_var_to_val", {})
+    hints = {s: int(v) for s, v in known.items() if s.is_integer}
+    grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
+    program, positions = convert(name, traced, kinds, grads, hints)
+    symbols, outer = _symbols(fakes)
+    return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes), same)
+
+
+def _fake(context: TracingContext, x: Any) -> Any:
+    own = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
+    if own or not isinstance(x, torch.Tensor):
+        return x
+    symbolic = context.tensor_to_context[x]
+    source = getattr(symbolic, "tensor_source", None)
+    assert context.fake_mode is not None
+    return context.fake_mode.from_tensor(x, symbolic_context=symbolic, source=source)
+
+
+def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> list[tuple[str, str]]:
+    """(kind, name) of each graph input; parameters and buffers by their qualified name."""
+    out = []
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        source = getattr(node, "_dynamo_source", None)
+        text = source_name(node)
+        path = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+        of_module = source is not None and "_NN_MODULE" in source.guard_source.name
+        if isinstance(x, torch.nn.Parameter):
+            kind = PARAM
+        elif of_module and isinstance(x, torch.Tensor):
+            kind = BUFFER
+        else:
+            kind = INPUT
+        plain = re.sub(r"\W+", "_", text.replace("L['", "").replace("']", "")).strip("_")
+        out.append((kind, ".".join(path) if path and kind != INPUT else plain or node.name))
+    return out
+
+
+def _cut_whole_weights(
+    gm: torch.fx.GraphModule, fakes: list[Any], mode: FakeTensorMode
+) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole
+    weight."""
+    target = getattr(torch.ops.tspc, "whole_weight", None)
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    out = list(fakes)
+    for i, node in enumerate(placeholders):
+        if not hasattr(fakes[i], "_spec"):
+            continue
+        for local in list(node.users):
+            for whole in list(local.users):
+                if target is None or whole.target not in (target, target.default):
+                    raise CaptureError(
+                        f"{node.name}: a sharded parameter is used other than through its "
+                        "module's attribute"
+                    )
+                whole.replace_all_uses_with(node)
+                graph.erase_node(whole)
+            graph.erase_node(local)
+        with mode:
+            whole_fake = torch.empty(fakes[i].shape, dtype=fakes[i].dtype, device=fakes[i].device)
+        out[i] = whole_fake.requires_grad_(fakes[i].requires_grad)
+    cut = torch.fx.GraphModule(gm, graph)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None:
+        object.__setattr__(cut, "compile_subgraph_reason", reason)
+    return cut, out
+
+
+def _symbols(
+    fakes: Sequence[Any],
+) -> tuple[dict[sympy.Symbol, tuple[int, int | None]], dict[sympy.Symbol, torch.SymInt]]:
+    where: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    outer: dict[sympy.Symbol, torch.SymInt] = {}
+
+    def add(size: Any, place: tuple[int, int | None]) -> None:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+            where.setdefault(size.node.expr, place)
+            outer.setdefault(size.node.expr, size)
+
+    for i, x in enumerate(fakes):
+        add(x, (i, None))
+    for i, x in enumerate(fakes):
+        for d, size in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
+            add(size, (i, d))
+    return where, outer
+
+
+def convert(
+    name: str,
+    traced: torch.fx.GraphModule,
+    kinds: Sequence[tuple[str, str]],
+    grads: Sequence[bool],
+    hints: dict[sympy.Symbol, int],
+) -> tuple[Program, dict[str, int]]:
+    """An fx graph -> `Program` and the graph input that each placeholder is.
+
+    Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad`
+    sections.
+    """
+    made = _Conversion(traced)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    for i, (n, (kind, wanted), grad) in enumerate(zip(placeholders, kinds, grads)):
+        made.placeholder(n, kind, wanted, grad, i)
+    for n in traced.graph.nodes:
+        if n.op != "placeholder":
+            made.node(n)
+    return Program(name, tuple(made.nodes), hints).without_dead_nodes(), made.positions
+
+
+class _Conversion:
+    """The nodes so far. enabled: what comes next is under no `no_grad`."""
+
+    def __init__(self, traced: torch.fx.GraphModule):
+        self.traced, self.enabled = traced, True
+        self.env: dict[torch.fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.positions: dict[str, int] = {}
+        self.names: set[str] = set()
+        self.differentiable: set[Ref] = set()
+
+    def unique(self, wanted: str) -> str:
+        got, k = wanted, 1
+        while got in self.names:
+            got, k = f"{wanted}_{k}", k + 1
+        self.names.add(got)
+        return got
+
+    def argument(self, a: Any) -> Any:
+        if isinstance(a, torch.fx.Node):
+            value = a.meta.get("val")
+            return divided(value.node.expr) if isinstance(value, _SYMBOLIC) else self.env[a]
+        if isinstance(a, (list, tuple)):
+            return tuple(self.argument(x) for x in a)
+        if isinstance(a, dict):
+            return {k: self.argument(v) for k, v in a.items()}
+        return divided(a.node.expr) if isinstance(a, _SYMBOLIC) else a
+
+    def add(self, n: torch.fx.Node, node: Node) -> None:
+        self.nodes.append(node)
+        self.env[n] = Ref(node.name)
+        self.differentiable |= _differentiable(node)
+
+    def placeholder(self, n: torch.fx.Node, kind: str, wanted: str, grad: bool, i: int) -> None:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            self.add(n, Node(self.unique(wanted), kind, types=(type_of(value, grad),)))
+            self.positions[self.nodes[-1].name] = i
+
+    def node(self, n: torch.fx.Node) -> None:
+        if n.op == "get_attr":
+            tensor = getattr(self.traced, str(n.target), None)
+            if isinstance(tensor, torch.Tensor):
+                self.add(n, constant(self.unique(n.name), tensor))
+        elif n.op == "output":
+            results = n.args[0] if isinstance(n.args[0], (tuple, list)) else (n.args[0],)
+            self.nodes.append(Node(OUTPUT, OUTPUT, self.argument(results)))
+        elif n.target is operator.getitem:
+            source, item = self.argument(n.args)
+            self.env[n] = Ref(source.name, item)
+        elif "_set_grad_enabled" in str(n.target):
+            self.enabled = bool(n.args[0])
+        elif isinstance(n.meta.get("val"), _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
+            return
+        elif not self.enabled and gives_itself(n):
+            self.env[n] = self.argument(n.args[0])
+        else:
+            self.call(n)
+
+    def call(self, n: torch.fx.Node) -> None:
+        args, kwargs = self.argument(n.args), self.argument(n.kwargs)
+        grad = self.enabled and "detach" not in str(n.target)
+        grad = grad and any(r in self.differentiable for r in refs_in((args, kwargs)))
+        value = n.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else [value]
+        types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
+        group = n.meta.get("ac_graph_id", 0)
+        name = self.unique(n.name)
+        self.add(n, Node(name, n.target, args, kwargs, types, source_line(n), group))
+
+
+def _differentiable(node: Node) -> set[Ref]:
+    """How the node's differentiable results are referred to."""
+    items = [k for k, t in enumerate(node.types) if t is not None and t.requires_grad]
+    return {Ref(node.name, k) for k in items} | ({Ref(node.name)} if items else set())
+
+
+def constant(name: str, tensor: torch.Tensor) -> Node:
+    """A lifted constant; its value must be real."""
+    if isinstance(tensor, FakeTensor):
+        raise CaptureError(f"{name}: a constant of the model was traced without its value")
+    t = Type(tuple(tensor.shape), tensor.dtype)
+    return Node(name, CONSTANT, kwargs={"value": tensor.tolist()}, types=(t,))
+
+
+def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
+    """Sizes as ints or sympy expressions."""
+    shape = tuple(
+        divided(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
+    )
+    number = value.is_floating_point() or value.is_complex()
+    return Type(shape, value.dtype, requires_grad and number)
+
+
+def divided(size: sympy.Expr) -> sympy.Expr:
+    """Exact divisions are done: s**2 // s is s (a batch as long as the sequence is one symbol)."""
+
+    def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        exact = sympy.cancel(a / b)
+        whole = exact.is_polynomial() and all(
+            c.is_Integer for c in sympy.Poly(exact, *exact.free_symbols or [sympy.Dummy()]).coeffs()
+        )
+        return exact if whole else rounded_down(a, b)
+
+    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size  # pyright: ignore[reportReturnType]

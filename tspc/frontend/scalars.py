@@ -1,0 +1,197 @@
+"""Python floats that change from call to call: Dynamo's symbols become tensors.
+
+In: a traced graph in which a float of the model is an input, a tensor [] of float64, read by
+`item`. Out: an equal graph that computes with that tensor where an op can take one; where none
+can, the float becomes its value, with a guard of Dynamo's (each value is then a graph of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import TensorReferenceAnalysis
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from tspc.base.context import Arguments, Keywords
+from tspc.frontend.autocast import retraced
+from tspc.seams.compiler import FLEX, NESTING
+
+aten = torch.ops.aten
+ITEMS = (aten.item.default, aten._local_scalar_dense.default)
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+HALF = (torch.float16, torch.bfloat16)
+# the overload that takes tensors where this one takes numbers, at the same places
+AS_TENSORS = {
+    **{getattr(aten, n).Tensor: getattr(aten, n).Tensor for n in ("add", "sub", "mul", "div")},
+    **{getattr(aten, n).Scalar: getattr(aten, n).Tensor for n in ("add", "sub", "mul", "div")},
+    **{
+        getattr(aten, n).Scalar: getattr(aten, n).Tensor
+        for n in ("gt", "lt", "ge", "le", "eq", "ne", "remainder", "fmod")
+    },
+    aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
+    aten.pow.Scalar: aten.pow.Tensor_Tensor,
+    aten.clamp.default: aten.clamp.Tensor,
+    aten.clamp_min.default: aten.clamp_min.Tensor,
+    aten.clamp_max.default: aten.clamp_max.Tensor,
+    aten.where.ScalarOther: aten.where.self,
+    aten.where.ScalarSelf: aten.where.self,
+    aten.where.Scalar: aten.where.self,
+}
+
+
+def as_tensors(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> torch.fx.GraphModule:
+    """The graph without symbolic floats; `gm` itself where it has none. To be called under the
+    fake mode of the inputs."""
+    items = [n for n in gm.graph.nodes if n.target in ITEMS and _floats(n)]
+    if not items:
+        return gm
+    values = {_expression(n.meta["val"]): n.meta["val"] for n in items}
+    for n in gm.graph.nodes:
+        if _in_sizes(n):
+            _fix(values, n.meta.get("val"), *(a.meta.get("val") for a in n.all_input_nodes))
+    with preserve_node_meta():
+        return retraced(_Tensors(gm, values), inputs)
+
+
+def fixed_inside(gm: torch.fx.GraphModule) -> None:
+    """Floats of a Dynamo graph with parts that are traced apart become their values."""
+    apart = any(n.target in NESTING or _traced_apart(n.target) for n in gm.graph.nodes)
+    for n in gm.graph.nodes if apart else ():
+        value = n.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            float(value)
+
+
+def _traced_apart(target: Any) -> bool:
+    names = ("autograd_function_apply",)
+    return target is FLEX or getattr(target, "_name", "") in names
+
+
+def _expression(x: Any) -> sympy.Expr:
+    return x.node.expr
+
+
+def _free(value: object) -> Iterator[sympy.Symbol]:
+    """The symbols of floats in what a node gives or takes, and in its sizes."""
+    for x in tree_leaves(value):
+        parts = x.shape if isinstance(x, torch.Tensor) else (x,)
+        for p in parts:
+            if isinstance(p, SYMBOLIC):
+                yield from (s for s in p.node.expr.free_symbols if symbol_is_type(s, SymT.FLOAT))
+
+
+def _floats(n: torch.fx.Node) -> bool:
+    return any(True for _ in _free(n.meta.get("val")))
+
+
+def _in_sizes(n: torch.fx.Node) -> bool:
+    """A float decides about sizes, is an integer's part, or is returned."""
+    value = n.meta.get("val")
+    if n.op == "output":
+        return True
+    given = (a.meta.get("val") for a in n.all_input_nodes)
+    whole = (torch.SymInt, torch.SymBool)
+    sized = any(isinstance(x, torch.Tensor) for x in tree_leaves(value)) and _floats(n)
+    return sized or any(isinstance(x, whole) and any(_free(x)) for x in given)
+
+
+def _fix(values: dict[sympy.Expr, torch.SymFloat], *used: object) -> None:
+    for s in set(_free(used)):
+        float(values[s])
+
+
+class _Tensors(torch.fx.Interpreter):
+    def __init__(self, gm: torch.fx.GraphModule, values: dict[sympy.Expr, torch.SymFloat]):
+        super().__init__(gm)
+        self.values = values
+        self.known: dict[Any, torch.Tensor] = {}  # symbol or expression -> its tensor
+        self.expected: Any = None
+
+    def run_node(self, n: torch.fx.Node) -> object:
+        self.expected = n.meta.get("val")
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
+        value = self.expected
+        if isinstance(value, SYMBOLIC) and any(_free(value)):
+            if target in ITEMS:
+                self.known[value.node.expr] = args[0]
+            return value
+        symbolic = any(isinstance(x, torch.SymFloat) for x in tree_leaves((args, kwargs)))
+        if not symbolic or not isinstance(target, torch._ops.OpOverload):
+            return super().call_function(target, args, kwargs)
+        if isinstance(self.expected, torch.Tensor) and any(_free((args, kwargs))):
+            try:
+                out = self._computed(target, args, kwargs)
+            except NotImplementedError:  # torch has no tensor for this arithmetic
+                out = None
+            if out is not None:
+                return out if out.dtype == self.expected.dtype else out.to(self.expected.dtype)
+        _fix(self.values, args, kwargs)
+        args, kwargs = tree_map(_number, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _computed(self, target: Any, args: Arguments, kwargs: Keywords) -> torch.Tensor | None:
+        """The op's value, of tensors; None if it takes none."""
+        dtype = self.expected.dtype
+        if target in AS_TENSORS:
+            rest, given = dict(kwargs), list(args)
+            alpha = rest.pop("alpha", 1)
+            if any(_free(alpha)):
+                given[1] = given[1] * self._typed(alpha, given[1])
+            elif alpha != 1:
+                rest["alpha"] = alpha
+            beside = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool)
+            given, rest = tree_map(lambda x: self._typed(x, beside), (given, rest))
+            op = AS_TENSORS[target]
+            return _clamped(op, given, rest) if "clamp" in op.name() else op(*given, **rest)
+        if target is aten.rsub.Scalar and not args[2:]:
+            return aten.sub.Tensor(self._typed(args[1], args[0]), args[0])
+        if target is aten.masked_fill.Scalar:
+            return aten.where.self(args[1], self._tensor(args[2]).to(dtype), args[0])
+        if target is aten.lerp.Scalar:
+            return aten.lerp.Tensor(args[0], args[1], self._tensor(args[2]).to(dtype))
+        if target in (aten.full.default, aten.new_full.default, aten.full_like.default):
+            size = {aten.full.default: args[0], aten.new_full.default: args[1]}.get(target)
+            size = args[0].shape if size is None else size
+            return aten.expand.default(self._tensor(args[-1]).to(dtype), size)
+        return None
+
+    def _typed(self, x: Any, beside: torch.Tensor) -> Any:
+        """A symbolic float as a tensor [] that computes beside `beside` in the type that the number
+        would: of half precision by its kernel's wider numbers."""
+        if not isinstance(x, torch.SymFloat):
+            return x
+        dtype = torch.result_type(beside, 0.5)
+        return self._tensor(x).to(torch.float32 if dtype in HALF else dtype)
+
+    def _tensor(self, x: Any) -> torch.Tensor:
+        """A number in float64, []. Raises `NotImplementedError`."""
+        expression = sympy.sympify(_expression(x) if isinstance(x, SYMBOLIC) else x)
+        if expression not in self.known:
+            for s in expression.free_symbols - self.known.keys():
+                raise NotImplementedError(f"{s} is the size of an input")
+            self.known[expression] = sympy_interp(TensorReferenceAnalysis, self.known, expression)
+        return self.known[expression]
+
+
+def _clamped(op: Callable[..., torch.Tensor], given: list[Any], rest: dict[str, Any]) -> Any:
+    """Bounds that are numbers become tensors too."""
+    x = given[0]
+
+    def bound(b: torch.Tensor | float | None) -> torch.Tensor | None:
+        if isinstance(b, torch.Tensor) or b is None:
+            return b
+        return torch.full((), b, dtype=x.dtype, device=x.device)
+
+    return op(x, *map(bound, given[1:]), **{k: bound(b) for k, b in rest.items()})
+
+
+def _number(x: Any) -> Any:
+    return float(x) if isinstance(x, torch.SymFloat) and not x.node.expr.free_symbols else x

@@ -1,0 +1,1 @@
+"""The language: programs, bodies of folds, layouts, shards, kinds of ops."""

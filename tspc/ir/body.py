@@ -1,0 +1,252 @@
+"""The body of a fold as data: pieces between exchanges, the values that they pass on, and a
+registry by structural key.
+
+Sizes are sympy expressions over the program's symbols and `rows_of(i)`, the number of rows of
+sequence i that a step computes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch.types import IntLikeType
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from tspc.base.hardware import HARDWARE, Hardware
+from tspc.base.state import MODEL, remembered
+from tspc.base.text import show, textual
+from tspc.ir.layout import Layout
+from tspc.ir.program import Type
+
+Size = Any  # int or sympy.Expr
+Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
+ROWS = sympy.Symbol("rows", positive=True, integer=True)
+
+
+def rows_of(index: int) -> sympy.Symbol:
+    """Rows of a sequence of the body; ROWS of the first."""
+    return sympy.Symbol(f"rows{index}", positive=True, integer=True) if index else ROWS
+
+
+@textual
+@dataclass(frozen=True)
+class Extent:
+    """A sequence: its length over the symbols, and the order in which the ranks hold it."""
+
+    length: Size
+    order: str
+
+    def layout(self, ranks: int) -> Layout:
+        return Layout(ranks, self.order)
+
+    def chunk_rows(self, ranks: int, sizes: Lengths) -> Any:
+        """C of the layout."""
+        return self.layout(ranks).chunk_rows(evaluate(self.length, sizes))
+
+    def rows(self, ranks: int, sizes: Lengths) -> Any:
+        """Of one rank."""
+        return self.layout(ranks).chunks * self.chunk_rows(ranks, sizes)
+
+
+# run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
+# made inside) -> all values by name
+Named = dict[str, torch.Tensor]
+Run = Callable[[Lengths, torch.Tensor, Named, Named], dict[str, Any]]
+
+
+@textual
+@dataclass(frozen=True)
+class Token:
+    """An operand with a sequence, the index of the body's: its dim is lead * S * trail.
+
+    whole: given whole, each rank takes its rows.
+    """
+
+    name: str
+    dim: int
+    lead: Size
+    whole: bool
+    sequence: int = 0
+
+
+@textual
+@dataclass(frozen=True)
+class Piece:
+    """What runs between two exchanges.
+
+    saves: values made inside that the backward takes from the forward; it recomputes the others.
+    """
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Run = field(compare=False, repr=False)
+    saves: tuple[str, ...] = ()
+
+
+@textual
+@dataclass(frozen=True)
+class Attention:
+    """An attention between two pieces: keys and values meet the queries of all ranks.
+
+    The fields name values; mask and rows are operands, whole on every rank; states: of the queries,
+    where keys are dropped with probability `dropout`. predicate, sizes, fill, score: as in
+    `tspc.ops.masked`.
+    """
+
+    q: str
+    k: str
+    v: str
+    mask: str | None
+    out: str
+    lse: str
+    causal: bool
+    scale: float
+    states: str | None = None
+    dropout: float = 0.0
+    queries: int = 0  # the sequence of q
+    keys: int = 0  # that of k and v
+    rows: str | None = None
+    predicate: str = ""
+    sizes: tuple[Size, ...] = ()
+    fill: float = 0.0
+    score: str = ""
+    sinks: str | None = None  # of the heads
+
+
+@textual
+@dataclass(frozen=True)
+class Out:
+    """A result of a fold: its kind is "sum" over j, or "lse"/"stack": one block per j.
+
+    dim, lead: where the sequence is.
+    """
+
+    name: str
+    kind: str
+    dim: int
+    lead: Size
+    differentiable: bool
+    sequence: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are
+    skipped."""
+
+    key: str
+    name: str
+    symbols: tuple[sympy.Symbol, ...]
+    extents: tuple[Extent, ...]  # its sequences
+    ranks: int
+    units: int
+    size: int
+    steps: tuple[Piece | Attention, ...]
+    values: Mapping[str, Type]  # local shapes
+    tokens: tuple[Token, ...]
+    invariants: tuple[str, ...]
+    shards: tuple[str, ...]
+    outs: tuple[Out, ...]
+    schedule: str = "auto"
+    flops: Size = 0  # of the pieces' matrix products in one step's forward, over `sizes`
+    inner: Size = 0  # elements of their results that stay inside
+    spared: Size = 0  # of the FLOPs, those of products that are saved
+    hardware: Hardware = HARDWARE["cpu"]
+    reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
+    compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def text(self) -> str:
+        """A line a field; a step, a value, an operand each has one."""
+        lines = [f"{self.name}: {self.units} of {self.size} on each of {self.ranks}, {self.key}"]
+        lines += [f"  {name}: {show(v)}" for name, v in self.values.items()]
+        lines += [f"  invariants {show(self.invariants)}, shards {show(self.shards)}"]
+        parts = (*self.extents, *self.tokens, *self.steps, *self.outs)
+        return "\n".join([*lines, *(f"  {show(x)}" for x in parts)])
+
+    @cached_property
+    def sizes(self) -> tuple[sympy.Symbol, ...]:
+        """What its shapes are over."""
+        return (*self.symbols, *map(rows_of, range(len(self.extents))))
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Attention))
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Piece))
+
+    @cached_property
+    def saves(self) -> tuple[str, ...]:
+        """What the forward leaves for the backward, one block per j: attention's output and
+        log-sum-exp, and what the pieces save."""
+        attended = [n for a in self.attentions for n in (a.out, a.lse)]
+        return (*attended, *(n for p in self.pieces for n in p.saves))
+
+    @cached_property
+    def weight_elements(self) -> int:
+        """Of one shard, pads and duplicates included."""
+        return sum(numel(self.values[s].shape, {}) for s in self.shards)
+
+    def real_steps(self) -> int:
+        """Steps with at least one real unit."""
+        return min(self.ranks, -(-self.size // self.units))
+
+
+# a body lives as long as a program that folds it
+BODIES: weakref.WeakValueDictionary[str, Body] = remembered(MODEL, weakref.WeakValueDictionary())
+
+
+def made_again(body: Body) -> Body:
+    """The body whose backward recomputes everything; registered."""
+    key = hashlib.sha256(f"{body.key} recomputed".encode()).hexdigest()[:20]
+    made = BODIES.get(key)
+    if made is None:
+        steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)
+        made = BODIES[key] = replace(body, key=key, steps=steps, spared=0, compiled={})
+    return made
+
+
+def evaluate(size: Size, sizes: Lengths) -> Any:
+    """An int, or a SymInt where `sizes` holds SymInts."""
+    if type(size) is int or not isinstance(size, sympy.Expr):
+        return size
+    values = tuple([sizes[s] for s in _symbols(size)])
+    if all(type(v) is int for v in values):
+        return _known(size, values)
+    return _interpreted(size, values)
+
+
+@lru_cache(maxsize=1 << 16)
+def _symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted((s for s in size.free_symbols if isinstance(s, sympy.Symbol)), key=str))
+
+
+def _interpreted(size: sympy.Expr, values: tuple[IntLikeType, ...]) -> Any:
+    symbols = _symbols(size)
+    if not symbols:
+        return int(size)
+    return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values)), size)
+
+
+_known = lru_cache(maxsize=1 << 16)(_interpreted)  # the sizes of a call return at the next ones
+
+
+def numel(shape: Sequence[Size], sizes: Lengths) -> Any:
+    n = 1
+    for s in shape:
+        n = n * evaluate(s, sizes)
+    return n
+
+
+def symbol_values(body: Body, sizes: Sequence[Any], rows: Sequence[Any]) -> dict[sympy.Symbol, Any]:
+    """The symbols of a body at a call; rows: of each sequence in a step."""
+    return dict(zip(body.sizes, (*sizes, *rows)))

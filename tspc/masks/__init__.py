@@ -1,0 +1,1 @@
+"""Index expressions, and the predicates and scores that are made of them."""
