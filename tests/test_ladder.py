@@ -19,8 +19,7 @@ from examples.llama_like import LlamaLike
 from tspc.explain.report import reports, warnings
 from tspc.passes import pipeline
 from tspc.passes.analyse import factorize
-from tspc.passes.lower import pieces
-from tspc.passes.lower import localize, propagate
+from tspc.passes.lower import localize, pieces, propagate
 
 aten = torch.ops.aten
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
