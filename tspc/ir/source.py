@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-OURS = str(Path(__file__).parent)
+OURS = str(Path(__file__).parents[1])
 
 
 def source_line(node: torch.fx.Node) -> str:

@@ -40,7 +40,7 @@ from tspc.base.errors import ShardedParameterError, TspcError
 
 Function = TypeVar("Function", bound=Callable[..., object])
 _TORCH = str(Path(torch.__file__).parent)
-_TSPC = str(Path(__file__).parent)
+_TSPC = str(Path(__file__).parents[1])
 FLEX = torch.ops.higher_order.flex_attention
 NESTING = {  # the functions that open and close a loop of vmap in a Dynamo graph
     predispatch._vmap_increment_nesting: "open",
