@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TypeVar
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from tspc.base.errors import CaptureError, InternalError, RuleError, TspcError, UnsupportedError
 from tspc.base.journal import log
@@ -26,6 +25,7 @@ from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.analyse.regions import Region
 from tspc.passes.lower.run_piece import Maker
+from tspc.seams.lowering import TorchDynamoException
 
 T = TypeVar("T")
 RETRIES = 16  # refusals before all is refused

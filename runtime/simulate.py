@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
 from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.requests import Axis
 from tspc.runtime.execute import GENERATORS
+from tspc.seams.tensors import OpOverload, tree_leaves
 
 # some kernels give other strides than their fakes
 RESHAPED = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}

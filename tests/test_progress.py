@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tspc.base import progress
+from tspc.backend import progress
 
 
 @pytest.mark.parametrize("quiet,seconds,count", [(False, 0.3, 2), (False, 0.0, 0), (True, 0.3, 0)])

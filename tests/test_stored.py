@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.stored_values import READ, WRITE, lines
+from tspc.base.errors import ShardedParameterError
 from tspc.runtime.params.gradients import arrives_cut
 from tspc.runtime.params.values import store_on
 from tspc.seams.compiler import assign_data_of_shards
@@ -92,7 +93,7 @@ def differs(a: Any, b: Any) -> bool:
 def compare(ranks: int, shapes: list[str], grads: bool) -> list[str]:
     """What is not one device's."""
     mesh, wrong = mesh_of(ranks), []
-    assign_data_of_shards()
+    assign_data_of_shards(ShardedParameterError)
     for shape_name in shapes:
         shape, dim = SHAPES[shape_name]
         plain = values(shape)

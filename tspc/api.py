@@ -11,16 +11,14 @@ from typing import Any
 import sympy
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from tspc.backend.planned import check_planned, parameters_of
 from tspc.backend.reference import reference_backend
 from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
 from tspc.backend.tsp import GRAPHS, Compiled
-from tspc.base.errors import CaptureError, ParityError, PlanError
+from tspc.base.errors import CaptureError, ParityError, PlanError, TspcError
 from tspc.base.hardware import device_name
 from tspc.base.options import Options, parse
 from tspc.base.usage import (
@@ -49,6 +47,7 @@ from tspc.runtime.params.convert import convert
 from tspc.runtime.params.initialise import initialise
 from tspc.seams.compiler import plainly
 from tspc.seams.dynamo import isolated
+from tspc.seams.tensors import FakeTensorMode, tree_flatten, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def plan(
     count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
     named = parameters_of(model) if isinstance(model, nn.Module) else {}
 
-    @plainly
+    @plainly(TspcError)
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))

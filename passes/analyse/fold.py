@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from tspc.base.text import textual
 from tspc.factors.factor import Dim, Factor
 from tspc.factors.registry import ONCE
 from tspc.ir.program import APART, CASTS, FOLD, OUTPUT, PARAM, Node, Program, Ref, Type
+from tspc.ir.text import textual
 from tspc.passes.analyse.factorize import Analysis, Record
 from tspc.passes.analyse.independent import independent, is_independent, makers_in, makers_of
 from tspc.passes.analyse.regions import Region

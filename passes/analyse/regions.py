@@ -12,12 +12,11 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch._ops import OpOverload
-
 from tspc.factors.factor import Factor, const
 from tspc.ir.kinds import ALONG
 from tspc.ir.program import OUTPUT, PARAM, PLACEHOLDERS
 from tspc.passes.analyse.factorize import Analysis, Record
+from tspc.seams.tensors import OpOverload
 
 ENDS = ("reduce", "lse")
 VIEWS = {

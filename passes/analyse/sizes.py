@@ -9,11 +9,10 @@ from typing import Any
 
 import sympy
 from torch.types import IntLikeType
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.factors.factor import Dims, Factor, Factors
 from tspc.ir.program import Size
+from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
 Length = IntLikeType | sympy.Basic  # of a run, or symbolic
 

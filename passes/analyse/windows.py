@@ -15,7 +15,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments
 from tspc.factors.factor import Dims, Factor, const, norm
@@ -23,6 +22,7 @@ from tspc.ir.kinds import CONTRACTIONS, MEANS, SUMS
 from tspc.ir.program import OUTPUT, PARAM, PLACEHOLDERS, Node, Program, Ref, Size, Type
 from tspc.passes.analyse.factorize import Analysis, Record
 from tspc.passes.analyse.sizes import Sizes
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 SHAPED = (

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments, Keywords
 from tspc.ir.program import CASTS, SDPA, Node, Program, Ref, Size, Type
@@ -24,6 +23,7 @@ from tspc.ops.masked import MASKED_ATTENTION
 from tspc.ops.sinks import SINK_ATTENTION
 from tspc.passes.rewrite.masks import ABSORBS, Known, expressions, known
 from tspc.passes.rewrite.reading import Reading
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import UnsupportedError
 from tspc.ir.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Size, Type
 from tspc.ops import counter  # noqa: F401  defines the ops
 from tspc.ops.masked import MASKED_ATTENTION
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 tspc = torch.ops.tspc

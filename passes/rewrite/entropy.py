@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import sympy
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.ops import library as ops  # noqa: F401  defines tspc::pick
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 

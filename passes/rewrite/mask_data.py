@@ -12,11 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.masks.predicate import B, H, K, Q
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.ir.program import (
     CASTS,
@@ -27,6 +26,7 @@ from tspc.ir.program import (
 )
 from tspc.passes.rewrite.entropy import cross_entropy
 from tspc.passes.rewrite.sequence_ops import canonical
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Arguments
 from tspc.ir.binding import bind
 from tspc.ir.kinds import PADS
 from tspc.ir.program import Node, Ref, Type
 from tspc.ops.sequence import SEQUENCE_CONV
+from tspc.seams.tensors import OpOverload
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 CONVS = (aten.conv1d.default, aten.conv1d.padding)

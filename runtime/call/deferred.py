@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
 
 from tspc.base.context import Arguments, Context, Keywords
 from tspc.base.errors import RankFailureError, UnsupportedError
+from tspc.seams.tensors import OpOverload, make_wrapper, tree_map
 
 
 class DeferredTensor(torch.Tensor):
@@ -32,7 +31,7 @@ class DeferredTensor(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device,
     ) -> DeferredTensor:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self = make_wrapper(cls, shape, dtype=dtype, device=device)
         self._gather, self._value = gather, None
         return self
 

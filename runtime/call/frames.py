@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
 
 from tspc.base.errors import UnsupportedError
 from tspc.base.journal import log
 from tspc.base.state import CALL, remembered
 from tspc.runtime.call.wrapped import check_wrapped
 from tspc.seams.compiler import on_compile, tracing, why_not_forward, why_outside
+from tspc.seams.tensors import tree_leaves
 
 LISTED = 3  # names that a line tells
 CHANGE = "change that, or leave this part out of the compiled model"

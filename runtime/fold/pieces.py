@@ -8,15 +8,12 @@ from typing import Any
 
 import sympy
 import torch
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tspc.ir.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.ir.program import Type
 from tspc.runtime.lowering.trace import local_fakes
+from tspc.seams.lowering import TracingContext, V, compile_fx_inner, select_decomp_table, tracing
 
 Values = dict[str, torch.Tensor]
 

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.utils._filelock import FileLock
-
 from tspc.base.errors import CacheError
 from tspc.base.journal import log
 from tspc.base.state import PROCESS, remembered
+from tspc.seams.lowering import cache_dir
+from tspc.seams.tensors import FileLock
 
 T = TypeVar("T")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"

@@ -18,31 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.schemas import (
-    AOTDispatchCompiler,
-    SerializableAOTDispatchCompiler,
-)
-from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
-from torch._inductor import config as inductor_config
-from torch._inductor.codecache import FxGraphCache
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-from torch._inductor.lowering import make_pointwise, register_lowering
-from torch._inductor.output_code import OutputCode
-from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._ordered_set import OrderedSet
 
 from tspc.ops.counter import mix, mixed
 from tspc.runtime.lowering.trace import Fakes, tag
 from tspc.seams.compiler import keep_saved
+from tspc.seams.lowering import (
+    AOTDispatchCompiler,
+    CustomGraphPass,
+    FxGraphCache,
+    OutputCode,
+    SerializableAOTDispatchCompiler,
+    TracingContext,
+    V,
+    aot_module_simplified,
+    compile_fx_inner,
+    functorch_config,
+    inductor_config,
+    make_boxed_func,
+    make_pointwise,
+    min_cut_rematerialization_partition,
+    preserve_node_ordering,
+    register_lowering,
+    select_decomp_table,
+    tracing,
+)
+from tspc.seams.lowering import inductor_ops as ops
+from tspc.seams.tensors import DisableAutocast, OrderedSet
 
 
 class _Operators:
@@ -102,7 +105,7 @@ class Lowered(OutputCode):
     _boxed_call: bool = True
 
     def __call__(self, inputs: Any) -> Any:
-        with torch._C._DisableAutocast():
+        with DisableAutocast():
             return self.graph(inputs)
 
     def prepare_for_serialization(self) -> None:
@@ -128,7 +131,7 @@ def _inner(fakes: Fakes, is_backward: bool) -> AOTDispatchCompiler:
         with V.set_fake_mode(fakes.mode):
             lowered = Lowered(compile_fx_inner(gm, inputs, is_backward=is_backward))
         # a backward inside of a compiled function
-        return torch._dynamo.disable(lowered) if is_backward else lowered
+        return torch.compiler.disable(lowered) if is_backward else lowered
 
     return SerializableAOTDispatchCompiler(OutputCode, compile_graph)
 
@@ -141,7 +144,7 @@ def _without_autocast(compiled: Any) -> Any:
     """The casts are in the program; a caller's autocast must not cast again."""
 
     def run(args: list[Any]) -> Any:
-        with torch._C._DisableAutocast():
+        with DisableAutocast():
             return compiled(args)
 
     whole = torch.compiler.disable(run)  # a backward inside of a compiled function

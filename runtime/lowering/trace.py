@@ -12,17 +12,21 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._functorch.partitioners import default_partition, must_recompute
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tspc.ir.body import evaluate
 from tspc.ir.program import Type
 from tspc.ops.counter import mix
+from tspc.seams.lowering import (
+    ConstantSource,
+    TracingContext,
+    aot_export_joint_simple,
+    default_partition,
+    must_recompute,
+    tracing,
+)
+from tspc.seams.tensors import FakeTensorMode
 
 
 @dataclass(frozen=True)

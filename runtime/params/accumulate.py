@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import PendingGradientError, PlanError
@@ -24,6 +22,7 @@ from tspc.base.state import CALL, PROCESS, remembered
 from tspc.runtime.call.drift import steps_since
 from tspc.runtime.call.inputs import replicas_agree, text
 from tspc.runtime.comm.place import Place
+from tspc.seams.tensors import OpOverload, make_wrapper, no_torch_function, tree_leaves
 
 aten = torch.ops.aten
 _QUIET: list[nn.Module] = remembered(CALL, [])
@@ -58,7 +57,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 class Kept(torch.Tensor):
     """In `.grad`: `total`, the sum of this rank's gradients of its chunk, and what was `before`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     place: Place
     total: torch.Tensor
@@ -68,7 +67,7 @@ class Kept(torch.Tensor):
     @staticmethod
     def __new__(cls, place: Place, p: nn.Parameter, total: torch.Tensor) -> Kept:
         like = {"strides": p.stride(), "dtype": p.dtype, "device": p.device}
-        return torch.Tensor._make_wrapper_subclass(cls, p.shape, **like)
+        return make_wrapper(cls, p.shape, **like)
 
     def __init__(self, place: Place, p: nn.Parameter, total: torch.Tensor):
         self.place, self.total, self.before, self.owner = place, total, p.grad, weakref.ref(p)

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -26,6 +24,7 @@ from tspc.base.state import MODEL, PROCESS, remembered
 from tspc.runtime.params.handover import hand_over, release
 from tspc.runtime.params.storage import shard_parameters
 from tspc.seams.compiler import RestartTrace, compiled_roots, move_shard, real_tensors
+from tspc.seams.tensors import OpOverload, unset_fake_temporarily
 
 _HOOKS: list[object] = remembered(PROCESS, [])
 # of shards: no graph has said how these are to be cut

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tspc.base.state import CALL, remembered
 from tspc.runtime.params.accumulate import is_cut
 from tspc.seams.compiler import replace_member, uses
+from tspc.seams.tensors import DisableTorchFunctionSubclass
 
 # whole parameters that live autograd graphs read or add to
 _READ: list[nn.Parameter] = remembered(CALL, [])
@@ -41,7 +42,7 @@ def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:
         return
 
     def moved(p: nn.Parameter) -> None:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with DisableTorchFunctionSubclass(), torch.no_grad():
             grad, p.grad = p.grad, None
             assert grad is not None
             _add(new, shard_of_gradient(new, grad, axis))
@@ -60,7 +61,7 @@ def release() -> None:
 
 
 def _empty(p: nn.Parameter) -> None:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         p.data = p.data.new_empty(0)
 
 

@@ -17,11 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import PlanError
@@ -29,6 +26,7 @@ from tspc.runtime.comm import exchange
 from tspc.runtime.comm.drivers import distributed
 from tspc.runtime.comm.place import Place
 from tspc.seams.compiler import storage_key
+from tspc.seams.tensors import OpOverload, TorchDispatchMode, tree_leaves
 
 RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has the second
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from tspc.base.state import PROCESS, remembered
 from tspc.runtime.params.stored import is_stored
 from tspc.runtime.params.whole import Sharers, identity
 from tspc.runtime.params.writing import gathered, settled, writing
+from tspc.seams.tensors import tree_leaves
 
 _DONE: set[tuple[str, str]] = remembered(PROCESS, set())
 SAVE = "save_pretrained"

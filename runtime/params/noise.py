@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 
 from tspc.runtime.comm.failures import told
+from tspc.seams.tensors import OpOverload
 
 WHAT = "the seed of random numbers for sharded parameters outside of the compiled graphs"
 _VALUES = ("bernoulli", "native_dropout", "rrelu", "multinomial", "binomial", "poisson")

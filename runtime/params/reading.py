@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import _IncompatibleKeys
 
 from tspc.base.errors import PlanError
 from tspc.runtime.params.whole import identity, root_of
 from tspc.seams.compiler import part_of
+from tspc.seams.tensors import IncompatibleKeys
 
 INDEX = ".safetensors.index.json"
 PREFIX = "_orig_mod."  # of a compiled module
@@ -24,7 +24,7 @@ PREFIX = "_orig_mod."  # of a compiled module
 
 def load_safetensors(
     model: nn.Module, path: str | os.PathLike[str], strict: bool = True
-) -> _IncompatibleKeys:
+) -> IncompatibleKeys:
     """Read a checkpoint of whole tensors into a model, compiled or not, sharded or not: each rank
     reads its slices only. Nothing is sent; call it on each rank that has a part of the model.
 
@@ -57,7 +57,7 @@ def load_safetensors(
                     name = key.removeprefix(PREFIX)
                     if name in tensors:
                         _read(f, key, tensors[name])
-    return _IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(missing, unexpected)
 
 
 def _read(f: Any, key: str, target: torch.Tensor) -> None:

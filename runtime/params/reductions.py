@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, Shard
 
 from tspc.base.context import Arguments, Keywords
 from tspc.runtime.params.stored import cuts, is_cut, parts, whole, wrap
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 _LOW = (torch.bfloat16, torch.float16)

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from tspc.base.context import Context
-from tspc.base.errors import UnsupportedError
+from tspc.base.errors import ShardedParameterError, UnsupportedError
 from tspc.base.state import CALL, MODEL, remembered
 from tspc.ir.shard import ShardMap
 from tspc.runtime.call import frames as calls
@@ -211,7 +211,7 @@ def shard_parameters(
     along their largest dim. cut: over the replicas too, as those that are stored so already.
     """
     cut = cut or any(is_cut(p) for p in module.parameters() if isinstance(p, DTensor))
-    assign_data_of_shards()
+    assign_data_of_shards(ShardedParameterError)
     find_nan_in_shards()
     orthogonalise_whole()
     store_on(mesh)

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tspc.base.state import PROCESS, remembered
 from tspc.runtime.comm.failures import told
+from tspc.seams.tensors import DTensorSpec, TensorMeta
 
 WHAT = "a value of sharded parameters outside of the compiled graphs"
 NOTED = 2**20  # bytes; what is smaller is gathered without a word

@@ -12,12 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import ShardedParameterError
@@ -37,6 +33,14 @@ from tspc.runtime.params.stored import (
 )
 from tspc.runtime.params.views import parts_of, places
 from tspc.seams.dtensor import dispatch_dtensors, is_traced, read_dtensors
+from tspc.seams.tensors import (
+    DTensorSpec,
+    OpOverload,
+    current_backward,
+    return_and_correct_aliasing,
+    tree_leaves,
+    tree_map,
+)
 
 aten = torch.ops.aten
 
@@ -209,7 +213,7 @@ def _lead(shards: Sequence[DTensor], operands: Sequence[torch.Tensor]) -> DTenso
 
 def _graphs() -> bool:
     """What is made here may be part of a loss, or of its gradient."""
-    return torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
+    return torch.is_grad_enabled() or current_backward() != -1
 
 
 def _plainly(c: Call) -> object:

@@ -6,20 +6,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import ShardedParameterError
 from tspc.runtime.params.stored import put, whole
+from tspc.seams.tensors import OpOverload, make_subclass, no_torch_function, tree_leaves, tree_map
 
 
 class Part(torch.Tensor):
     """base: what is stored. full: the base, gathered when it was at `version`; shown: the view of
     it."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     base: DTensor
     full: torch.Tensor
@@ -28,7 +27,7 @@ class Part(torch.Tensor):
 
     @staticmethod
     def made(base: DTensor, full: torch.Tensor, inner: torch.Tensor) -> Part:
-        self: Any = torch.Tensor._make_subclass(Part, inner)
+        self: Any = make_subclass(Part, inner)
         self.base, self.full, self.shown = base, full, inner
         self.version = base._local_tensor._version
         return self

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from tspc.base.errors import PlanError, ShardedParameterError
 from tspc.base.state import CALL, remembered
 from tspc.runtime.comm.failures import Lost, failure, told
 from tspc.seams.compiler import default_store, storage_key, timeout_of
+from tspc.seams.tensors import has_storage, tree_map
 
 log = logging.getLogger("tspc")
 PATIENCE = timedelta(seconds=10)  # then it is said who is waited for
@@ -173,7 +173,7 @@ def shown(take: Gathered | None) -> Iterator[None]:
 def identity(x: torch.Tensor) -> object:
     """Equal for two tensors that are one, with all of its memory alike."""
     held = x._local_tensor if isinstance(x, DTensor) else x
-    if not torch._C._has_storage(held):
+    if not has_storage(held):
         return id(x)
     return storage_key(held), held.storage_offset(), tuple(x.shape), tuple(held.stride())
 

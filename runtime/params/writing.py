@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.base.errors import RankFailureError, ShardedParameterError
 from tspc.runtime.comm.failures import told
 from tspc.runtime.params.stored import is_stored
 from tspc.runtime.params.whole import Gathered, Sharers, active, cut, sharers, shown
 from tspc.seams.compiler import cut_loaded_states, refuse_pickles
+from tspc.seams.tensors import tree_leaves, tree_map
 
 _REFUSED = (
     "a shard {shape} of a model that tspc shards (a parameter, its gradient or what an optimizer "

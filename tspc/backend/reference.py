@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tspc.base.errors import TspcError
 from tspc.factors.factor import Factors
 from tspc.frontend.capture import Captured, capture
 from tspc.ir.program import CONSTANT, OUTPUT, PLACEHOLDERS, SEED, Program, Ref
@@ -18,7 +19,7 @@ from tspc.runtime.comm.seed import draw
 from tspc.seams.compiler import plainly
 
 
-@plainly
+@plainly(TspcError)
 def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
     """A Dynamo backend: graphs without random ops run as they are."""
     captured = capture(gm, example_inputs)

@@ -15,6 +15,7 @@ import sympy
 import torch
 
 from tspc.base.context import Context
+from tspc.base.errors import TspcError
 from tspc.base.options import Options
 from tspc.frontend.autocast import off
 from tspc.frontend.capture import Captured, capture
@@ -69,7 +70,7 @@ def simulated_backend(
     """A Dynamo backend; `made` collects its graphs."""
     chosen = options or Options()
 
-    @plainly
+    @plainly(TspcError)
     def backend(
         gm: torch.fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:

@@ -12,18 +12,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from tspc.backend.mode import mode_options
 from tspc.backend.planned import check_planned
-from tspc.base.errors import InternalError, OptionError, PlanError, UnsupportedError
+from tspc.backend.progress import Compiling, stage
+from tspc.base.errors import InternalError, OptionError, PlanError, TspcError, UnsupportedError
 from tspc.base.hardware import device_name
 from tspc.base.journal import log
-from tspc.base.options import Options, mode_options, parse
-from tspc.base.progress import Compiling, stage
+from tspc.base.options import Options, parse
 from tspc.base.state import MODEL, remembered
 from tspc.explain.report import reports, warnings
 from tspc.frontend.autocast import off
@@ -56,6 +54,8 @@ from tspc.runtime.mesh import renew, resolve
 from tspc.runtime.params.convert import convert_and_restart, settle
 from tspc.runtime.params.storage import Prologue, Taken, placed
 from tspc.seams.compiler import compiled_roots, plainly
+from tspc.seams.lowering import compile_fx
+from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Compiled:
 GRAPHS = remembered(MODEL, weakref.WeakKeyDictionary[torch.nn.Module, list[Compiled]]())
 
 
-@plainly
+@plainly(TspcError)
 def tsp(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -107,7 +107,7 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
     chosen = dict(chosen or {})
     _check_names(chosen)
     for name, choices in _CHOICES.items():
-        if name in chosen and not _one_of(chosen[name], choices):
+        if name in chosen and not one_of(chosen[name], choices):
             raise OptionError(f"{name}={chosen[name]!r}; valid: {', '.join(map(repr, choices))}")
     check_mesh("options", chosen.get("mesh"))
     if not isinstance(chosen.get("axis"), (str, type(None))):
@@ -119,7 +119,7 @@ def parse(chosen: Mapping[str, Any] | None) -> Options:
         memory_limit(chosen["memory_budget"], 0)
     _check_schedule(chosen.get("schedule", "auto"))
     for name in ("param_dtype", "reduce_dtype"):
-        if not _one_of(chosen.get(name), (None, *FLOATS)):
+        if not one_of(chosen.get(name), (None, *FLOATS)):
             valid_types = ", ".join(map(str, FLOATS))
             raise OptionError(f"{name}={chosen[name]!r}; valid: None, {valid_types}")
     if chosen.get("hardware") is not None:
@@ -141,7 +141,7 @@ def _check_schedule(schedule: object) -> None:
     if isinstance(schedule, Mapping) and any(not isinstance(k, str) for k in schedule):
         raise OptionError(f"schedule by region: names or globs are strings, not {list(schedule)}")
     for v in values:
-        if not _one_of(v, SCHEDULES):
+        if not one_of(v, SCHEDULES):
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
 
 
@@ -162,16 +162,7 @@ def memory_limit(budget: Any, most: int) -> float:
     raise OptionError(f"memory_budget={budget!r}; valid: {VALID}{hint}")
 
 
-def mode_options(mode: Any) -> dict[str, Any]:
-    """What Inductor makes of `torch.compile(mode=...)`. Raises `OptionError` for an unknown
-    one."""
-    modes = torch._inductor.list_mode_options()
-    if mode is not None and not _one_of(mode, tuple(modes)):
-        raise OptionError(f"mode={mode!r}; valid: {', '.join(map(repr, modes))}")
-    return dict(modes[mode]) if mode is not None else {}
-
-
-def _one_of(value: object, choices: tuple[object, ...]) -> bool:
+def one_of(value: object, choices: tuple[object, ...]) -> bool:
     """Values that are no plain ones (tensors) are not compared."""
     plain = isinstance(value, (str, int, float))
     return any(value is c or (plain and value == c) for c in choices)

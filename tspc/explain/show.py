@@ -8,8 +8,8 @@ from typing import Any
 
 import sympy
 
-from tspc.base.text import SHORT
 from tspc.ir.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Size, Type
+from tspc.ir.text import SHORT
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.unit import Unit
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._ops import OpOverload, OpOverloadPacket
-
 from tspc.base.errors import RuleError
 from tspc.base.state import CODE, remembered
 from tspc.factors.notation import Computed, Rule
+from tspc.seams.tensors import OpOverload, OpOverloadPacket
 
 RULES: dict[OpOverload, Rule] = remembered(CODE, {})
 COMPUTED: dict[OpOverload, Computed] = remembered(CODE, {})

@@ -12,19 +12,27 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.node import Argument
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tspc.base.context import Arguments, Keywords
+from tspc.seams.tensors import (
+    DisableAutocast,
+    DisableTorchFunction,
+    DispatchKey,
+    FunctionalTensorMode,
+    OpOverload,
+    enter_autocast,
+    exit_autocast,
+    has_kernel,
+    tree_leaves,
+    tree_map,
+)
 
 aten = torch.ops.aten
 State = dict[str, torch.dtype]  # device type -> the dtype that its autocast casts to
 KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
-off: Callable[[], Any] = torch._C._DisableAutocast
+off: Callable[[], Any] = DisableAutocast
 
 
 def ambient() -> State:
@@ -36,7 +44,7 @@ def explicit(
     gm: torch.fx.GraphModule, state: State, inputs: Sequence[object]
 ) -> torch.fx.GraphModule:
     """The graph with every cast a node; `gm` itself where no op of it is under autocast."""
-    while state or any(n.target is _enter_autocast for n in gm.graph.nodes):
+    while state or any(n.target is enter_autocast for n in gm.graph.nodes):
         gm, state = retraced(_Explicit(gm, state), inputs), {}
     return gm
 
@@ -67,10 +75,10 @@ class Entered(torch.fx.Interpreter):
                 self.stack.pop().__exit__(None, None, None)
 
     def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
-        if target is _enter_autocast:
+        if target is enter_autocast:
             self.stack.append(torch.autocast(*args))
             return self.stack[-1].__enter__()
-        if target is _exit_autocast:
+        if target is exit_autocast:
             return self.stack.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
@@ -97,9 +105,9 @@ class _Explicit(torch.fx.Interpreter):
         self.expected: Any = None
 
     def run_node(self, n: torch.fx.Node) -> object:
-        if n.target is _enter_autocast:
+        if n.target is enter_autocast:
             return self._enter(*n.args)
-        if n.target is _exit_autocast:
+        if n.target is exit_autocast:
             self.states.pop()
             return None
         self.expected = n.meta.get("val")
@@ -117,19 +125,17 @@ class _Explicit(torch.fx.Interpreter):
 
     def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
         state = self.states[-1]
-        if not state or not isinstance(target, torch._ops.OpOverload):
+        if not state or not isinstance(target, OpOverload):
             return super().call_function(target, args, kwargs)
         expected = self.expected
         device = expected.device.type if isinstance(expected, torch.Tensor) else next(iter(state))
         if device not in state:
             return super().call_function(target, args, kwargs)
         key = KEYS[device]
-        if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key):
+        if has_kernel(target.name(), key):
             with _set(state):
                 return _kernel(target, key, args, kwargs)
-        composite = target.has_kernel_for_dispatch_key(
-            torch._C.DispatchKey.CompositeImplicitAutograd
-        )
+        composite = target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
         if composite and self._casts_inside(target, args, kwargs):
             return self._opened(target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -157,9 +163,9 @@ class _Explicit(torch.fx.Interpreter):
             return _kernel(target, "CompositeImplicitAutograd", args, kwargs)
 
 
-def _kernel(op: torch._ops.OpOverload, key: str, args: Arguments, kwargs: Keywords) -> object:
-    with torch._C.DisableTorchFunction():  # the tracer's mode would drop the key
-        return op._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+def _kernel(op: OpOverload, key: str, args: Arguments, kwargs: Keywords) -> object:
+    with DisableTorchFunction():  # the tracer's mode would drop the key
+        return op._op_dk(getattr(DispatchKey, key), *args, **kwargs)
 
 
 class OneType(FunctionalTensorMode):

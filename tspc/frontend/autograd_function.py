@@ -13,7 +13,6 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Node
@@ -24,6 +23,7 @@ from tspc.base.errors import UnsupportedError
 from tspc.frontend.vmap import copied, like
 from tspc.ir.source import source_line
 from tspc.ops.library import LIB
+from tspc.seams.tensors import FakeTensor, FakeTensorMode, OpOverload
 
 Tensor = torch.Tensor
 APPLY = torch.ops.higher_order.autograd_function_apply
@@ -212,7 +212,7 @@ def _is_number(x: Tensor) -> bool:
 def _is_zero(m: Node, zero: set[Node]) -> bool:
     if m.target is operator.getitem:
         return m.args[0] in zero
-    assert isinstance(m.target, torch._ops.OpOverload)
+    assert isinstance(m.target, OpOverload)
     name = m.target._schema.name.split("::")[1]
     found = [x in zero for x in m.all_input_nodes if _holds_numbers(x)]
     if name in ("add", "sub", "where"):

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tspc.seams.compiler import storage_key
+from tspc.seams.tensors import FunctionalTensor, OpOverload
 
 ITSELF = (torch.ops.aten.to, torch.ops.aten.contiguous)  # these may give back the operand
 

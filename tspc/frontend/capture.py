@@ -16,16 +16,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import (
-    FunctionalTensor,
-    dispatch_functionalize,
-)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._sympy.functions import FloorDiv
 
 from tspc.base.errors import CaptureError, UnsupportedError
 from tspc.base.hardware import hardware
@@ -58,6 +50,9 @@ from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.pipeline import rewrite
 from tspc.passes.unit import Unit
 from tspc.seams.compiler import source_name
+from tspc.seams.lowering import TracingContext, has_data_mutation
+from tspc.seams.sizes import FloorDiv
+from tspc.seams.tensors import FakeTensor, FakeTensorMode, FunctionalTensor, dispatch_functionalize
 
 _SKIPPED = ("sym_size", "_assert")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.seams.compiler import parts_of
+from tspc.seams.tensors import OpOverload
 
 LOSSES = """
     mse_loss l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss poisson_nll_loss

@@ -11,12 +11,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch.fx import Node
-from torch.utils._pytree import tree_map
 
 from tspc.base.errors import UnsupportedError
 from tspc.frontend.autocast import Entered
+from tspc.seams.lowering import has_data_mutation
+from tspc.seams.tensors import tree_map
 
 ADVICE = "write into it by .data or under torch.no_grad(), and read the parameter itself after"
 DETACHING = ("detach", "detach_", "data", "_get_data_attr")

@@ -13,14 +13,12 @@ from typing import Any
 import sympy
 import torch
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import TensorReferenceAnalysis
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from tspc.base.context import Arguments, Keywords
 from tspc.frontend.autocast import retraced
 from tspc.seams.compiler import FLEX, NESTING
+from tspc.seams.sizes import SymT, TensorReferenceAnalysis, symbol_is_type, sympy_interp
+from tspc.seams.tensors import OpOverload, tree_leaves, tree_map
 
 aten = torch.ops.aten
 ITEMS = (aten.item.default, aten._local_scalar_dense.default)
@@ -124,7 +122,7 @@ class _Tensors(torch.fx.Interpreter):
                 self.known[value.node.expr] = args[0]
             return value
         symbolic = any(isinstance(x, torch.SymFloat) for x in tree_leaves((args, kwargs)))
-        if not symbolic or not isinstance(target, torch._ops.OpOverload):
+        if not symbolic or not isinstance(target, OpOverload):
             return super().call_function(target, args, kwargs)
         if isinstance(self.expected, torch.Tensor) and any(_free((args, kwargs))):
             try:

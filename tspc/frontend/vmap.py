@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
@@ -19,6 +18,7 @@ from torch.fx.traceback import preserve_node_meta
 from tspc.base.errors import UnsupportedError
 from tspc.ir.source import source_line
 from tspc.seams.compiler import NESTING
+from tspc.seams.tensors import FakeTensorMode, HigherOrderOperator
 
 Node = torch.fx.Node
 
@@ -34,7 +34,7 @@ def inlined(gm: torch.fx.GraphModule, inputs: Sequence[object], mode: FakeTensor
         for n in loop:
             if "_set_grad_enabled" in str(n.target):
                 _refuse(loop, "no_grad")
-            if isinstance(n.target, torch._ops.HigherOrderOperator):
+            if isinstance(n.target, HigherOrderOperator):
                 _refuse(loop, str(n.target))
         _replace(gm, loop, values, mode)
     gm.graph.lint()

@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from tspc.base.context import Keywords
 from tspc.ir.program import Node, Ref
+from tspc.seams.tensors import OpOverload
 
 
 @lru_cache(None)

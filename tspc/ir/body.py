@@ -17,14 +17,13 @@ from typing import Any
 import sympy
 import torch
 from torch.types import IntLikeType
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.state import MODEL, remembered
-from tspc.base.text import show, textual
 from tspc.ir.layout import Layout
 from tspc.ir.program import Type
+from tspc.ir.text import show, textual
+from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
 Size = Any  # int or sympy.Expr
 Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch._ops import OpOverload
+
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ import sympy
 import torch
 
 from tspc.base.context import Arguments, Keywords
-from tspc.base.text import CLASSES, Reader, show
+from tspc.ir.text import CLASSES, Reader, show
 
 Size = int | sympy.Expr
 PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD, APART = (

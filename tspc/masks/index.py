@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 import sympy
 from sympy import Expr
 from sympy.logic.boolalg import Boolean
-from torch.utils._sympy.functions import FloorDiv, PythonMod
+
+from tspc.seams.sizes import FloorDiv, PythonMod
 
 At = sympy.Function(
     "At", integer=True

@@ -16,9 +16,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from tspc.masks.index import FALSE, TRUE, At
+from tspc.seams.sizes import FloorDiv, PythonMod
 
 Tensor = torch.Tensor
 B, H, Q, K = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "bhqk")

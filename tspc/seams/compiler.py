@@ -36,8 +36,6 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.optim import _muon
 from torch.optim.optimizer import Optimizer
 
-from tspc.base.errors import ShardedParameterError, TspcError
-
 Function = TypeVar("Function", bound=Callable[..., object])
 _TORCH = str(Path(torch.__file__).parent)
 _TSPC = str(Path(__file__).parents[1])
@@ -68,17 +66,21 @@ class _Plain(ShortenTraceback):
         return self.error
 
 
-def plainly(backend: Callable[..., object]) -> Callable[..., object]:
-    """A backend whose `TspcError`s reach the caller of the compiled model as they are."""
+def plainly(errors: type[Exception]) -> Callable[[Function], Function]:
+    """Decorates a backend: these errors of it reach the caller of the compiled model as they
+    are."""
 
-    @functools.wraps(backend)
-    def call(*args: object, **kwargs: object) -> object:
-        try:
-            return backend(*args, **kwargs)
-        except TspcError as e:
-            raise _Plain(e) from e
+    def decorate(backend: Any) -> Any:
+        @functools.wraps(backend)
+        def call(*args: object, **kwargs: object) -> object:
+            try:
+                return backend(*args, **kwargs)
+            except errors as e:
+                raise _Plain(e) from e
 
-    return call
+        return call
+
+    return decorate
 
 
 def outside_of_dynamo(fn: Function) -> Function:
@@ -278,9 +280,9 @@ def storage_key(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata if torch._C._has_storage(x) else 0
 
 
-def assign_data_of_shards() -> None:
+def assign_data_of_shards(error: type[Exception]) -> None:
     """`p.data = x` on a DTensor, which torch ignores without a word, sets its shard: x is whole,
-    or cut alike."""
+    or cut alike, else it is an `error`."""
     if "data" in DTensor.__dict__:
         return
     plain: Any = torch.Tensor.data
@@ -288,7 +290,7 @@ def assign_data_of_shards() -> None:
     def put(self: DTensor, value: torch.Tensor) -> None:
         given = (tuple(value.shape), value.dtype, value.device.type)
         if given != (tuple(self.shape), self.dtype, self.device.type):
-            raise ShardedParameterError(
+            raise error(
                 f".data of a sharded parameter {list(self.shape)} {self.dtype} was set to "
                 f"{list(value.shape)} {value.dtype} on {value.device}: use module.to(...) or "
                 "assign a new nn.Parameter to the module"

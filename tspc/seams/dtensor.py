@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._op_schema import OutputSharding
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from tspc.base.context import Arguments, Keywords
-from tspc.base.state import PROCESS, remembered
 from tspc.seams.compiler import replace_member
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
 
 
 def dispatch_dtensors(handle: Callable[..., object]) -> None:
@@ -28,22 +29,19 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
     library, comes where torch asks how the result is cut.
     """
     dispatcher = DTensor._op_dispatcher
+    propagate: Any = dispatcher._propagate_op_sharding_dispatch_slow_path
+    as_torch = functools.partial(_as_torch, propagate)
     before, handlers = dispatcher._custom_op_handlers, {}
     for op in _aten_ops():
         if not op._schema.overload_name.endswith("out"):
-            handlers[op] = functools.partial(handle, before.get(op, _as_torch))
+            handlers[op] = functools.partial(handle, before.get(op, as_torch))
     dispatcher._custom_op_handlers = {**before, **handlers}
-    propagate: Any = dispatcher._propagate_op_sharding_dispatch_slow_path
 
     def ask(op: OpOverload, args: Arguments, kwargs: Keywords, info: Any, cached: bool) -> object:
         return handle(lambda *_: propagate(op, args, kwargs, info, cached), op, args, kwargs)
 
     replace_member(dispatcher, "_propagate_op_sharding_dispatch_slow_path", ask)
-    _PROPAGATE.append(propagate)
     torch._C._clear_DTensor_sharding_propagator_cache()
-
-
-_PROPAGATE: list[Callable[..., object]] = remembered(PROCESS, [])
 
 
 def _aten_ops() -> list[Any]:
@@ -56,11 +54,13 @@ def _aten_ops() -> list[Any]:
     return found
 
 
-def _as_torch(op: OpOverload, args: Arguments, kwargs: Keywords) -> object:
+def _as_torch(
+    propagate: Callable[..., object], op: OpOverload, args: Arguments, kwargs: Keywords
+) -> object:
     """DTensor's own way with an op, spelled in Python."""
     dispatcher: Any = DTensor._op_dispatcher
     info = dispatcher.unwrap_to_op_info(op, args, kwargs)
-    found = _PROPAGATE[0](op, args, kwargs, info, True)
+    found = propagate(op, args, kwargs, info, True)
     if not isinstance(found, OutputSharding):
         return found
     info.output_sharding = found

@@ -8,10 +8,9 @@ import sys
 import threading
 import time
 
-from torch._dynamo.utils import counters
-
 from tspc.base.journal import note
 from tspc.base.state import CALL, remembered
+from tspc.seams.lowering import counters
 
 AFTER = 2.0  # seconds
 _HITS = (("aot_autograd", "autograd_cache_hit"), ("inductor", "fxgraph_cache_hit"))

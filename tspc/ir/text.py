@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch.utils._sympy import functions
 
 from tspc.base.state import CODE, remembered
+from tspc.seams.sizes import sympy_functions as functions
 
 SHORT = {
     torch.float64: "f64",
