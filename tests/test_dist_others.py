@@ -3,6 +3,7 @@ rank, with what to do."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import _muon
 
 import tspc
 
@@ -109,3 +112,42 @@ def test_what_does_not_go_together_is_told(world: Any, name: str) -> None:
         else:
             assert said.startswith(f"PlanError: backend='tsp' and {name}"), said
             assert "compile the module without it" in said
+
+
+def dtensors_of_others() -> list[str]:
+    """What a DTensor on a mesh that is none of tspc's does otherwise once a model was compiled."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("others",))
+    w = torch.arange(12.0).view(4, 3).requires_grad_()
+
+    def used() -> dict[str, Any]:
+        x = distribute_tensor(w.detach(), mesh, [Shard(0)])
+        before = x._local_tensor
+        x.data = w.detach() + 1
+        muon = _muon._zeropower_via_newtonschulz
+        g = muon(distribute_tensor(w.detach(), mesh, [Replicate()]), (3.4, -4.8, 2.0), 2, 1e-7)
+        return {
+            "data": x._local_tensor is before and bool(torch.equal(x._local_tensor, before)),
+            "numpy": _said(lambda: distribute_tensor(w.detach(), mesh, [Shard(0)]).numpy()),
+            "sum": _said(lambda: x.sum()._local_tensor.item()),
+            "pickle": len(pickle.dumps(x.detach())) > 0,
+            "muon": g.placements,
+        }
+
+    before = used()
+    model = Loss(mlp())
+    torch.compile(model, backend="tsp", options=EAGER)(X).backward()
+    after = used()
+    return [k for k in before if before[k] != after[k]]
+
+
+def _said(fn: Callable[[], Any]) -> str:
+    """The value, or the kind of the error."""
+    try:
+        return str(fn())
+    except Exception as e:
+        return type(e).__name__
+
+
+@pytest.mark.dist
+def test_dtensors_of_others_are_as_torch_has_them(world: Any) -> None:
+    assert world(2).run(dtensors_of_others) == [[], []]

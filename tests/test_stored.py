@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tests.stored_values import READ, WRITE, lines
 from tspc.base.errors import ShardedParameterError
 from tspc.runtime.params.gradients import arrives_cut
+from tspc.runtime.params.stored import is_stored
 from tspc.runtime.params.values import store_on
 from tspc.seams.compiler import assign_data_of_shards
 
@@ -93,7 +94,7 @@ def differs(a: Any, b: Any) -> bool:
 def compare(ranks: int, shapes: list[str], grads: bool) -> list[str]:
     """What is not one device's."""
     mesh, wrong = mesh_of(ranks), []
-    assign_data_of_shards(ShardedParameterError)
+    assign_data_of_shards(is_stored, ShardedParameterError)
     for shape_name in shapes:
         shape, dim = SHAPES[shape_name]
         plain = values(shape)

@@ -36,7 +36,7 @@ from tspc.runtime.comm.repack import fits, repack, repack_backward
 from tspc.runtime.params import libraries, writing
 from tspc.runtime.params.accumulate import is_cut, reduced
 from tspc.runtime.params.gradients import arrives_cut
-from tspc.runtime.params.stored import dim_of
+from tspc.runtime.params.stored import dim_of, is_stored
 from tspc.runtime.params.values import store_on
 from tspc.seams.compiler import (
     assign_data_of_shards,
@@ -211,9 +211,9 @@ def shard_parameters(
     along their largest dim. cut: over the replicas too, as those that are stored so already.
     """
     cut = cut or any(is_cut(p) for p in module.parameters() if isinstance(p, DTensor))
-    assign_data_of_shards(ShardedParameterError)
+    assign_data_of_shards(is_stored, ShardedParameterError)
     find_nan_in_shards()
-    orthogonalise_whole()
+    orthogonalise_whole(is_stored)
     store_on(mesh)
     writing.guard()
     libraries.adapt(module)

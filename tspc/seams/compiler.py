@@ -280,14 +280,17 @@ def storage_key(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata if torch._C._has_storage(x) else 0
 
 
-def assign_data_of_shards(error: type[Exception]) -> None:
-    """`p.data = x` on a DTensor, which torch ignores without a word, sets its shard: x is whole,
-    or cut alike, else it is an `error`."""
+def assign_data_of_shards(ours: Callable[[object], bool], error: type[Exception]) -> None:
+    """`p.data = x` on a DTensor of ours, which torch ignores without a word, sets its shard: x is
+    whole, or cut alike, else it is an `error`."""
     if "data" in DTensor.__dict__:
         return
     plain: Any = torch.Tensor.data
 
     def put(self: DTensor, value: torch.Tensor) -> None:
+        if not ours(self):
+            plain.__set__(self, value)
+            return
         given = (tuple(value.shape), value.dtype, value.device.type)
         if given != (tuple(self.shape), self.dtype, self.device.type):
             raise error(
@@ -314,15 +317,15 @@ def find_nan_in_shards() -> None:
     register_sharding(op)(lambda x: [([Replicate()], [Replicate()])])
 
 
-def orthogonalise_whole() -> None:
-    """Muon's iteration for a shard runs on the whole matrix, one at a time, on every rank: its sums
-    are in bfloat16, where those of shards would differ from one device's. Idempotent."""
+def orthogonalise_whole(ours: Callable[[object], bool]) -> None:
+    """Muon's iteration for a shard of ours runs on the whole matrix, one at a time, on every rank:
+    its sums are in bfloat16, where those of shards would differ from one device's. Idempotent."""
     before = _muon._zeropower_via_newtonschulz
     if before.__module__ == __name__:
         return
 
     def whole(grad: torch.Tensor, *args: Any) -> torch.Tensor:
-        if not isinstance(grad, DTensor):
+        if not (isinstance(grad, DTensor) and ours(grad)):
             return before(grad, *args)
         made = before(grad.full_tensor(), *args)
         return distribute_tensor(made, grad.device_mesh, grad.placements, src_data_rank=None)
