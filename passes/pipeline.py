@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tspc.cost import budget
-from tspc.ir.body import Body, made_again
+from tspc.ir.body import Body, recomputing
 from tspc.ir.program import FOLD, Node, Program, Ref
 from tspc.ops.counter import ATTENTIONS
 from tspc.ops.lookup import lookups, watched
@@ -91,7 +91,12 @@ def _propagate(u: Unit) -> Unit:
 
 
 def _bodies(u: Unit) -> Unit:
-    return replace(u, bodies={n.kwargs["fold"].name: _body(n, u) for n in u.folds})
+    """Layers of one structure share a body."""
+    by_key, bodies = dict[str, Body](), dict[str, Body]()
+    for n in u.folds:
+        body = _body(n, u)
+        bodies[n.kwargs["fold"].name] = by_key.setdefault(body.key, body)
+    return replace(u, bodies=bodies)
 
 
 def _body(n: Node, u: Unit) -> Body:
@@ -113,8 +118,10 @@ def _keep(u: Unit) -> Unit:
     """Which bodies keep matrix products for the backward."""
     regions = list(u.bodies.items())
     keepings = budget.choose(u.options.memory_budget, regions, u.program.hints)
-    again = {k.name: made_again(k.body) for k in keepings if not k.kept}
-    return replace(u, keepings=keepings, bodies={**u.bodies, **again})
+    dropped = {k.body for k in keepings if not k.kept}
+    again = {b: recomputing(b) for b in dropped}
+    kept = {k.name: again[k.body] for k in keepings if not k.kept}
+    return replace(u, keepings=keepings, bodies={**u.bodies, **kept})
 
 
 def _localize(u: Unit) -> Unit:

@@ -23,7 +23,7 @@ FOLDERS = {
     "rules": "base factors ir masks ops",
     "passes.rewrite": "base ir masks ops rules seams",
     "passes.analyse": "base factors ir ops rules seams",
-    "passes.lower": "base factors ir masks ops passes.analyse passes.rewrite",
+    "passes.lower": "base factors ir masks ops passes.analyse passes.rewrite seams",
     "passes": "base cost factors ir ops passes.analyse passes.lower passes.rewrite seams",
     "runtime.comm": "base ir seams",
     "runtime.attention": "base ir masks ops runtime.comm",

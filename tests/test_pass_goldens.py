@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import tspc
+from tests.zoo import build
+from tspc.base import state
 from tspc.ir.program import Program
+from tspc.passes import pipeline
 from tspc.passes.pipeline import PIPELINE
 from tspc.passes.runner import run
 from tspc.passes.unit import Unit
+from tspc.seams.tensors import TorchDispatchMode, no_modes
 
 FOLDER = Path(__file__).parent / "golden" / "passes"
 FILES = sorted(FOLDER.glob("*/*.txt"))
@@ -60,3 +67,37 @@ def test_a_pass_that_decides_leaves_the_program(path: Path) -> None:
         if step.name in DECIDE:
             assert after.program is unit.program
         unit = after
+
+
+class NoOps(TorchDispatchMode):
+    """Any op is an error, but for one that is of types alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.promote_types.default:
+            return func(*args)
+        raise AssertionError(f"a pass runs {func}")
+
+
+def registries() -> dict[str, int]:
+    held = [r.what if hasattr(r.what, "__len__") else vars(r.what) for r in state.REGISTRIES]
+    return {f"{r.module}, {k}": len(held[k]) for k, r in enumerate(state.REGISTRIES)}
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "t5"])
+def test_passes_run_no_op_and_write_no_registry(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(u: Unit, real: Any = pipeline.rewrite) -> Unit:
+        before = registries()
+        with no_modes(), NoOps():
+            u = real(u)
+        assert registries() == before
+        return u
+
+    monkeypatch.setattr("tspc.frontend.capture.rewrite", alone)
+    model, kwargs = build(name, 24)
+    plan = tspc.plan(model, (), kwargs, ranks=3)
+    assert len(str(plan)) > 1000
+
+
+def test_an_op_in_a_pass_is_seen() -> None:
+    with pytest.raises(AssertionError, match="a pass runs aten"), NoOps():
+        torch.ones(2) + 1

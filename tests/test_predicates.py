@@ -17,6 +17,7 @@ from tests.wide import each_once
 from tests.widen import Widen
 from tspc.backend.simulated import Simulated, simulated_backend
 from tspc.ir.layout import Layout
+from tspc.rules.index import held
 from tspc.runtime.attention import blocks, keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
@@ -295,3 +296,24 @@ def test_data_tells_which_blocks_are_empty(monkeypatch: pytest.MonkeyPatch) -> N
         (768, 896),
         (896, 1024),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_number_is_as_a_tensor_holds_it(dtype: torch.dtype) -> None:
+    made = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-50, 50, 4000, dtype=torch.float64)
+    values = (torch.randn(4000, generator=made, dtype=torch.float64) * scales).tolist()
+    values += [
+        0.0,
+        -0.0,
+        float("inf"),
+        -float("inf"),
+        65504.0,
+        65520.0,
+        3.4e38,
+        -3.4028235e38,
+        1e-45,
+    ]
+    for v in values:
+        assert held(v, dtype) == float(torch.tensor(v, dtype=dtype)), v
+    assert math.isnan(held(float("nan"), dtype))

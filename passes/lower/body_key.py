@@ -13,6 +13,7 @@ import torch
 from tspc.ir.body import Out, Token
 from tspc.ir.program import Ref, Type
 from tspc.passes.analyse.fold import Fold
+from tspc.passes.lower.run_piece import Table
 
 
 def structural_key(
@@ -20,7 +21,7 @@ def structural_key(
     extents: Any,
     names: Mapping[Ref, str],
     values: Mapping[str, Type],
-    tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    tables: Mapping[Ref, Table],
     symbols: Sequence[sympy.Symbol],
     others: Any,
 ) -> str:
@@ -48,6 +49,6 @@ def structural_key(
     for n in fold.body:
         kwargs = ",".join(f"{k}={show(v)}" for k, v in n.kwargs.items())
         lines.append(f"{names[Ref(n.name)]} {n.op} {show(n.args)} {kwargs}")
-    lines += [f"{names[r]} {k} {t.tolist()}" for r, (k, t) in tables.items()]
+    lines += [f"{names[r]} {t.dim} {t.rows}" for r, t in tables.items()]
     text = "\n".join([*lines, torch.__version__])
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -16,13 +16,13 @@ import torch
 from tspc.base.hardware import Hardware
 from tspc.factors.factor import Dims, Factor
 from tspc.factors.placement import indices
-from tspc.ir.body import BODIES, Attention, Body, Extent, Out, Piece, Token
+from tspc.ir.body import Attention, Body, Extent, Out, Piece, Token
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.ops.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.typed import Typed
 from tspc.passes.lower.body_key import structural_key
-from tspc.passes.lower.run_piece import WEIGHTED, Maker, plain, runner
+from tspc.passes.lower.run_piece import WEIGHTED, Maker, Table, plain, runner
 from tspc.passes.rewrite.masks import bind
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def make_body(
     save: bool,
     reduce: torch.dtype | None,
 ) -> Body:
-    """The body of a fold node, registered under its structural key.
+    """The body of a fold node, under its structural key.
 
     operands: (tokens, invariants, sliced, weights) as converted. save: the results of matrix
     products are kept for the backward, not recomputed.
@@ -60,7 +60,7 @@ def make_body(
         return name
 
     tokens, invariants, shards = [], [], []
-    tables: dict[Ref, tuple[int, torch.Tensor]] = {}
+    tables: dict[Ref, Table] = {}
     for old, new in zip(fold.tokens, operands[0]):
         whole = typed.places[new.name, new.item or 0] == "R"
         dims = fold.dims[old]
@@ -97,28 +97,25 @@ def make_body(
         symbols,
         (tokens, outs, ranks, fold.schedule, hardware, save, reduce),
     )
-    body = BODIES.get(key)
-    if body is None:
-        body = BODIES[key] = Body(
-            key,
-            fold.name,
-            tuple(symbols),
-            extents,
-            ranks,
-            fold.units,
-            fold.size,
-            steps,
-            values,
-            tuple(tokens),
-            tuple(invariants),
-            tuple(shards),
-            tuple(outs),
-            fold.schedule,
-            *_products(fold, names, values, steps),
-            hardware,
-            reduce,
-        )
-    return body
+    return Body(
+        key,
+        fold.name,
+        tuple(symbols),
+        extents,
+        ranks,
+        fold.units,
+        fold.size,
+        steps,
+        values,
+        tuple(tokens),
+        tuple(invariants),
+        tuple(shards),
+        tuple(outs),
+        fold.schedule,
+        *_products(fold, names, values, steps),
+        hardware,
+        reduce,
+    )
 
 
 def _products(
@@ -150,16 +147,15 @@ def _where(m: Maker, dims: Dims, symbols: Sequence[sympy.Symbol]) -> tuple[int, 
     return k, plain(sizes.around(dims[k], leaf)[0]), i
 
 
-def _table(m: Maker, dims: Dims) -> tuple[int, torch.Tensor]:
-    """The dim that carries the factor and [ranks, n]: its positions that shard j reads; pads
-    repeat the last unit."""
+def _table(m: Maker, dims: Dims) -> Table:
+    """Pads repeat the last unit."""
     (k,) = [i for i, d in enumerate(dims) if m.fold.factor in m.factors.leaves(d)]
     u, size = m.fold.units, m.fold.size
     rows = []
     for j in range(m.ranks):
         piece = [min(j * u + i, size - 1) for i in range(u)]
         rows.append(indices(m.factors, dims[k], m.fold.factor, piece))
-    return k, torch.tensor(rows)
+    return Table(k, rows)
 
 
 def _cut(
@@ -168,7 +164,7 @@ def _cut(
     names: dict[Ref, str],
     values: dict[str, Type],
     symbols: Sequence[sympy.Symbol],
-    tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    tables: Mapping[Ref, Table],
     save: bool,
 ) -> tuple[Piece | Attention, ...]:
     """Level of a node: how many exchanges its operands have behind them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -21,6 +22,7 @@ from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.sizes import Length, Sizes
 from tspc.passes.analyse.typed import sequence_of
 from tspc.passes.lower.run_op import call
+from tspc.seams.tensors import no_modes
 
 aten = torch.ops.aten
 PICK = torch.ops.tspc.pick.default
@@ -67,6 +69,20 @@ class Maker:
         return any(self.fold.factor in self.factors.leaves(tuple(d)) for d in dims)
 
 
+@dataclass(frozen=True)
+class Table:
+    """dim: the one that carries the factor. rows: its positions that each shard reads."""
+
+    dim: int
+    rows: list[list[int]]
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """int64[ranks, n], a constant of what is traced."""
+        with no_modes():
+            return torch.tensor(self.rows)
+
+
 def plain(n: Any) -> Any:
     return int(n) if isinstance(n, sympy.Integer) else n
 
@@ -87,7 +103,7 @@ def runner(
     m: Maker,
     nodes: Sequence[Node],
     names: Mapping[Ref, str],
-    tables: Mapping[Ref, tuple[int, torch.Tensor]],
+    tables: Mapping[Ref, Table],
     copies: Mapping[str, str],
 ) -> Callable[..., dict[str, Any]]:
     """copies: operand -> the name that its units of shard j are written under."""
@@ -101,10 +117,10 @@ def runner(
     ) -> dict[str, Any]:
         sizes = m.sizes(symbols)
         env = dict(given)
-        for name, (k, table) in sliced.items():
+        for name, table in sliced.items():
             if name in env:
-                at = table.to(step.device).index_select(0, step.view(1)).view(-1)
-                env[name] = env[name].index_select(k, at)
+                at = table.tensor.to(step.device).index_select(0, step.view(1)).view(-1)
+                env[name] = env[name].index_select(table.dim, at)
         env.update({cut: env[name] for name, cut in copies.items()})
         for n in nodes:
             record = m.fold.records[n.name]

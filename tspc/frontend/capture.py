@@ -31,6 +31,7 @@ from tspc.frontend import vmap as batched
 from tspc.frontend.autograd_grad import gives_itself, is_input
 from tspc.frontend.decompose import taken_apart
 from tspc.frontend.overwritten import Overwriting
+from tspc.ir.body import registered
 from tspc.ir.program import (
     BUFFER,
     CONSTANT,
@@ -97,7 +98,8 @@ class Captured:
         table = hardware(options.hardware, device)
         target = (ranks, axis, options, table)
         writes = len(self.writes)
-        return rewrite(Unit(self.program, symbols, *target, writes, refused, self.graph_break))
+        unit = rewrite(Unit(self.program, symbols, *target, writes, refused, self.graph_break))
+        return replace(unit, bodies=registered(unit.bodies))
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""

@@ -204,14 +204,17 @@ class Body:
 BODIES: weakref.WeakValueDictionary[str, Body] = remembered(MODEL, weakref.WeakValueDictionary())
 
 
-def made_again(body: Body) -> Body:
-    """The body whose backward recomputes everything; registered."""
+def registered(bodies: Mapping[str, Body]) -> dict[str, Body]:
+    """The same, by region, one object for each key: the ops find it by its key, and its compiled
+    pieces with it."""
+    return {name: BODIES.setdefault(b.key, b) for name, b in bodies.items()}
+
+
+def recomputing(body: Body) -> Body:
+    """The body whose backward recomputes everything."""
     key = hashlib.sha256(f"{body.key} recomputed".encode()).hexdigest()[:20]
-    made = BODIES.get(key)
-    if made is None:
-        steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)
-        made = BODIES[key] = replace(body, key=key, steps=steps, spared=0, compiled={})
-    return made
+    steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)
+    return replace(body, key=key, steps=steps, spared=0, compiled={})
 
 
 def evaluate(size: Size, sizes: Lengths) -> Any:

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
@@ -60,6 +61,23 @@ def moved(e: Any, to: dict[int, int]) -> Any:
     return substitute(e, {index(a): index(b) for a, b in to.items() if a != b})
 
 
+def held(v: float, dtype: torch.dtype) -> float:
+    """As a tensor of a type holds it."""
+    if dtype == torch.float64:
+        return float(v)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return float(torch.tensor(v, dtype=dtype))
+    with np.errstate(over="ignore"):
+        if dtype == torch.float16:
+            return float(np.float16(v))
+        single = np.float32(v)
+        if dtype != torch.bfloat16 or not np.isfinite(single):
+            return float(single)
+        bits = int(single.view(np.uint32))
+        bits += 0x7FFF + (bits >> 16 & 1)  # to the nearest, of two to the even one
+        return float(np.uint32(bits & 0xFFFF0000).view(np.float32))
+
+
 def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Any:
     """A number as an expression of the dtype."""
     if isinstance(v, sympy.Expr):
@@ -67,7 +85,7 @@ def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Any:
     if isinstance(v, bool) or dtype == torch.bool:
         return TRUE if v else FALSE
     if dtype.is_floating_point:
-        return Cases(((float(torch.tensor(v, dtype=dtype)), TRUE),))
+        return Cases(((held(v, dtype), TRUE),))
     return sympy.Integer(int(v))
 
 
@@ -81,7 +99,7 @@ def as_dtype(e: Any, dtype: torch.dtype) -> Any:
         return negate(zero(e))
     if dtype.is_floating_point:
         if isinstance(e, Cases):
-            values = [(float(torch.tensor(v).to(dtype)), p) for v, p in e.values]
+            values = [(held(v, dtype), p) for v, p in e.values]
             return Cases(tuple(values))
         return Cases(((1.0, e), (0.0, negate(e)))) if is_predicate(e) else None
     return None if isinstance(e, Cases) or is_predicate(e) else e
@@ -103,7 +121,7 @@ def _compare(kind: str) -> None:
     @rule(kind)
     def compare(r: Reader, x: Operand, y: Operand) -> Any:
         if isinstance(x, Ref) and isinstance(r.env[x], Cases) and isinstance(y, (int, float)):
-            number = float(torch.tensor(y, dtype=r.types[x].dtype))
+            number = held(y, r.types[x].dtype)
             values = r.aligned(x).values
             return sympy.Or(*(p for v, p in values if getattr(operator, kind)(v, number)))
         pair = [r.env[a] if isinstance(a, Ref) else _integer(a) for a in (x, y)]

@@ -21,6 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils._filelock import FileLock
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 make_subclass = torch.Tensor._make_subclass
@@ -50,6 +51,7 @@ __all__ = [
     "exit_autocast",
     "has_kernel",
     "has_storage",
+    "no_modes",
     "no_torch_function",
     "return_and_correct_aliasing",
     "tree_flatten",
