@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._op_schema import OutputSharding
+from torch.distributed.tensor._op_schema import OpInfo, OutputSharding
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from tspc.context import Arguments, Keywords
@@ -33,9 +33,11 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
         if not op._schema.overload_name.endswith("out"):
             handlers[op] = functools.partial(handle, before.get(op, _as_torch))
     dispatcher._custom_op_handlers = {**before, **handlers}
-    propagate: Any = dispatcher._propagate_op_sharding_dispatch_slow_path
+    propagate = dispatcher._propagate_op_sharding_dispatch_slow_path
 
-    def ask(op: OpOverload, args: Arguments, kwargs: Keywords, info: Any, cached: bool) -> object:
+    def ask(
+        op: OpOverload, args: Arguments, kwargs: Keywords, info: OpInfo, cached: bool
+    ) -> object:
         return handle(lambda *_: propagate(op, args, kwargs, info, cached), op, args, kwargs)
 
     replace_member(dispatcher, "_propagate_op_sharding_dispatch_slow_path", ask)
@@ -46,7 +48,7 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
 _PROPAGATE: list[Callable[..., object]] = remembered(PROCESS, [])
 
 
-def _aten_ops() -> list[Any]:
+def _aten_ops() -> list[OpOverload]:
     names = [n[6:] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
     found = []
     for packet, _, overload in (n.partition(".") for n in names):

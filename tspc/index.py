@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, overload
 
 import sympy
 from sympy import Expr
 from sympy.logic.boolalg import Boolean
 from torch.utils._sympy.functions import FloorDiv, PythonMod
+from typing_extensions import TypeIs
 
 At = sympy.Function(
     "At", integer=True
@@ -105,16 +106,28 @@ COMPARE = {
 }
 
 
-def is_predicate(e: object) -> TypeGuard[Boolean]:
+def is_predicate(e: object) -> TypeIs[Boolean]:
     return isinstance(e, Boolean) and not isinstance(e, sympy.Symbol)
 
 
-def is_number(e: object) -> TypeGuard[Expr]:
+def is_number(e: object) -> TypeIs[Expr]:
     """An integer: neither a float's cases nor a predicate."""
     return isinstance(e, Expr) and not is_predicate(e)
 
 
-def substitute(e: Any, to: Mapping[Any, Any]) -> Any:
+@overload
+def substitute(e: Boolean, to: Mapping[sympy.Symbol, Expr]) -> Boolean: ...
+
+
+@overload
+def substitute(e: Expr, to: Mapping[sympy.Symbol, Expr]) -> Expr: ...
+
+
+@overload
+def substitute(e: Expression, to: Mapping[sympy.Symbol, Expr]) -> Expression: ...
+
+
+def substitute(e: Any, to: Mapping[sympy.Symbol, Expr]) -> Any:
     """Index symbols replaced, comparisons brought to normal form again."""
     if isinstance(e, Cases):
         return Cases(tuple((v, substitute(p, to)) for v, p in e.values))

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from tspc import budget
 from tspc.errors import OptionError
-from tspc.hardware import hardware
+from tspc.hardware import Hardware, hardware
 from tspc.usage import check_mesh, said
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
@@ -64,7 +65,7 @@ class Options:
     compiler: "inductor", or "eager" to run the rewritten graphs without it.
     """
 
-    mesh: Any = None
+    mesh: DeviceMesh | None = None
     axis: str | None = None
     replicas: str = "replicate"
     plan: Any = None
@@ -74,7 +75,7 @@ class Options:
     check_inputs: str | bool = "auto"
     strict: bool = False
     compiler: str = "inductor"
-    hardware: Any = None
+    hardware: str | Mapping[str, float] | Hardware | None = None
     memory_budget: budget.Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -134,7 +135,7 @@ def _check_schedule(schedule: object) -> None:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
 
 
-def mode_options(mode: Any) -> dict[str, Any]:
+def mode_options(mode: str | None) -> dict[str, Any]:
     """What Inductor makes of `torch.compile(mode=...)`. Raises `OptionError` for an unknown
     one."""
     modes = torch._inductor.list_mode_options()
