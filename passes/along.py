@@ -7,26 +7,29 @@ slice of its result is `sequence_conv`, rows moved by a slice and zeros are a pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.types import IntLikeType
 
 from tspc.along import SEQUENCE_CONV
 from tspc.context import Arguments
 from tspc.factor import Factor, Factors
 from tspc.notation import ALONG
 from tspc.ops import local_rows
+from tspc.passes.call import Get
 from tspc.passes.factorize import Record, bind
-from tspc.program import Node, Ref, Type
+from tspc.program import Node, Ref, Size, Type
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv1d.padding)
 ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
 Makers = Mapping[str, Node]
+# (dim, lead, trail, rows, length, order, axis) of a sequence, as tspc's ops take it
+Geometry = tuple[int, IntLikeType, IntLikeType, IntLikeType, IntLikeType, str, str]
 
 
 def canonical(n: Node, made: Makers) -> list[Node]:
@@ -49,14 +52,14 @@ def _type(made: Makers, r: Ref) -> Type:
     return t
 
 
-def _number(x: Any) -> int | None:
+def _number(x: object) -> int | None:
     """A pair or list of one int, or the int."""
     if isinstance(x, (tuple, list)):
         x = x[0] if len(x) == 1 else None
     return x if isinstance(x, int) else None
 
 
-def _range(n: Node, dim: int) -> tuple[int, Any] | None:
+def _range(n: Node, dim: int) -> tuple[int, Size] | None:
     """(rows left out in front, rows that are kept) of a slice along a dim."""
     args, _ = bind(n)
     start = args["start"] or 0
@@ -223,15 +226,15 @@ def _runs(F: Factors, r: Record, leaf: Factor) -> bool:
     return at[0] == at[1] and len(at[0]) == 1 and dims[0][at[0][0]].count(leaf) == 1
 
 
-def run(n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]) -> torch.Tensor:
-    """sequence: (dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
+def run(n: Node, sequence: Geometry, get: Get) -> torch.Tensor:
+    """On the rows of the sequence that are here."""
     return _Run(n, sequence, get).run()
 
 
 class _Run:
     """One op on the tiles of a rank's part (see `tspc.along`)."""
 
-    def __init__(self, n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]):
+    def __init__(self, n: Node, sequence: Geometry, get: Get):
         self.node, self.sequence, self.get = n, sequence, get
         self.args, _ = bind(n)
         self.dim, self.lead, trail, rows, _, self.order, self.axis = sequence

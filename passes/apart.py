@@ -6,20 +6,18 @@ shards become stored chunks again. Of the others it makes those of one shard, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from tspc.passes.call import call
+from tspc.passes.call import Get, call
 from tspc.passes.fold import Fold
 from tspc.passes.sizes import Sizes
 from tspc.placement import indices
 from tspc.program import Node, Ref, refs_in
 
 
-def run_apart(n: Node, sizes: Sizes, get: Callable[[Ref], Any]) -> list[Any]:
+def run_apart(n: Node, sizes: Sizes, get: Get) -> list[torch.Tensor]:
     """The values that leave, in order."""
     fold: Fold = n.kwargs["fold"]
     sizes_of_rank = replace(sizes, cut={**sizes.cut, fold.factor: fold.units})

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import sympy
 import torch
 
 from tspc.body import Out, Token
 from tspc.passes.fold import Fold
-from tspc.program import Ref, Type
+from tspc.program import Ref, Size, Type
 
 
 def structural_key(
     fold: Fold,
-    extents: Any,
+    extents: Sequence[tuple[Size, str]],
     names: Mapping[Ref, str],
     values: Mapping[str, Type],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     symbols: Sequence[sympy.Symbol],
-    others: Any,
+    others: tuple[object, ...],
 ) -> str:
     """extents: length and order of the sequences. tables: what is read at the units of a shard.
 

@@ -6,21 +6,21 @@ a sum that no zero row of a weight clears (docs/design.md, "Storage and shard ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 
-from tspc.body import rows_of
+from tspc.body import Named, Run, rows_of
 from tspc.context import Context
-from tspc.factor import Dims, Factor, Factors
-from tspc.passes.call import call
+from tspc.factor import Dim, Dims, Factor, Factors
+from tspc.passes.call import Get, Results, call
+from tspc.passes.factorize import Record
 from tspc.passes.fold import Fold
 from tspc.passes.sizes import Length, Sizes
 from tspc.passes.typed import sequence_of
-from tspc.program import Node, Ref
+from tspc.program import Node, Ref, Size
 
 aten = torch.ops.aten
 PICK = torch.ops.tspc.pick.default
@@ -49,7 +49,7 @@ class Maker:
             self.factors, symbols, self.rows(symbols) | {self.fold.factor: self.fold.units}
         )
 
-    def rows(self, symbols: Mapping[sympy.Symbol, Length]) -> dict[Factor, Any]:
+    def rows(self, symbols: Mapping[sympy.Symbol, Length]) -> dict[Factor, Length]:
         return {f: symbols.get(rows_of(i), rows_of(i)) for i, f in enumerate(self.leaves)}
 
     def sequence(self, dims: Dims) -> int:
@@ -67,7 +67,7 @@ class Maker:
         return any(self.fold.factor in self.factors.leaves(tuple(d)) for d in dims)
 
 
-def plain(n: Any) -> Any:
+def plain(n: Size) -> Size:
     return int(n) if isinstance(n, sympy.Integer) else n
 
 
@@ -89,16 +89,16 @@ def runner(
     names: Mapping[Ref, str],
     tables: Mapping[Ref, tuple[int, torch.Tensor]],
     copies: Mapping[str, str],
-) -> Callable[..., dict[str, Any]]:
+) -> Run:
     """copies: operand -> the name that its units of shard j are written under."""
     sliced = {names[r]: t for r, t in tables.items()}
 
     def run(
         symbols: Mapping[sympy.Symbol, Length],
         step: torch.Tensor,
-        given: dict[str, torch.Tensor],
-        kept: dict[str, torch.Tensor],
-    ) -> dict[str, Any]:
+        given: Named,
+        kept: Named,
+    ) -> Named:
         sizes = m.sizes(symbols)
         env = dict(given)
         for name, (k, table) in sliced.items():
@@ -118,9 +118,7 @@ def runner(
     return run
 
 
-def _one(
-    m: Maker, n: Node, record: Any, sizes: Sizes, step: torch.Tensor, get: Callable[[Ref], Any]
-) -> Any:
+def _one(m: Maker, n: Node, record: Record, sizes: Sizes, step: torch.Tensor, get: Get) -> Results:
     """One op of the body, pads of the factor made neutral where it sums over the factor."""
     f = m.fold.factor
     if n.op == PICK:
@@ -137,7 +135,7 @@ def _one(
                 x = _neutral(m, x, k, d, sizes, step, fill)
         cleared = x
 
-        def fetch(r: Ref) -> Any:
+        def fetch(r: Ref) -> torch.Tensor:
             return cleared if r == first else get(r)
 
         return call(n, record.ins, record.outs, sizes, fetch)
@@ -145,7 +143,7 @@ def _one(
 
 
 def _neutral(
-    m: Maker, x: torch.Tensor, k: int, dim: Any, sizes: Sizes, step: torch.Tensor, fill: float
+    m: Maker, x: torch.Tensor, k: int, dim: Dim, sizes: Sizes, step: torch.Tensor, fill: float
 ) -> torch.Tensor:
     """`fill` in the pad units of dim k."""
     lead, trail = sizes.around(dim, m.fold.factor)
