@@ -3,7 +3,7 @@ differentiates it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -13,12 +13,15 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.types import IntLikeType
 
 from tspc.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.program import Type
 from tspc.runtime.trace import local_fakes
 
 Values = dict[str, torch.Tensor]
+# of sizes, the step and tensors; the list is emptied
+Lowered = Callable[[list[torch.Tensor | IntLikeType]], Sequence[torch.Tensor]]
 
 
 class EagerPieces:
@@ -98,9 +101,9 @@ class InductorPieces:
     ):
         self.body, self.guards = body, []
         self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
-        self.forwards: dict[int, Any] = {}
-        self.agains: dict[int, Any] = {}
-        self.backwards: dict[int, tuple[Any, list[str], tuple[str, ...]]] = {}
+        self.forwards: dict[int, Lowered] = {}
+        self.agains: dict[int, Lowered] = {}
+        self.backwards: dict[int, tuple[Lowered, list[str], tuple[str, ...]]] = {}
         for index, step in enumerate(body.steps):
             if isinstance(step, Piece):
                 self._compile(index, step, hints, rows, device)
@@ -155,19 +158,19 @@ class InductorPieces:
 
     def _split(
         self, inputs: Sequence[Any], names: Sequence[str]
-    ) -> tuple[dict[sympy.Symbol, Any], torch.Tensor, Values]:
+    ) -> tuple[dict[sympy.Symbol, IntLikeType], torch.Tensor, Values]:
         count = len(self.body.sizes)
         symbols = dict(zip(self.body.sizes, inputs[:count]))
         return symbols, inputs[count], dict(zip(names, inputs[count + 1 :]))
 
     def _lower(
         self,
-        fn: Any,
+        fn: Callable[..., list[torch.Tensor]],
         sizes: Mapping[sympy.Symbol, int],
         reads: Sequence[str],
         device: torch.device,
         is_backward: bool,
-    ) -> Any:
+    ) -> Lowered:
         types = [(Type((), torch.int64), device)]
         for n in reads:
             v = self.body.values[n]
@@ -185,11 +188,12 @@ class InductorPieces:
             compiled = compile_fx_inner(gm, inputs, is_backward=is_backward)
         named = {v.node.expr: s for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)}
         self.guards += [g.expr.xreplace(named) for g in fakes.env.guards]
+        assert callable(compiled)
         return compiled
 
     def _given(
         self, symbols: Lengths, step: torch.Tensor, tensors: Sequence[torch.Tensor]
-    ) -> list[Any]:
+    ) -> list[torch.Tensor | IntLikeType]:
         sizes = [symbols[s] for s in self.body.sizes]
         return [*sizes, step, *(t.contiguous() for t in tensors)]
 

@@ -8,8 +8,7 @@ fp32 or wider and are cast once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -142,7 +141,9 @@ def _turn_back(
     return j, (yield from step_backward(call, symbols, j, values, of_outs, exchange))
 
 
-def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Values:
+def _given(
+    body: Body, cotangents: Sequence[Tensor | None], block: Callable[[Tensor], Tensor]
+) -> Values:
     return {
         o.name: g if o.kind == "sum" else block(g)
         for o, g in zip(body.outs, cotangents)

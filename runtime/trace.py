@@ -6,7 +6,7 @@ lockstep driver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,14 @@ from torch._functorch.partitioners import default_partition, must_recompute
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.types import IntLikeType
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tspc.body import evaluate
 from tspc.counter import mix
 from tspc.program import Type
+
+Program = Callable[..., Sequence[object]]  # of one rank: sizes, rows, placeholders -> outputs
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Fakes:
 
     mode: FakeTensorMode
     env: ShapeEnv
-    symbols: Mapping[sympy.Symbol, Any]
-    rows: list[Any]
+    symbols: Mapping[sympy.Symbol, IntLikeType]
+    rows: list[IntLikeType]
     tensors: list[torch.Tensor]
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[torch.Tensor | IntLikeType]:
         return [*self.symbols.values(), *self.rows, *self.tensors]
 
 
@@ -55,7 +58,7 @@ def local_fakes(
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # of symbolic sizes it is made at a greater cost than it saves
 
-    def size(name: str, hint: int) -> Any:
+    def size(name: str, hint: int) -> IntLikeType:
         source = ConstantSource(name)
         symbol = env.create_symbol(
             hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
@@ -101,7 +104,7 @@ def tag(joint: torch.fx.GraphModule) -> None:
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _own(x: Any) -> Any:
+def _own(x: object) -> object:
     """An output that is no view: the graphs are run as they are, without what AOTAutograd does for
     aliases."""
     return x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x
@@ -111,7 +114,7 @@ class _NoTangents(Exception):
     """No output wants a gradient."""
 
 
-def partition(fn: Any, fakes: Fakes) -> Partitioned:
+def partition(fn: Program, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
     wants = any(x.requires_grad for x in fakes.tensors) and torch.is_grad_enabled()
     try:
@@ -120,11 +123,11 @@ def partition(fn: Any, fakes: Fakes) -> Partitioned:
         return _partition(fn, fakes, False)
 
 
-def _partition(fn: Any, fakes: Fakes, joined: bool) -> Partitioned:
+def _partition(fn: Program, fakes: Fakes, joined: bool) -> Partitioned:
     tangents: list[int] = []
     count = 0
 
-    def flat(*args: object) -> tuple[Any, ...]:
+    def flat(*args: object) -> tuple[object, ...]:
         nonlocal count
         outs = fn(*args)
         count = len(outs)
