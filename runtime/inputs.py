@@ -279,7 +279,7 @@ def _shown(name: str, value: str, sections: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(parts[:LISTED]) + more if parts else "those of all ranks"
 
 
-def _gather(x: torch.Tensor, link: str) -> Steps:
+def _gather(x: torch.Tensor, link: str) -> Steps[torch.Tensor]:
     handle = yield AllGather(x, link)
     return handle.wait()
 

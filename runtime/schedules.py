@@ -30,7 +30,7 @@ from tspc.runtime.travel import Gradients, Weights
 Tensor = torch.Tensor
 
 
-def forward(call: Call) -> Steps:
+def forward(call: Call) -> Steps[tuple[list[Tensor], list[Tensor]]]:
     """-> (sums and stacks in the order of body.outs, saved)."""
     if call.schedule == STATIONARY:
         return (yield from stationary_forward(call))
@@ -46,7 +46,7 @@ def forward(call: Call) -> Steps:
 
 def _turn(
     call: Call, source: Weights, exchange: Exchange, fixed: Values, sums: Sums, stacks: Values
-) -> Steps:
+) -> Steps[None]:
     """One step of the sum; its shard is let go before the one after the next is asked for."""
     body = call.body
     j, shards = yield from source.next()
@@ -129,7 +129,7 @@ def _turn_back(
     fixed: Values,
     stored: Values,
     cotangents: Sequence[Tensor | None],
-) -> Steps:
+) -> Steps[tuple[int, Values]]:
     """-> (j, gradients of what its step reads)."""
     body = call.body
     j, shards = yield from source.next()

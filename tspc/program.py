@@ -249,7 +249,7 @@ class _Reader(Reader):
 
     def program(self) -> Program:
         self.expect("program")
-        name, hints = self.of(str), dict[sympy.Symbol, int]()
+        name, hints = self.of(str, "a name"), dict[sympy.Symbol, int]()
         while self.take("symbol"):
             symbol, kinds = self.next(), dict[str, bool]()
             while self.kind == "name" and self.peek() != "symbol":
@@ -257,7 +257,7 @@ class _Reader(Reader):
                 kinds[self.next()] = holds
             self.symbols[symbol] = sympy.Symbol(symbol, **kinds)
             if self.take("="):
-                hints[self.symbols[symbol]] = self.of(int)
+                hints[self.symbols[symbol]] = self.of(int, "a number")
         nodes = []
         while self.kind == "ref":
             nodes.append(self.node())
@@ -279,12 +279,12 @@ class _Reader(Reader):
         op = self.next()
         self.expect("(")
         args, kwargs = self.arguments()
-        group = self.of(int) if self.take("recompute") else 0
+        group = self.of(int, "a number") if self.take("recompute") else 0
         source = self.next().removeprefix("#").strip() if self.kind == "source" else ""
         return Node(name, _op(op), tuple(args), kwargs, tuple(types), source, group)
 
     def type(self) -> Type | None:
-        return None if self.take("-") else self.of(Type)
+        return None if self.take("-") else self.of(Type, "a type")
 
     def typed(self, dtype: torch.dtype) -> Type:
         self.expect("[")
@@ -302,7 +302,7 @@ class _Reader(Reader):
             name = self.name()
             if not self.take("["):
                 return Ref(name)
-            item = self.of(int)
+            item = self.of(int, "a number")
             self.expect("]")
             return Ref(name, item)
         if self.peek() == "{" and self.tokens[self.at + 1][0] == "ref":

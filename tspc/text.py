@@ -167,11 +167,12 @@ class Reader:
                 break
         return out
 
-    def of(self, kind: type[T]) -> T:
+    def of(self, kind: type[T], wanted: str) -> T:
         """The next value, which is one of these."""
-        value = self.atom()
+        at, value = self.at, self.atom()
         if not isinstance(value, kind):
-            raise self.error(f"a {kind.__name__.lower()}")
+            self.at = at
+            raise self.error(wanted)
         return value
 
     def value(self) -> object:

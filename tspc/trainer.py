@@ -76,7 +76,7 @@ def register(**options: object) -> None:
     from accelerate import state
 
     now = _counted(options)
-    before: dict[str, int] = state.PartialState._shared_state
+    before: dict[str, Any] = state.PartialState._shared_state
     counted = before.get("num_processes", 1), before.get("process_index", 0)
     if counted != (now.count, now.index) if shared() else counted[0] > 1:
         raise OptionError(
