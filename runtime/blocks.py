@@ -210,10 +210,10 @@ _BOUNDS: MutableMapping[Tensor, tuple[int, Bounds]] = remembered(MODEL, WeakIdKe
 
 def _bounds(data: Tensor) -> Bounds:
     """Read once: on a device it waits."""
-    found = _BOUNDS.get(data)
-    if found is None or found[0] != data._version:
-        found = _BOUNDS[data] = data._version, Bounds(data)
-    return found[1]
+    entry = _BOUNDS.get(data)
+    if entry is None or entry[0] != data._version:
+        entry = _BOUNDS[data] = data._version, Bounds(data)
+    return entry[1]
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def parts_of(
     """The views that an op made of the gathered base."""
     if isinstance(out, torch.Tensor):
         return Part.made(base, full, out)
-    made = [Part.made(base, full, x) for x in out]
-    return tuple(made) if isinstance(out, tuple) else made
+    views = [Part.made(base, full, x) for x in out]
+    return tuple(views) if isinstance(out, tuple) else views
 
 
 def _written(func: OpOverload, args: Arguments, kwargs: Keywords) -> list[Part]:
