@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from tspc.base.errors import PlanError
 from tspc.base.options import Options
@@ -97,7 +98,7 @@ def _forget() -> None:
         _OVER.append(dist.group.WORLD)
 
 
-def renew(place: Place, options: Options, stored: Sequence[Any], device: torch.device) -> None:
+def renew(place: Place, options: Options, stored: Sequence[DTensor], device: torch.device) -> None:
     """Before a call: a place over a default group that was destroyed becomes one over that of now.
     stored: the parameters of the call, on the mesh of now.
 

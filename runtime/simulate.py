@@ -7,21 +7,27 @@ communications.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.fx.node import Argument
 
+from tspc.base.context import Arguments, Keywords
 from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.requests import Axis
 from tspc.runtime.execute import GENERATORS
 from tspc.seams.tensors import OpOverload, tree_leaves
 
 # some kernels give other strides than their fakes
-RESHAPED = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+RESHAPED: dict[object, Callable[..., object]] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default
+}
 
 
-def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def run(
+    graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[object]]
+) -> list[list[Any]]:
     """Run a graph on all ranks in one process; inputs of each rank, in placeholder order -> outputs
     of each rank."""
     ranks = len(inputs)
@@ -41,7 +47,7 @@ def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]])
             if getattr(n.target, "namespace", "") == "tspc":
                 values = _together(n.target, axis, args, kwargs)
             else:
-                target: Any = RESHAPED.get(n.target, n.target)
+                target = RESHAPED.get(n.target) or n.target
                 values = [target(*a, **k) for a, k in zip(args, kwargs)]
         for e, v in zip(env, values):
             e[n] = v
@@ -53,11 +59,13 @@ def run(graph: torch.fx.GraphModule, axis: str, inputs: Sequence[Sequence[Any]])
     raise AssertionError("a graph without output")
 
 
-def _load(a: Any, env: dict[torch.fx.Node, Any]) -> Any:
+def _load(a: Argument, env: dict[torch.fx.Node, Any]) -> Any:
     return torch.fx.map_arg(a, lambda n: env[n])
 
 
-def _together(op: OpOverload, axis: str, args: list[Any], kwargs: list[Any]) -> list[Any]:
+def _together(
+    op: OpOverload, axis: str, args: list[Arguments], kwargs: list[Keywords]
+) -> list[torch.Tensor]:
     names = [a.name for a in op._schema.arguments]
     fn = GENERATORS[op._schema.name.split("::")[1]]
     steps = []

@@ -60,7 +60,6 @@ TO_RENAME: frozenset[str] = frozenset(
         "runtime/params/whole.py",
         "runtime/params/writing.py",
         "tspc/api.py",
-        "tspc/ir/body.py",
         "runtime/call/frames.py",
         "tspc/frontend/capture.py",
         "tspc/backend/simulated.py",

@@ -19,7 +19,7 @@ FOLDERS = {
     "ir": "base seams",
     "factors": "base ir seams",
     "cost": "base ir",
-    "ops": "base ir masks",
+    "ops": "base ir masks seams",
     "rules": "base factors ir masks ops",
     "passes.rewrite": "base ir masks ops rules seams",
     "passes.analyse": "base factors ir ops rules seams",

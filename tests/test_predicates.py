@@ -17,7 +17,7 @@ from tests.wide import each_once
 from tests.widen import Widen
 from tspc.backend.simulated import Simulated, simulated_backend
 from tspc.ir.layout import Layout
-from tspc.rules.index import held
+from tspc.masks.index import held
 from tspc.runtime.attention import blocks, keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]

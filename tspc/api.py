@@ -226,7 +226,9 @@ def plan(
 
 
 @contextlib.contextmanager
-def _fakes(model: Any, inputs: Any, device: torch.device) -> Iterator[Callable[[Any], Any]]:
+def _fakes(
+    model: object, inputs: object, device: torch.device
+) -> Iterator[Callable[[object], object]]:
     """If anything is on meta, all tensors are fake ones on one device while it is planned; -> what
     makes the inputs so."""
     owners = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -331,7 +333,7 @@ def verify(
     state = torch.random.get_rng_state()
     with isolated():
         mine = _outcome(compiled, model, args, kwargs or {}, start)
-    reference: Callable[..., Any] = model
+    reference: Callable[..., object] = model
     if any(g.rewritten.draws for g in made):
         reference = torch.compile(model, backend=reference_backend)
     torch.random.set_rng_state(state)
@@ -349,7 +351,7 @@ def verify(
 
 
 def _outcome(
-    fn: Callable[..., Any],
+    fn: Callable[..., object],
     model: nn.Module,
     args: Sequence[object],
     kwargs: Mapping[str, object],
@@ -392,6 +394,6 @@ def _outcome(
     }
 
 
-def _plain(out: Any) -> Any:
+def _plain(out: object) -> object:
     """A model output of a library as a dict of its tensors."""
     return dict(out) if isinstance(out, Mapping) else out

@@ -31,7 +31,7 @@ class Replicas:
 
     count: int = 1
     index: int = 0
-    peers: Any = None
+    peers: dist.ProcessGroup | None = None
     firsts: tuple[int, ...] = (0,)
 
 
@@ -52,7 +52,7 @@ def shared() -> bool:
     """Whether ranks share the model."""
     from accelerate.state import PartialState
 
-    kind: Any = PartialState._shared_state.get("distributed_type")
+    kind: enum.Enum | None = PartialState._shared_state.get("distributed_type")
     return kind is not None and kind.value == NAME
 
 
@@ -97,13 +97,13 @@ def among_replicas() -> types.ModuleType:
     return _Part(torch, distributed=_Part(dist, **names))
 
 
-def wrap_property(owner: Any, name: str, do: Callable[..., object]) -> None:
+def wrap_property(owner: type, name: str, do: Callable[..., object]) -> None:
     """owner.name becomes do(what it was, the object)."""
     before = getattr(owner, name).fget
     setattr(owner, name, property(functools.wraps(before)(functools.partial(do, before))))
 
 
-def wrap(owner: Any, name: str, do: Callable[..., object]) -> None:
+def wrap(owner: type | types.ModuleType, name: str, do: Callable[..., object]) -> None:
     """owner.name(...) becomes do(what it was, ...)."""
     before = getattr(owner, name)
 
@@ -114,9 +114,8 @@ def wrap(owner: Any, name: str, do: Callable[..., object]) -> None:
     setattr(owner, name, call)
 
 
-def member(kind: Any) -> Any:
+def member(kind: type[enum.Enum]) -> enum.Enum:
     """A new member of an enumeration of names: the libraries look backends up in theirs only."""
-    assert issubclass(kind, enum.Enum)
     if NAME not in kind.__members__:
         new = str.__new__(kind, NAME) if issubclass(kind, str) else object.__new__(kind)
         new._name_ = new._value_ = NAME

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,30 @@ from tspc.processes import (
 from tspc.runtime.mesh import resolve
 from tspc.runtime.params.accumulate import no_sync
 
-_OPTIONS: dict[str, Any] = remembered(PROCESS, {})
+_OPTIONS: dict[str, object] = remembered(PROCESS, {})
 _DONE: list[str] = remembered(PROCESS, [])
+Context = AbstractContextManager[object]
+
+
+class _State(Protocol):
+    """What a `PartialState` says of the processes."""
+
+    distributed_type: object
+    num_processes: int
+    process_index: int
+
+
+class _Accelerator(Protocol):
+    device: torch.device
+    even_batches: bool
+    flag_tensor: torch.Tensor | None
+    profile_handler: object
+
+
+class _Optimizer(Protocol):
+    """accelerate's, around one of torch's."""
+
+    optimizer: torch.optim.Optimizer
 
 
 def register(**options: object) -> None:
@@ -53,7 +76,7 @@ def register(**options: object) -> None:
     from accelerate import state
 
     now = _counted(options)
-    before: Any = state.PartialState._shared_state
+    before: dict[str, Any] = state.PartialState._shared_state
     counted = before.get("num_processes", 1), before.get("process_index", 0)
     if counted != (now.count, now.index) if shared() else counted[0] > 1:
         raise OptionError(
@@ -109,16 +132,16 @@ def _accelerate() -> None:
     tsp = member(DistributedType)
     member(DynamoBackend)
 
-    def start(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> None:
+    def start(do: Callable[..., object], self: _State, *args: object, **kwargs: object) -> None:
         do(self, *args, **kwargs)
         if self.num_processes > 1 and self.distributed_type is not tsp:
             self.distributed_type = tsp
             self.num_processes, self.process_index = replicas().count, replicas().index
 
-    def main(do: Callable[..., bool], self: Any) -> bool:
+    def main(do: Callable[..., bool], self: object) -> bool:
         return dist.get_rank() == 0 if shared() else do(self)
 
-    def last(do: Callable[..., bool], self: Any) -> bool:
+    def last(do: Callable[..., bool], self: object) -> bool:
         return dist.get_rank() == replicas().firsts[-1] if shared() else do(self)
 
     wrap(state.PartialState, "__init__", start)
@@ -143,28 +166,30 @@ def _accelerate() -> None:
     operations.torch = among_replicas()  # type: ignore[assignment]
 
 
-def _trainer(cls: Any, module: Any, arguments: Any) -> None:
+def _trainer(cls: type, module: ModuleType, arguments: type) -> None:
     """What the Trainer does on the writing rank alone is done on all where it needs them."""
     from accelerate.utils import operations
 
-    def on_first(do: Callable[..., object], self: Any, *args: object) -> None:
+    def on_first(do: Callable[..., object], self: object, *args: object) -> None:
         if not shared() or first():
             do(self, *args)
 
-    def zero(do: Callable[..., bool], self: Any) -> bool:
+    def zero(do: Callable[..., bool], self: object) -> bool:
         return do(self) and (not shared() or dist.get_rank() == 0)
 
     def writer(node: str) -> Callable[..., bool]:
         return lambda do, self: do(self) if getattr(self, node) else zero(do, self)
 
-    def gathered(do: Callable[..., object], tensors: Any, *args: object, **kwargs: object) -> Any:
+    def gathered(
+        do: Callable[..., object], tensors: object, *args: object, **kwargs: object
+    ) -> object:
         if not shared() or tensors is None:
             return do(tensors, *args, **kwargs)
         return operations.gather(tensors)
 
     def scalars(
         do: Callable[..., object], values: Sequence[float], count: int | None = None, **kwargs: Any
-    ) -> Any:
+    ) -> object:
         if not shared():
             return do(values, count, **kwargs)
         return operations.gather(torch.tensor(values, dtype=torch.float64, **kwargs))[:count]
@@ -178,14 +203,14 @@ def _trainer(cls: Any, module: Any, arguments: Any) -> None:
     wrap(module, "distributed_broadcast_scalars", scalars)
 
 
-def _wait(do: Callable[..., object], self: Any) -> None:
+def _wait(do: Callable[..., object], self: object) -> None:
     if shared():
         dist.barrier()
     else:
         do(self)
 
 
-def _compiling(do: Callable[..., dict[str, Any]], self: Any) -> dict[str, Any]:
+def _compiling(do: Callable[..., dict[str, Any]], self: object) -> dict[str, Any]:
     """The options of torch.compile."""
     kwargs = do(self)
     if kwargs.get("backend") != NAME.lower() or not (_OPTIONS or kwargs.get("options")):
@@ -210,14 +235,12 @@ def _loader(do: Callable[..., object], *args: object, **kwargs: object) -> objec
     return do(*args, **kwargs)
 
 
-def _written(do: Callable[..., object], folder: Any, *args: object, **kwargs: object) -> object:
+def _written(do: Callable[..., object], folder: object, *args: object, **kwargs: object) -> object:
     """The random state is one file of each replica."""
     return do(folder, *args, **kwargs) if not shared() or first() else folder
 
 
-def _profile(
-    do: Callable[..., AbstractContextManager[Any]], self: Any, handler: Any = None
-) -> AbstractContextManager[Any]:
+def _profile(do: Callable[..., Context], self: _Accelerator, handler: Any = None) -> Context:
     """A trace is a file of each process: ranks that are not its first have folders."""
     handler = handler or self.profile_handler
     folder = getattr(handler, "output_trace_dir", None)
@@ -226,13 +249,11 @@ def _profile(
     return do(self, handler)
 
 
-def _quiet(
-    do: Callable[..., AbstractContextManager[None]], self: Any, model: Any
-) -> AbstractContextManager[None]:
+def _quiet(do: Callable[..., Context], self: object, model: torch.nn.Module) -> Context:
     return no_sync(model) if shared() and replicas().count > 1 else do(self, model)
 
 
-def _trigger(do: Callable[..., bool], self: Any) -> bool:
+def _trigger(do: Callable[..., bool], self: _Accelerator) -> bool:
     """Set on any rank, it is on all."""
     if shared():
         if self.flag_tensor is None:
@@ -242,7 +263,10 @@ def _trigger(do: Callable[..., bool], self: Any) -> bool:
 
 
 def _join(
-    do: Callable[..., object], self: Any, joinables: Any, even_batches: bool | None = None
+    do: Callable[..., object],
+    self: _Accelerator,
+    joinables: object,
+    even_batches: bool | None = None,
 ) -> object:
     even = self.even_batches if even_batches is None else even_batches
     if shared() and replicas().count > 1 and not even:
@@ -253,7 +277,7 @@ def _join(
     return do(self, joinables, even_batches)
 
 
-def _step(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> object:
+def _step(do: Callable[..., object], self: _Optimizer, *args: object, **kwargs: object) -> object:
     """Of parameters that tspc does not hold, nobody averages the gradients."""
     if shared() and replicas().count > 1:
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
@@ -271,13 +295,13 @@ def _step(do: Callable[..., object], self: Any, *args: object, **kwargs: object)
 
 
 def _synchronize(
-    do: Callable[..., object], rng_type: Any = None, generator: torch.Generator | None = None
+    do: Callable[..., object], rng_type: object = None, generator: torch.Generator | None = None
 ) -> None:
     """Rank 0's random state on all, which decides the order of the data."""
     if not shared() or replicas().count == 1:
         do(rng_type, generator)
         return
-    name = getattr(rng_type, "value", rng_type)
+    name = str(getattr(rng_type, "value", rng_type))
     of: Any = {"torch": torch, "cuda": torch.cuda, "generator": generator}[name]
     get, put = (
         ("get_state", "set_state") if name == "generator" else ("get_rng_state", "set_rng_state")
@@ -294,7 +318,7 @@ def _gather(do: Callable[..., object], x: object) -> object:
     return x if shared() and replicas().count == 1 else do(x)
 
 
-def _search(do: Callable[..., object], self: Any, *args: object, **kwargs: object) -> object:
+def _search(do: Callable[..., object], self: object, *args: object, **kwargs: object) -> object:
     if shared():
         raise OptionError(
             "Trainer.hyperparameter_search sends trials from one process to the others and does "

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
 
+from tspc.base.context import Arguments
 from tspc.factors.factor import Factor
 from tspc.ir.body import evaluate
 from tspc.ir.program import Node, Program, Ref, Size
@@ -33,7 +33,7 @@ class Range:
     step: Size
     shape: tuple[Size, ...]
 
-    def of(self, x: torch.Tensor, evaluate: Callable[[Any], int]) -> torch.Tensor:
+    def of(self, x: torch.Tensor, evaluate: Callable[[Size], int]) -> torch.Tensor:
         """The range of a whole value."""
         bounds = (None if b is None else evaluate(b) for b in (self.start, self.end, self.step))
         return x[(*(slice(None),) * self.dim, slice(*bounds))]
@@ -91,7 +91,7 @@ def hand_out(
 
 def _range(n: Node) -> Range:
     names = ("self", "dim", "start", "end", "step")
-    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    defaults: Arguments = (None, 0, None, None, 1)
     given = dict(zip(names, defaults)) | dict(zip(names, n.args)) | n.kwargs
     bounds = (given["start"], given["end"], given["step"])
     return Range(given["dim"] % len(n.type.shape), *bounds, tuple(n.type.shape))

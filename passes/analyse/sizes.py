@@ -62,7 +62,7 @@ class Sizes:
                 return (k, *self.around(d, leaf))
         raise AssertionError("no sequence in these dims")
 
-    def before(self, dim: Sequence[Factor], start: int) -> Any:
+    def before(self, dim: Sequence[Factor], start: Size) -> Any:
         """Local elements of a dim before global element `start`, which lies on a segment
         bound."""
         leaves = self.factors.expand(tuple(dim))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import sympy
 import torch
@@ -54,7 +53,7 @@ def widen(a: Analysis, leaf: Factor | None) -> Program:
 def _windows(a: Analysis, leaf: Factor) -> list[Window]:
     """Ranges that leave out a fixed number of rows. Where unlike ones meet, those that start
     later are moved to the rows of the first."""
-    found: dict[Factor, set[tuple[Any, Any]]] = {}
+    found: dict[Factor, set[tuple[Size, Size]]] = {}
     for r in a.records:
         if r.node.op != aten.slice.Tensor or not _is_trim(r, leaf):
             continue
@@ -67,10 +66,10 @@ def _windows(a: Analysis, leaf: Factor) -> list[Window]:
         found.setdefault(w, set()).add((lo, norm(n - w.size - lo)))
     out = []
     for w, ranges in found.items():
-        few = all(const(m) and m >= 0 for ends in ranges for m in ends)
-        if not few or w.cat or w is leaf:
+        few = {(m, n) for m, n in ranges if const(m) and const(n) and min(m, n) >= 0}
+        if len(few) < len(ranges) or w.cat or w is leaf:
             continue
-        lo, tail = min(ranges)
+        lo, tail = min(few)
         if not (const(w.size) and w.size < lo + tail):
             out.append(Window(w, lo, tail))
     return out
@@ -354,8 +353,8 @@ class _Widen:
         self.add(Node(n.name, aten.sum.dim_IntList, (only, (k,), keepdim), {}, n.types, n.source))
 
 
-def _tuple(x: Any) -> tuple[Any, ...]:
-    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+def _tuple(x: int | Sequence[int]) -> tuple[int, ...]:
+    return (x,) if isinstance(x, int) else tuple(x)
 
 
 def _symbols(t: Type) -> set[sympy.Symbol]:

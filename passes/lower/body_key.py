@@ -5,25 +5,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import sympy
 import torch
 
 from tspc.ir.body import Out, Token
-from tspc.ir.program import Ref, Type
+from tspc.ir.program import Ref, Size, Type
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.lower.run_piece import Table
 
 
 def structural_key(
     fold: Fold,
-    extents: Any,
+    extents: Sequence[tuple[Size, str]],
     names: Mapping[Ref, str],
     values: Mapping[str, Type],
     tables: Mapping[Ref, Table],
     symbols: Sequence[sympy.Symbol],
-    others: Any,
+    others: tuple[object, ...],
 ) -> str:
     """extents: length and order of the sequences. tables: what is read at the units of a shard.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.types import IntLikeType
 
 from tspc.factors.factor import Dims, Factor, norm
 from tspc.ir.body import Body, rows_of
@@ -24,17 +25,29 @@ from tspc.ir.kinds import (
     VARY,
     WHOLE,
 )
-from tspc.ir.program import APART, CONSTANT, FOLD, OUTPUT, PLACEHOLDERS, Node, Program, Ref, Type
+from tspc.ir.program import (
+    APART,
+    CONSTANT,
+    FOLD,
+    OUTPUT,
+    PLACEHOLDERS,
+    Node,
+    Program,
+    Ref,
+    Size,
+    Type,
+)
 from tspc.ops.counter import ATTENTIONS
 from tspc.ops.library import local_rows
 from tspc.ops.recompute import recomputed
 from tspc.passes.analyse.factorize import Record
+from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.outputs import Result
-from tspc.passes.analyse.sizes import Sizes
+from tspc.passes.analyse.sizes import Length, Sizes
 from tspc.passes.analyse.typed import Typed
 from tspc.passes.lower.run_apart import run_apart
-from tspc.passes.lower.run_op import call, constant
-from tspc.passes.lower.sequence_ops import run, runs
+from tspc.passes.lower.run_op import Results, call, constant
+from tspc.passes.lower.sequence_ops import Geometry, run, runs
 from tspc.passes.rewrite.masks import bind
 
 
@@ -61,7 +74,7 @@ class LocalProgram(torch.nn.Module):
         self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
         self.kinds = [r.kind if r is not None else "whole" for r in self.results()]
 
-    def forward(self, *args: object) -> list[Any]:
+    def forward(self, *args: Any) -> list[torch.Tensor | IntLikeType]:
         """Runs the nodes in order."""
         count = len(self.symbols)
         symbols = dict(zip(self.symbols, args[:count]))
@@ -80,7 +93,7 @@ class LocalProgram(torch.nn.Module):
     def program(self) -> Program:
         """With the shapes that one rank has, `rows` of the first sequence."""
         typed = self.typed
-        rows: dict[Factor, Any] = {f: rows_of(i) for i, f in enumerate(typed.leaves)}
+        rows: dict[Factor, Length] = {f: rows_of(i) for i, f in enumerate(typed.leaves)}
         sizes = Sizes(typed.factors, {s: s for s in self.symbols}, rows)
 
         def local(n: Node, item: int, t: Type | None) -> Type | None:
@@ -134,7 +147,10 @@ class _Run:
     """One execution of a local program."""
 
     def __init__(
-        self, program: LocalProgram, symbols: dict[sympy.Symbol, Any], rows: Sequence[Any]
+        self,
+        program: LocalProgram,
+        symbols: dict[sympy.Symbol, IntLikeType],
+        rows: Sequence[IntLikeType],
     ):
         typed = program.typed
         self.program, self.typed, self.rows = program, typed, rows
@@ -142,9 +158,9 @@ class _Run:
         self.sizes = Sizes(typed.factors, symbols, cut)
         self.whole = Sizes(typed.factors, symbols, {})
         self.lengths = [self.sizes.value(f.size) for f in typed.leaves]
-        self.env: dict[tuple[str, int], Any] = {}
+        self.env: dict[tuple[str, int], torch.Tensor] = {}
 
-    def get(self, ref: Ref) -> Any:
+    def get(self, ref: Ref) -> torch.Tensor:
         return self.env[ref.name, ref.item or 0]
 
     def dims(self, ref: Ref) -> Dims:
@@ -156,8 +172,7 @@ class _Run:
         assert i is not None, "no sequence in these dims"
         return i
 
-    def sequence(self, dims: Dims) -> tuple[Any, ...]:
-        """(dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
+    def sequence(self, dims: Dims) -> Geometry:
         i = self.index(dims)
         dim, lead, trail = self.sizes.where(dims, self.typed.leaves[i])
         rest = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
@@ -191,7 +206,7 @@ class _Run:
                 v = v.detach()
             self.env[n.name, item] = v
 
-    def value(self, n: Node) -> Any:
+    def value(self, n: Node) -> Results:
         tspc, axis = torch.ops.tspc, self.program.axis
         if n.op == CONSTANT:
             devices = (v.device for v in self.env.values() if isinstance(v, torch.Tensor))
@@ -226,7 +241,7 @@ class _Run:
         sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
         if base is None:
             dims = [self.dims(Ref(n.name, i)) for i in range(len(n.types))]
-            ins: list[Any] = [self.dims(r) for r in n.refs()]
+            ins: list[Dims] = [self.dims(r) for r in n.refs()]
             return call(n, ins, dims, sizes, self.get)
         return call(n, base.ins, base.outs, sizes, self.get)
 
@@ -236,7 +251,7 @@ class _Run:
         here = self.typed.places[record.node.name, 0] == "S"
         return here and any(role == "exchange" for role, *_ in roles)
 
-    def attention(self, n: Node, record: Record) -> Any:
+    def attention(self, n: Node, record: Record) -> torch.Tensor:
         bound = bind(n)
         q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
         mask, more, states = (
@@ -257,8 +272,8 @@ class _Run:
         )
         return out
 
-    def fold(self, n: Node) -> list[Any]:
-        fold = n.kwargs["fold"]
+    def fold(self, n: Node) -> list[torch.Tensor]:
+        fold: Fold = n.kwargs["fold"]
         body = self.program.bodies[fold.name]
         tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
         values = [self.sizes.symbols[s] for s in body.symbols]
@@ -275,7 +290,7 @@ class _Run:
             out.append(x)
         return out
 
-    def unstack(self, x: torch.Tensor, dims: Dims, fold: Any) -> torch.Tensor:
+    def unstack(self, x: torch.Tensor, dims: Dims, fold: Fold) -> torch.Tensor:
         """[D, local with units of one shard] -> local with all units, pads dropped."""
         f = fold.factor
         for k, d in enumerate(dims):
@@ -287,7 +302,7 @@ class _Run:
                 return parts.reshape(*shape[:k], lead * fold.size * trail, *shape[k + 1 :])
         raise AssertionError("a stacked exit without its factor")
 
-    def result(self, index: int, a: Any) -> Any:
+    def result(self, index: int, a: Ref | Size) -> torch.Tensor | IntLikeType:
         """As `results` says."""
         if not isinstance(a, Ref):
             return self.sizes.value(a)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import sympy
 import torch
@@ -119,7 +118,10 @@ def make_body(
 
 
 def _products(
-    fold: Fold, names: Mapping[Ref, str], values: Mapping[str, Type], steps: Sequence[Any]
+    fold: Fold,
+    names: Mapping[Ref, str],
+    values: Mapping[str, Type],
+    steps: Sequence[Piece | Attention],
 ) -> tuple[Size, Size, Size]:
     """(FLOPs, elements of the results that stay inside, FLOPs of saved results) of the matrix
     products of one step."""

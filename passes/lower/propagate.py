@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -247,7 +246,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if record is None:  # made by a pass: pointwise on its first operand
         first = n.refs()[0]
         dims = s.dims[first.name, first.item or 0]
-        operands = {r: s.dims[r.name, r.item or 0] for r in n.refs()}
+        operands: dict[Ref, Dims] = {r: s.dims[r.name, r.item or 0] for r in n.refs()}
         outs, roles = [dims], []
     else:
         outs = [tuple(map(tuple, o)) for o in record.outs]
@@ -324,7 +323,7 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 
 
 def _attention(
-    s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Any]
+    s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Dims]
 ) -> None:
     if n.op == SINK_ATTENTION:
         _fall_back(s, n, outs, "its sinks are in no fold")
@@ -376,7 +375,7 @@ def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:
 
 
 def _reduce(
-    s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Any], cut: list[Ref]
+    s: _State, n: Node, outs: Sequence[Dims], operands: dict[Ref, Dims], cut: list[Ref]
 ) -> None:
     """A sum over the sequence: pads cleared on one operand, then the partial sums are all-
     reduced; what is added once is added after that."""

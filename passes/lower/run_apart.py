@@ -6,9 +6,7 @@ shards become stored chunks again. Of the others it makes those of one shard, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,10 +14,10 @@ from tspc.factors.placement import indices
 from tspc.ir.program import Node, Ref, refs_in
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.sizes import Sizes
-from tspc.passes.lower.run_op import call
+from tspc.passes.lower.run_op import Get, call
 
 
-def run_apart(n: Node, sizes: Sizes, get: Callable[[Ref], Any]) -> list[Any]:
+def run_apart(n: Node, sizes: Sizes, get: Get) -> list[torch.Tensor]:
     """The values that leave, in order."""
     fold: Fold = n.kwargs["fold"]
     sizes_of_rank = replace(sizes, cut={**sizes.cut, fold.factor: fold.units})

@@ -10,13 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
+from torch.types import IntLikeType
 
+from tspc.base.context import Keywords
 from tspc.factors.factor import Dims, Factor
 from tspc.ir.program import CONSTANT, Node, Ref, Size, Type
 from tspc.passes.analyse.sizes import Sizes
 
 aten = torch.ops.aten
+Get = Callable[[Ref], torch.Tensor]  # the value of a use
+Results = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 SHAPED = {  # op -> index of its shape argument
     aten.view.default: 1,
@@ -40,13 +45,13 @@ MEANS = {
 }
 
 
-def _argument(a: Any, sizes: Sizes, get: Callable[[Ref], Any]) -> Any:
+def _argument(a: object, sizes: Sizes, get: Get) -> Any:
     """Not a closure over itself: such a cycle would keep the tensors that `get` reaches."""
     if isinstance(a, Ref):
         return get(a)
     if isinstance(a, (tuple, list)):
         return [_argument(x, sizes, get) for x in a]
-    return sizes.value(a)
+    return sizes.value(a) if isinstance(a, sympy.Expr) else a
 
 
 def call(
@@ -54,8 +59,8 @@ def call(
     ins: Sequence[Dims],
     outs: Sequence[Dims],
     sizes: Sizes,
-    get: Callable[[Ref], Any],
-) -> Any:
+    get: Get,
+) -> Results:
     """One ordinary op on local tensors."""
     args = [_argument(a, sizes, get) for a in node.args]
     kwargs = {k: _argument(v, sizes, get) for k, v in node.kwargs.items()}
@@ -87,7 +92,9 @@ def call(
     return node.op(*args, **kwargs)
 
 
-def _written(args: Sequence[Any], dims: Dims, sizes: Sizes) -> tuple[int, Any, Any] | None:
+def _written(
+    args: Sequence[Any], dims: Dims, sizes: Sizes
+) -> tuple[int, IntLikeType, IntLikeType] | None:
     """(dim, start, end) of the rows that a cut dim is written in; None along another one."""
     k = (args[2] if len(args) > 2 else 0) % len(dims)
     if not sizes.is_cut(dims[k]):
@@ -96,7 +103,7 @@ def _written(args: Sequence[Any], dims: Dims, sizes: Sizes) -> tuple[int, Any, A
     return k, local, local + args[1].shape[k]
 
 
-def _start(start: Size | None, dim: Sequence[Factor], sizes: Sizes) -> Any:
+def _start(start: Size | None, dim: Sequence[Factor], sizes: Sizes) -> Size:
     """Where a slice of a dim starts, counted from the front."""
     if isinstance(start, int) and start < 0:
         return start + sizes.value(sizes.factors.size(tuple(dim)))
@@ -114,7 +121,9 @@ def _mean_cut(node: Node, dims: Dims, sizes: Sizes) -> bool:
     return any(sizes.is_cut(dims[k]) for k in _reduced(node, len(dims)))
 
 
-def _mean(node: Node, args: list[Any], kwargs: dict[str, Any], dims: Dims, sizes: Sizes) -> Any:
+def _mean(
+    node: Node, args: Sequence[object], kwargs: Keywords, dims: Dims, sizes: Sizes
+) -> torch.Tensor:
     """The local part of a mean: the sum over the local elements, divided by the whole count."""
     count = math.prod(
         sizes.value(sizes.factors.size(tuple(dims[k]))) for k in _reduced(node, len(dims))

@@ -6,22 +6,22 @@ a sum that no zero row of a weight clears (docs/design.md, "Storage and shard ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import sympy
 import torch
 
 from tspc.base.context import Context
-from tspc.factors.factor import Dims, Factor, Factors
-from tspc.ir.body import rows_of
-from tspc.ir.program import Node, Ref
+from tspc.factors.factor import Dim, Dims, Factor, Factors
+from tspc.ir.body import Named, Run, rows_of
+from tspc.ir.program import Node, Ref, Size
+from tspc.passes.analyse.factorize import Record
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.sizes import Length, Sizes
 from tspc.passes.analyse.typed import sequence_of
-from tspc.passes.lower.run_op import call
+from tspc.passes.lower.run_op import Get, Results, call
 from tspc.seams.tensors import no_modes
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class Maker:
             self.factors, symbols, self.rows(symbols) | {self.fold.factor: self.fold.units}
         )
 
-    def rows(self, symbols: Mapping[sympy.Symbol, Length]) -> dict[Factor, Any]:
+    def rows(self, symbols: Mapping[sympy.Symbol, Length]) -> dict[Factor, Length]:
         return {f: symbols.get(rows_of(i), rows_of(i)) for i, f in enumerate(self.leaves)}
 
     def sequence(self, dims: Dims) -> int:
@@ -83,7 +83,7 @@ class Table:
             return torch.tensor(self.rows)
 
 
-def plain(n: Any) -> Any:
+def plain(n: Size) -> Size:
     return int(n) if isinstance(n, sympy.Integer) else n
 
 
@@ -105,16 +105,16 @@ def runner(
     names: Mapping[Ref, str],
     tables: Mapping[Ref, Table],
     copies: Mapping[str, str],
-) -> Callable[..., dict[str, Any]]:
+) -> Run:
     """copies: operand -> the name that its units of shard j are written under."""
     sliced = {names[r]: t for r, t in tables.items()}
 
     def run(
         symbols: Mapping[sympy.Symbol, Length],
         step: torch.Tensor,
-        given: dict[str, torch.Tensor],
-        kept: dict[str, torch.Tensor],
-    ) -> dict[str, Any]:
+        given: Named,
+        kept: Named,
+    ) -> Named:
         sizes = m.sizes(symbols)
         env = dict(given)
         for name, table in sliced.items():
@@ -134,9 +134,7 @@ def runner(
     return run
 
 
-def _one(
-    m: Maker, n: Node, record: Any, sizes: Sizes, step: torch.Tensor, get: Callable[[Ref], Any]
-) -> Any:
+def _one(m: Maker, n: Node, record: Record, sizes: Sizes, step: torch.Tensor, get: Get) -> Results:
     """One op of the body, pads of the factor made neutral where it sums over the factor."""
     f = m.fold.factor
     if n.op == PICK:
@@ -153,7 +151,7 @@ def _one(
                 x = _neutral(m, x, k, d, sizes, step, fill)
         cleared = x
 
-        def fetch(r: Ref) -> Any:
+        def fetch(r: Ref) -> torch.Tensor:
             return cleared if r == first else get(r)
 
         return call(n, record.ins, record.outs, sizes, fetch)
@@ -161,7 +159,7 @@ def _one(
 
 
 def _neutral(
-    m: Maker, x: torch.Tensor, k: int, dim: Any, sizes: Sizes, step: torch.Tensor, fill: float
+    m: Maker, x: torch.Tensor, k: int, dim: Dim, sizes: Sizes, step: torch.Tensor, fill: float
 ) -> torch.Tensor:
     """`fill` in the pad units of dim k."""
     lead, trail = sizes.around(dim, m.fold.factor)

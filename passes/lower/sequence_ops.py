@@ -3,10 +3,10 @@ neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import torch
+from torch.types import IntLikeType
 
 from tspc.factors.factor import Factor, Factors
 from tspc.ir.binding import bind
@@ -15,8 +15,11 @@ from tspc.ir.program import Node
 from tspc.ops.library import local_rows
 from tspc.ops.sequence import SEQUENCE_CONV
 from tspc.passes.analyse.factorize import Record
+from tspc.passes.lower.run_op import Get
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
+# (dim, lead, trail, rows, length, order, axis) of a sequence, as tspc's ops take it
+Geometry = tuple[int, IntLikeType, IntLikeType, IntLikeType, IntLikeType, str, str]
 
 
 def runs(F: Factors, r: Record | None, leaves: Collection[Factor]) -> bool:
@@ -35,15 +38,15 @@ def _runs(F: Factors, r: Record, leaf: Factor) -> bool:
     return at[0] == at[1] and len(at[0]) == 1 and dims[0][at[0][0]].count(leaf) == 1
 
 
-def run(n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]) -> torch.Tensor:
-    """sequence: (dim, lead, trail, rows, length, order, axis), as tspc's ops take it."""
+def run(n: Node, sequence: Geometry, get: Get) -> torch.Tensor:
+    """On the rows of the sequence that are here."""
     return _Run(n, sequence, get).run()
 
 
 class _Run:
     """One op on the tiles of a rank's part (see `tspc.ops.sequence`)."""
 
-    def __init__(self, n: Node, sequence: tuple[Any, ...], get: Callable[[Any], Any]):
+    def __init__(self, n: Node, sequence: Geometry, get: Get):
         self.node, self.sequence, self.get = n, sequence, get
         self.args, _ = bind(n)
         self.dim, self.lead, trail, rows, _, self.order, self.axis = sequence

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -231,7 +230,7 @@ def _permutation(d: _Drawer) -> None:
     _done(d, made)
 
 
-_RULES: dict[Any, Callable[[_Drawer], object]] = {
+_RULES: dict[OpOverload, Callable[[_Drawer], object]] = {
     aten.dropout.default: _dropout,
     SDPA: _attention,
     MASKED_ATTENTION: _attention,

@@ -5,7 +5,7 @@ In: the node, and what takes the nodes that stand for it. Out: the value of the 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import sympy
 import torch
@@ -110,5 +110,5 @@ def cross_entropy(b: Builder, n: Node) -> Ref:
     return total
 
 
-def _ratio(smoothing: float, classes: Size) -> Any:
+def _ratio(smoothing: float, classes: Size) -> float | sympy.Expr:
     return smoothing / classes if isinstance(classes, int) else sympy.Float(smoothing) / classes

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
+from tspc.base.context import Arguments
 from tspc.ir.program import (
     CASTS,
     CONSTANT,
@@ -150,7 +150,7 @@ def _identity(b: _Builder, n: Node) -> Ref | None:
     return None
 
 
-def _step(n: Node) -> Any:
+def _step(n: Node) -> int:
     return n.args[4] if len(n.args) > 4 else n.kwargs.get("step", 1)
 
 
@@ -177,7 +177,7 @@ def _joined(b: _Builder, n: Node) -> Node:
     parts: dict[int, tuple[int, Ref]] = {}
     node, dim, size = n, None, 0
     while node.op == aten.slice_scatter.default:
-        defaults: tuple[Any, ...] = (None, None, 0, None, None, 1)
+        defaults: Arguments = (None, None, 0, None, None, 1)
         given = dict(zip(names, defaults)) | dict(zip(names, node.args)) | node.kwargs
         dim = given["dim"] % len(n.type.shape) if dim is None else dim
         size, lo = n.type.shape[dim], given["start"] or 0

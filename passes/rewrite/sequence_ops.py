@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from tspc.base.context import Arguments
 from tspc.ir.binding import bind
 from tspc.ir.kinds import PADS
-from tspc.ir.program import Node, Ref, Type
+from tspc.ir.program import Node, Ref, Size, Type
 from tspc.ops.sequence import SEQUENCE_CONV
 from tspc.seams.tensors import OpOverload
 
@@ -45,14 +44,14 @@ def _type(nodes: Nodes, r: Ref) -> Type:
     return t
 
 
-def _number(x: Any) -> int | None:
+def _number(x: object) -> int | None:
     """A pair or list of one int, or the int."""
     if isinstance(x, (tuple, list)):
         x = x[0] if len(x) == 1 else None
     return x if isinstance(x, int) else None
 
 
-def _range(n: Node, dim: int) -> tuple[int, Any] | None:
+def _range(n: Node, dim: int) -> tuple[int, Size] | None:
     """(rows left out in front, rows that are kept) of a slice along a dim."""
     args, _ = bind(n)
     start = args["start"] or 0

@@ -6,10 +6,9 @@ blocks of keys: those that no query of the run sees are left out, those that all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -205,16 +204,16 @@ def _checks(
     return tuple(out)
 
 
-_BOUNDS: Any = remembered(MODEL, WeakIdKeyDictionary())  # data -> (version, its bounds)
+# data -> (version, its bounds)
+_BOUNDS: MutableMapping[Tensor, tuple[int, Bounds]] = remembered(MODEL, WeakIdKeyDictionary())
 
 
 def _bounds(data: Tensor) -> Bounds:
     """Read once: on a device it waits."""
-    version, bounds = _BOUNDS.get(data, (None, None))
-    if version != data._version:
-        version, bounds = data._version, Bounds(data)
-        _BOUNDS[data] = version, bounds
-    return bounds
+    entry = _BOUNDS.get(data)
+    if entry is None or entry[0] != data._version:
+        entry = _BOUNDS[data] = data._version, Bounds(data)
+    return entry[1]
 
 
 @dataclass(frozen=True)

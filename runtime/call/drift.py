@@ -3,9 +3,8 @@ in place, gradients that are there. All ranks must have done the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from operator import attrgetter, sub
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,7 +17,7 @@ from tspc.base.state import MODEL, PROCESS, remembered
 # DTensor's version as it was, so versions do not tell them
 _STEPS = remembered(PROCESS, [0])
 # parameter -> (its version, steps) when it was first taken
-_FIRST: Any = remembered(MODEL, WeakIdKeyDictionary())
+_FIRST: MutableMapping[torch.Tensor, tuple[int, int]] = remembered(MODEL, WeakIdKeyDictionary())
 _HOOKS: list[object] = remembered(PROCESS, [])
 _VERSION, _GRAD = attrgetter("_version"), attrgetter("grad")
 

@@ -63,7 +63,7 @@ def _is_wrong(x: object, output: bool) -> bool:
     return bool(x.isnan().any()) if output and x.dim() else not bool(x.isfinite().all())
 
 
-def _gather(x: torch.Tensor, link: str) -> Steps:
+def _gather(x: torch.Tensor, link: str) -> Steps[torch.Tensor]:
     request: Request = AllGather(x, link)
     handle = yield request
     return handle.wait()

@@ -12,7 +12,6 @@ import types
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,7 @@ class Compiled:
     `torch.compile`.
     """
 
-    root: Callable[[], Any] | None
+    root: Callable[[], object] | None
     strict: bool = False
     given: bool = False
     told: set[str] = field(default_factory=set)
@@ -113,7 +112,7 @@ def eager(module: nn.Module) -> Call | None:
     return None if _open() or EAGER.told else enter(EAGER)
 
 
-def watched(compiled: Callable[..., Any], root: Any, strict: bool) -> Callable[..., Any]:
+def watched(compiled: Callable[..., object], root: object, strict: bool) -> Callable[..., object]:
     """What `torch.compile` made, with each call looked at."""
     of = Compiled(weakref.ref(root), strict)
 
@@ -151,7 +150,7 @@ def tell(call: Call, given: object = ()) -> None:
             )
 
 
-def _whole(call: Call, root: Any) -> str:
+def _whole(call: Call, root: object) -> str:
     names = {}
     if isinstance(root, nn.Module):
         names = {id(p): n for n, p in root.named_parameters()}
@@ -206,6 +205,6 @@ def _number(name: str) -> int:
     return int(told) if told.isdigit() else 0
 
 
-def watch(backend: Any) -> None:
+def watch(backend: object) -> None:
     """From now on, whatever is compiled with this backend."""
     on_compile(backend, watched)

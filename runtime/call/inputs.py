@@ -71,7 +71,7 @@ class Checker:
     params: Sequence[str]
     calls: int = 0
     hashes: dict[object, tuple[int, int]] = field(default_factory=dict)
-    kept: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    kept: dict[str, tuple[tuple[int, int, int], int]] = field(default_factory=dict)
     taken: drift.Taken = field(default_factory=drift.Taken)
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Checker:
     def __call__(
         self,
         tensors: Sequence[object],
-        params: Sequence[Any] = (),
+        params: Sequence[torch.Tensor] = (),
         numbers: Sequence[int] = (),
         shared: str = "",
     ) -> None:
@@ -176,7 +176,7 @@ class _Late:
     axis: str
     names: Sequence[str]
     same: torch.Tensor
-    event: Any
+    event: torch.Event | None
 
 
 _LATE: list[_Late] = remembered(CALL, [])
@@ -280,7 +280,7 @@ def _shown(name: str, value: str, sections: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(parts[:LISTED]) + more if parts else "those of all ranks"
 
 
-def _gather(x: torch.Tensor, link: str) -> Steps:
+def _gather(x: torch.Tensor, link: str) -> Steps[torch.Tensor]:
     handle = yield AllGather(x, link)
     return handle.wait()
 

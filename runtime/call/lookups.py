@@ -4,7 +4,7 @@ so that all ranks end alike."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,13 +27,15 @@ ADVICE = (
     "look for a tokenizer or labels of another vocabulary, padding that is not the loss's "
     "ignore_index, or a sequence that is longer than a table of positions"
 )
+# the name of a value, the op that makes it, with what
+Step = tuple[str, Callable[..., object], Sequence[object], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
 class Lengthwise:
     """What is done for calls of the same lengths: ops that make the indices, what is checked."""
 
-    ops: Sequence[tuple[str, Any, Sequence[Any], Mapping[str, Any]]]
+    ops: Sequence[Step]
     checks: Sequence[tuple[Lookup, int]]
 
     @cached_property
@@ -48,7 +50,7 @@ class Lengthwise:
             ranges[elements.input] = max(least, first), min(most, size - 1)
         return ranges
 
-    def in_range(self, inputs: Mapping[str, Any]) -> bool:
+    def in_range(self, inputs: Mapping[str, object]) -> bool:
         """Whether the extremes of inputs on the CPU say so for all that is looked up; if not, the
         indices themselves have to be seen."""
         if self.ranges is None:
@@ -65,7 +67,7 @@ class Lengthwise:
                 return False
         return True
 
-    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def values(self, inputs: Mapping[str, object]) -> dict[str, Any]:
         """By name; an op's operands are values, or as they are."""
         values = dict(inputs)
         for name, op, args, kwargs in self.ops:
@@ -74,7 +76,7 @@ class Lengthwise:
         return values
 
 
-def _filled(a: Any, values: Mapping[str, Any]) -> Any:
+def _filled(a: object, values: Mapping[str, Any]) -> Any:
     if isinstance(a, Ref):
         value = values[a.name]
         return value[a.item or 0] if isinstance(value, (list, tuple)) else value
@@ -93,7 +95,7 @@ class Indices:
         self.plans: dict[tuple[int, ...], Lengthwise] = {}
 
     def __call__(
-        self, sizes: Mapping[sympy.Symbol, int], inputs: Mapping[str, Any]
+        self, sizes: Mapping[sympy.Symbol, int], inputs: Mapping[str, object]
     ) -> IndexRangeError | None:
         lengths = tuple(sizes.values())
         planned = self.plans.get(lengths)
@@ -116,10 +118,10 @@ class Indices:
     def _plan(
         self,
         sizes: Mapping[sympy.Symbol, int],
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         lookups: Sequence[Lookup],
     ) -> Lengthwise:
-        checks, ops = [], {}
+        checks, ops = [], dict[str, Step]()
         for lookup in lookups:
             count = math.prod(int(evaluate(n, sizes)) for n in lookup.shape)
             if count and (count <= LARGE or lookup.own):
@@ -131,8 +133,8 @@ class Indices:
         self,
         ref: Ref,
         sizes: Mapping[sympy.Symbol, int],
-        inputs: Mapping[str, Any],
-        ops: dict[str, Any],
+        inputs: Mapping[str, object],
+        ops: dict[str, Step],
     ) -> None:
         """The ops that make a value, operands first."""
         if ref.name in inputs or ref.name in ops:
@@ -188,7 +190,7 @@ def _in_range(index: torch.Tensor, size: int, where: str) -> torch.Tensor:
 LIB.impl("in_range", _in_range, "CompositeExplicitAutograd")
 
 
-def _sized(a: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+def _sized(a: object, sizes: Mapping[sympy.Symbol, int]) -> object:
     if isinstance(a, (tuple, list)):
         return [_sized(x, sizes) for x in a]
     return evaluate(a, sizes) if isinstance(a, sympy.Expr) else a

@@ -4,7 +4,6 @@ them is told."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ class Refused(torch.autograd.Function):
         raise UnsupportedError(MESSAGE)
 
 
-def refused(grads: Sequence[torch.Tensor | None]) -> list[Any]:
+def refused(grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Gradients of a backward that is itself recorded; else as they are."""
     if not torch.is_grad_enabled() or all(g is None for g in grads):
         return list(grads)
@@ -57,11 +56,11 @@ class Inputs(torch.autograd.Function):
         return tuple(refused(grads))
 
 
-def watched(given: Sequence[Any], plain: Sequence[int]) -> list[Any]:
+def watched(given: Sequence[object], plain: Sequence[int]) -> list[object]:
     """What a graph is given; plain: the positions of what is no parameter."""
     out = list(given)
-    wanted = [i for i in plain if isinstance(out[i], torch.Tensor) and out[i].requires_grad]
+    wanted = {i: x for i in plain if isinstance(x := out[i], torch.Tensor) and x.requires_grad}
     if wanted and torch.is_grad_enabled():
-        for i, x in zip(wanted, Inputs.apply(*(out[i] for i in wanted))):
+        for i, x in zip(wanted, Inputs.apply(*wanted.values())):
             out[i] = x
     return out

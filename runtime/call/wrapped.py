@@ -4,7 +4,7 @@ first graph."""
 from __future__ import annotations
 
 import sys
-from typing import Any
+from types import FrameType
 
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -22,7 +22,7 @@ ADVICE = (
 )
 
 
-def check_wrapped(root: Any) -> None:
+def check_wrapped(root: object) -> None:
     """Called where a compiled module or function is called. Raises `PlanError`."""
     wrapper = _caller() or (_inside(root) if isinstance(root, nn.Module) else "")
     if wrapper:
@@ -32,7 +32,7 @@ def check_wrapped(root: Any) -> None:
 def _caller() -> str:
     """A wrapper whose forward calls this one."""
     codes = {w.forward.__code__: w.__name__ for w in WRAPPERS}
-    frame: Any = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in codes:
             return f"{codes[frame.f_code]} around the compiled module"

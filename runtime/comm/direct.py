@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,20 @@ from tspc.runtime.comm.requests import Axis
 
 Tensor = torch.Tensor
 PAIR = struct.Struct("2q")  # faster than tensors of so few
+Kind = TypeVar("Kind", bound="Transfers")
 
 
-def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
+class Work(Protocol):
+    """What torch has under way."""
+
+    def wait(self) -> object: ...
+
+
+def send(x: Tensor, to: int, group: dist.ProcessGroup, tag: int = 0) -> Work:
     return group.send([x], to, tag)  # dist.isend's checks take longer than the send
 
 
-def receive(into: Tensor, source: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
+def receive(into: Tensor, source: int, group: dist.ProcessGroup, tag: int = 0) -> Work:
     return group.recv([into], source, tag)
 
 
@@ -37,7 +44,7 @@ class Transfers:
     near: (rank, ranks) of sends between ranks, nearest neighbours first.
     """
 
-    works: list[Any]
+    works: Sequence[Work]
     kind: type = field(default=object, init=False)
     link: str = field(default="", init=False)
     near: tuple[int, int] | None = field(default=None, init=False)
@@ -62,10 +69,10 @@ class Transfers:
 class Received(Transfers):
     """What is there when they are done; keeps what is sent alive."""
 
-    result: Any
-    sent: Any = None
+    result: Tensor | None
+    sent: Tensor | None = None
 
-    def wait(self) -> Any:
+    def wait(self) -> Tensor | None:
         self.finish()
         self.sent = None
         return self.result
@@ -77,7 +84,7 @@ class Summed(Transfers):
 
     blocks: list[Tensor]
     rank: int
-    sent: Any
+    sent: Tensor | None
     result: Tensor | None = None
 
     def wait(self) -> Tensor:
@@ -145,7 +152,7 @@ class Alike:
         return most == ~least
 
 
-def _near(transfers: Any, rank: int, ranks: int) -> Any:
+def _near(transfers: Kind, rank: int, ranks: int) -> Kind:
     transfers.near = rank, ranks
     return transfers
 
@@ -156,7 +163,7 @@ def _everyone(
     rank: int,
     group: dist.ProcessGroup,
     tag: int = 0,
-) -> list[Any]:
+) -> list[Work]:
     """Block i goes to rank i, block i comes from rank i; nearest neighbours first."""
     ranks, works = len(received), []
     for k in range(1, ranks):

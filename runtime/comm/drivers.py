@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from tspc.base.errors import RankMismatchError
 from tspc.base.state import CALL, remembered
 from tspc.runtime.comm import direct
-from tspc.runtime.comm.direct import Received
+from tspc.runtime.comm.direct import Received, Summed
 from tspc.runtime.comm.ending import hold
 from tspc.runtime.comm.failures import Lost, failure, lost
 from tspc.runtime.comm.requests import (
@@ -28,9 +27,11 @@ from tspc.runtime.comm.requests import (
     Axis,
     Broadcast,
     Exchange,
+    Handle,
     Reduce,
     ReduceScatter,
     Request,
+    Result,
     Shift,
     Steps,
 )
@@ -93,15 +94,18 @@ def _note(request: Request, ranks: int) -> None:
 class _Done:
     """A handle whose answer is there already."""
 
-    result: Any
+    result: torch.Tensor | None
 
-    def wait(self) -> Any:
+    def wait(self) -> torch.Tensor | None:
         return self.result
 
 
 def distributed(
-    steps: Steps, axis: Axis, groups: Mapping[str, dist.ProcessGroup], what: str = "a collective"
-) -> Any:
+    steps: Steps[Result],
+    axis: Axis,
+    groups: Mapping[str, dist.ProcessGroup],
+    what: str = "a collective",
+) -> Result:
     """Run one rank's generator over process groups, one per link.
 
     what: where this is, for the message. Raises `RankFailureError` if another rank does not come.
@@ -113,11 +117,11 @@ def distributed(
         raise failure(e, what, next(iter(groups.values()))) from e.cause
 
 
-def _run(steps: Steps, axis: Axis, groups: Mapping[str, dist.ProcessGroup]) -> Any:
-    handle: Any = None
+def _run(steps: Steps[Result], axis: Axis, groups: Mapping[str, dist.ProcessGroup]) -> Result:
+    handle: Handle | None = None
     while True:
         try:
-            request = steps.send(handle)
+            request = next(steps) if handle is None else steps.send(handle)
         except StopIteration as stop:
             return stop.value
         if axis.size == 1:
@@ -125,34 +129,34 @@ def _run(steps: Steps, axis: Axis, groups: Mapping[str, dist.ProcessGroup]) -> A
             continue
         _note(request, axis.size)
         try:
-            handle = _issue(request, axis, groups[request.link])
+            handle = under_way = _issue(request, axis, groups[request.link])
         except RuntimeError as e:
             steps.throw(lost(e, type(request), request.link))
             raise
-        handle.kind, handle.link = type(request), request.link
+        under_way.kind, under_way.link = type(request), request.link
 
 
-def _issue(request: Request, axis: Axis, group: dist.ProcessGroup) -> Any:
+def _issue(request: Request, axis: Axis, group: dist.ProcessGroup) -> Received | Summed:
     x, ranks, rank = request.tensor.contiguous(), axis.size, axis.rank
     if isinstance(request, Broadcast):
         source = dist.get_global_rank(group, request.source)
-        return _held([dist.broadcast(x, source, group, async_op=True)], x)
+        return _held(dist.broadcast(x, source, group, async_op=True), x)
     if isinstance(request, AllReduce):
         out = x.clone()
-        return _held([dist.all_reduce(out, group=group, async_op=True)], out)
+        return _held(dist.all_reduce(out, group=group, async_op=True), out)
     if isinstance(request, AllToAll):
         out = torch.empty_like(x)
         work = dist.all_to_all_single(out.view(-1), x.view(-1), group=group, async_op=True)
-        return _held([work], out, x)
+        return _held(work, out, x)
     if isinstance(request, Exchange):
         out = x.new_empty((sum(request.received), *x.shape[1:]))
         received, sent = list(request.received), list(request.sent)
         work = dist.all_to_all_single(out, x, received, sent, group, async_op=True)
-        return _held([work], out, x)
+        return _held(work, out, x)
     if isinstance(request, Reduce):
         target = dist.get_global_rank(group, request.target)
         work = dist.reduce(x, target, group=group, async_op=True)
-        return _held([work], x if rank == request.target else None, x)
+        return _held(work, x if rank == request.target else None, x)
     if x.device.type == "cpu":
         return _issue_directly(request, x, axis, group)
     if isinstance(request, Shift):
@@ -167,20 +171,28 @@ def _issue(request: Request, axis: Axis, group: dist.ProcessGroup) -> Any:
     if isinstance(request, AllGather):
         out = x.new_empty((ranks, *x.shape))
         work = _all_gather(out.view(-1), x.view(-1), group, async_op=True)
-        return Received([work], out, x)
+        return Received([_work(work)], out, x)
     assert isinstance(request, ReduceScatter)
     out = x.new_empty(x.shape[1:])
     work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
-    return Received([work], out, x)
+    return Received([_work(work)], out, x)
 
 
-def _held(works: list[Any], result: Any, sent: Any = None) -> Received:
+def _held(work: object, result: torch.Tensor | None, sent: torch.Tensor | None = None) -> Received:
     """Of a collective that a thread of torch's runs."""
     hold(result, sent)
-    return Received(works, result, sent)
+    return Received([_work(work)], result, sent)
 
 
-def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: dist.ProcessGroup) -> Any:
+def _work(x: object) -> dist.Work:
+    """What torch gives for a collective that is waited for later."""
+    assert isinstance(x, dist.Work)
+    return x
+
+
+def _issue_directly(
+    request: Request, x: torch.Tensor, axis: Axis, group: dist.ProcessGroup
+) -> Received | Summed:
     ranks, rank = axis.size, axis.rank
     if isinstance(request, Shift):
         return direct.shift(x, rank, ranks, group)
@@ -190,26 +202,26 @@ def _issue_directly(request: Request, x: torch.Tensor, axis: Axis, group: dist.P
     return direct.reduce_scatter(x, rank, ranks, group)
 
 
-def lockstep(generators: Sequence[Steps]) -> list[Any]:
+def lockstep(generators: Sequence[Steps[Result]]) -> list[Result]:
     """Run all ranks' generators together; they must yield the same kinds and shapes in the same
     order."""
     ranks = len(generators)
-    results: list[Any] = [None] * ranks
-    handles: list[Any] = [None] * ranks
+    results: dict[int, Result] = {}
+    handles: list[Handle] = []
     with torch.no_grad():
         while True:
             requests: list[Request] = []
             ended: list[int] = []
             for r, g in enumerate(generators):
                 try:
-                    requests.append(g.send(handles[r]))
+                    requests.append(g.send(handles[r]) if handles else next(g))
                 except StopIteration as stop:
                     results[r] = stop.value
                     ended.append(r)
             if ended:
                 if requests:
                     raise RankMismatchError(f"ranks {ended} ended while others still communicate")
-                return results
+                return [results[r] for r in range(ranks)]
             _compare(requests)
             if ranks > 1:
                 _note(requests[0], ranks)
@@ -217,7 +229,7 @@ def lockstep(generators: Sequence[Steps]) -> list[Any]:
 
 
 def _compare(requests: Sequence[Request]) -> None:
-    def described(q: Request) -> tuple[Any, ...]:
+    def described(q: Request) -> tuple[object, ...]:
         peer = getattr(q, "source", getattr(q, "target", None))
         shape = tuple(q.tensor.shape)[isinstance(q, Exchange) :]  # rows differ by rank
         return type(q).__name__, q.link, shape, q.tensor.dtype, peer
@@ -228,7 +240,7 @@ def _compare(requests: Sequence[Request]) -> None:
             raise RankMismatchError(f"rank 0 issues {first}, rank {r} issues {described(q)}")
 
 
-def _answers(requests: Sequence[Request]) -> list[Any]:
+def _answers(requests: Sequence[Request]) -> list[torch.Tensor] | list[torch.Tensor | None]:
     tensors = [q.tensor for q in requests]
     first, ranks = requests[0], len(requests)
     if isinstance(first, Shift):

@@ -82,7 +82,7 @@ def whole(
     rows: int,
     length: int,
     link: str = "activations",
-) -> Steps:
+) -> Steps[torch.Tensor]:
     """S -> R: gather, undo the order, drop the pads."""
     handle = yield AllGather(x, link)
     joined = join(handle.wait(), dim, lead)
@@ -97,7 +97,7 @@ def summing(dtype: torch.dtype, reduce: torch.dtype | None = None) -> torch.dtyp
     return wide if reduce is None else reduce
 
 
-def all_reduce(axis: Axis, x: torch.Tensor) -> Steps:
+def all_reduce(axis: Axis, x: torch.Tensor) -> Steps[torch.Tensor]:
     """P -> R."""
     handle = yield AllReduce(x.to(summing(x.dtype)))
     return handle.wait().to(x.dtype)
@@ -105,9 +105,9 @@ def all_reduce(axis: Axis, x: torch.Tensor) -> Steps:
 
 def bucket_all_reduce(
     axis: Axis, xs: Sequence[torch.Tensor], reduce: torch.dtype | None = None
-) -> Steps:
+) -> Steps[list[torch.Tensor]]:
     """The sum of each tensor over the ranks, one communication per dtype."""
-    out: list[torch.Tensor | None] = [None] * len(xs)
+    out = list(xs)
     for dtype in dict.fromkeys(x.dtype for x in xs):
         members = [i for i, x in enumerate(xs) if x.dtype == dtype]
         flat = torch.cat([xs[i].reshape(-1) for i in members])
@@ -118,7 +118,7 @@ def bucket_all_reduce(
     return out
 
 
-def gather_weight(axis: Axis, shard: torch.Tensor, dim: int, size: int) -> Steps:
+def gather_weight(axis: Axis, shard: torch.Tensor, dim: int, size: int) -> Steps[torch.Tensor]:
     """Equal shards along `dim`, padded at the end -> the whole weight."""
     handle = yield AllGather(shard.movedim(dim, 0).contiguous(), "weights")
     blocks = handle.wait()
@@ -133,7 +133,7 @@ def gather_weight_backward(
     partial: bool,
     dtype: torch.dtype,
     reduce: torch.dtype | None,
-) -> Steps:
+) -> Steps[torch.Tensor]:
     """The gradient of this rank's shard, in its `dtype`; partial: the ranks' gradients add up."""
     g = g.movedim(dim, 0)
     missing = axis.size * units - g.shape[0]
@@ -192,7 +192,7 @@ def embed_backward(
     dtype: torch.dtype,
     rows: int,
     length: int,
-) -> Steps:
+) -> Steps[torch.Tensor]:
     """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32
     or wider.
 

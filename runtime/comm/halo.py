@@ -119,7 +119,7 @@ def _counts(moves: Sequence[Move], ranks: int, end: str) -> tuple[int, ...]:
     return tuple(sum(m.count for m in moves if getattr(m, end) == r) for r in range(ranks))
 
 
-def moved(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps:
+def moved(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps[torch.Tensor]:
     """What the plan says of `dim`; elements that meet add up, zeros where none comes."""
     x = x.movedim(dim, 0)
     here = [m for m in p.moves if m.source == axis.rank == m.target]
@@ -139,7 +139,9 @@ def moved(axis: Axis, x: torch.Tensor, dim: int, p: Plan) -> Steps:
     return out.to(x.dtype).movedim(0, dim).contiguous()
 
 
-def carry(axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool) -> Steps:
+def carry(
+    axis: Axis, layout: Layout, x: torch.Tensor, dim: int, lead: int, after: bool
+) -> Steps[torch.Tensor]:
     """Of one element per tile: the sum of those of the tiles before it, or behind it."""
     handle = yield AllGather(x.movedim(dim, 0).contiguous())
     totals = handle.wait().to(summing(x.dtype))

@@ -50,7 +50,7 @@ def _blocks(
     return max(len(s) for s, _ in out.values()), out
 
 
-def repack(axis: Axis, m: ShardMap, local: torch.Tensor, size: int) -> Steps:
+def repack(axis: Axis, m: ShardMap, local: torch.Tensor, size: int) -> Steps[torch.Tensor]:
     """This rank's chunk of a dim of `size` rows (torch's chunks) -> its shard of the fold."""
     if m.is_chunked(size):
         return _fit(m, axis.rank, local, size)
@@ -71,7 +71,9 @@ def repack(axis: Axis, m: ShardMap, local: torch.Tensor, size: int) -> Steps:
     return shard.movedim(0, m.dim).contiguous()
 
 
-def repack_backward(axis: Axis, m: ShardMap, g: torch.Tensor, size: int, rows: int) -> Steps:
+def repack_backward(
+    axis: Axis, m: ShardMap, g: torch.Tensor, size: int, rows: int
+) -> Steps[torch.Tensor]:
     """Gradient of the shard -> of this rank's chunk of `rows` rows: the transposed map,
     duplicates add, pads go."""
     if m.is_chunked(size):

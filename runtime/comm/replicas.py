@@ -20,7 +20,7 @@ LINK = "replicas"
 
 def gather(
     axis: Axis, parts: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int]
-) -> Steps:
+) -> Steps[list[torch.Tensor]]:
     """This rank's parts, cut along `dims` -> the chunks of `sizes` rows."""
     out: list[torch.Tensor] = [x.new_empty(0) for x in parts]
     parts_along = [
@@ -45,7 +45,7 @@ def scatter_mean(
     grads: Sequence[torch.Tensor],
     dims: Sequence[int],
     reduce: torch.dtype | None = None,
-) -> Steps:
+) -> Steps[list[torch.Tensor]]:
     """Gradients of the chunks -> the means of this rank's parts of them."""
     out: list[torch.Tensor] = [g.new_empty(0) for g in grads]
     for members in _buckets(grads):
@@ -64,7 +64,9 @@ def scatter_mean(
     return out
 
 
-def mean(axis: Axis, grads: Sequence[torch.Tensor], reduce: torch.dtype | None = None) -> Steps:
+def mean(
+    axis: Axis, grads: Sequence[torch.Tensor], reduce: torch.dtype | None = None
+) -> Steps[list[torch.Tensor]]:
     """Gradients averaged over the replicas, as DDP does."""
     out: list[torch.Tensor] = list(grads)
     for members in _buckets(grads):

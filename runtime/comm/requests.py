@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -97,4 +97,5 @@ class Axis:
     rank: int
 
 
-Steps = Generator[Request, Handle, Any]
+Result = TypeVar("Result")
+Steps = Generator[Request, Handle, Result]

@@ -21,6 +21,6 @@ def shared(place: Place, device: torch.device) -> torch.Tensor:
     return distributed(steps, place.axis, place.groups, "the seed of a call").to(device)
 
 
-def _first(seed: torch.Tensor) -> Steps:
+def _first(seed: torch.Tensor) -> Steps[torch.Tensor]:
     handle = yield Broadcast(seed.view(1), "checks", source=0)
     return handle.wait().view(())

@@ -3,12 +3,13 @@ differentiates it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.types import IntLikeType
 
 from tspc.ir.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.ir.program import Type
@@ -16,6 +17,8 @@ from tspc.runtime.lowering.trace import local_fakes
 from tspc.seams.lowering import TracingContext, V, compile_fx_inner, select_decomp_table, tracing
 
 Values = dict[str, torch.Tensor]
+# of sizes, the step and tensors; the list is emptied
+Lowered = Callable[[list[torch.Tensor | IntLikeType]], Sequence[torch.Tensor]]
 
 
 class EagerPieces:
@@ -95,9 +98,9 @@ class InductorPieces:
     ):
         self.body, self.guards = body, []
         self.last = max(i for i, step in enumerate(body.steps) if isinstance(step, Piece))
-        self.forwards: dict[int, Any] = {}
-        self.agains: dict[int, Any] = {}
-        self.backwards: dict[int, tuple[Any, list[str], tuple[str, ...]]] = {}
+        self.forwards: dict[int, Lowered] = {}
+        self.agains: dict[int, Lowered] = {}
+        self.backwards: dict[int, tuple[Lowered, list[str], tuple[str, ...]]] = {}
         for index, step in enumerate(body.steps):
             if isinstance(step, Piece):
                 self._compile(index, step, hints, rows, device)
@@ -152,19 +155,19 @@ class InductorPieces:
 
     def _split(
         self, inputs: Sequence[Any], names: Sequence[str]
-    ) -> tuple[dict[sympy.Symbol, Any], torch.Tensor, Values]:
+    ) -> tuple[dict[sympy.Symbol, IntLikeType], torch.Tensor, Values]:
         count = len(self.body.sizes)
         symbols = dict(zip(self.body.sizes, inputs[:count]))
         return symbols, inputs[count], dict(zip(names, inputs[count + 1 :]))
 
     def _lower(
         self,
-        fn: Any,
+        fn: Callable[..., list[torch.Tensor]],
         sizes: Mapping[sympy.Symbol, int],
         reads: Sequence[str],
         device: torch.device,
         is_backward: bool,
-    ) -> Any:
+    ) -> Lowered:
         types = [(Type((), torch.int64), device)]
         for n in reads:
             v = self.body.values[n]
@@ -182,11 +185,12 @@ class InductorPieces:
             compiled = compile_fx_inner(gm, inputs, is_backward=is_backward)
         named = {v.node.expr: s for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)}
         self.guards += [g.expr.xreplace(named) for g in fakes.env.guards]
+        assert callable(compiled)
         return compiled
 
     def _given(
         self, symbols: Lengths, step: torch.Tensor, tensors: Sequence[torch.Tensor]
-    ) -> list[Any]:
+    ) -> list[torch.Tensor | IntLikeType]:
         sizes = [symbols[s] for s in self.body.sizes]
         return [*sizes, step, *(t.contiguous() for t in tensors)]
 

@@ -8,8 +8,7 @@ fp32 or wider and are cast once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,7 +30,7 @@ from tspc.runtime.fold.travel import Gradients, Weights
 Tensor = torch.Tensor
 
 
-def forward(call: Call) -> Steps:
+def forward(call: Call) -> Steps[tuple[list[Tensor], list[Tensor]]]:
     """-> (sums and stacks in the order of body.outs, saved)."""
     if call.schedule == STATIONARY:
         return (yield from stationary_forward(call))
@@ -47,7 +46,7 @@ def forward(call: Call) -> Steps:
 
 def _turn(
     call: Call, source: Weights, exchange: Exchange, fixed: Values, sums: Sums, stacks: Values
-) -> Steps:
+) -> Steps[None]:
     """One step of the sum; its shard is let go before the one after the next is asked for."""
     body = call.body
     j, shards = yield from source.next()
@@ -130,7 +129,7 @@ def _turn_back(
     fixed: Values,
     stored: Values,
     cotangents: Sequence[Tensor | None],
-) -> Steps:
+) -> Steps[tuple[int, Values]]:
     """-> (j, gradients of what its step reads)."""
     body = call.body
     j, shards = yield from source.next()
@@ -142,7 +141,9 @@ def _turn_back(
     return j, (yield from step_backward(call, symbols, j, values, of_outs, exchange))
 
 
-def _given(body: Body, cotangents: Sequence[Tensor | None], block: Any) -> Values:
+def _given(
+    body: Body, cotangents: Sequence[Tensor | None], block: Callable[[Tensor], Tensor]
+) -> Values:
     return {
         o.name: g if o.kind == "sum" else block(g)
         for o, g in zip(body.outs, cotangents)

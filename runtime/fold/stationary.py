@@ -22,7 +22,7 @@ from tspc.runtime.fold.step import (
 Tensor = torch.Tensor
 
 
-def _gather_tokens(call: Call) -> Steps:
+def _gather_tokens(call: Call) -> Steps[Values]:
     """Every token's rows of all ranks end to end, in rank order."""
     out: Values = {}
     for spec, t in zip(call.body.tokens, call.tokens):
@@ -41,7 +41,7 @@ def _by_rank(call: Call, x: Tensor, dim: int, lead: int) -> Tensor:
     return part(x, call.axis.size, dim, lead).contiguous()
 
 
-def stationary_forward(call: Call) -> Steps:
+def stationary_forward(call: Call) -> Steps[tuple[list[Tensor], list[Tensor]]]:
     """-> (sums and stacks in the order of body.outs, saved)."""
     body, axis = call.body, call.axis
     values = yield from _gather_tokens(call)

@@ -30,7 +30,7 @@ class Weights:
         self.handle: Handle | None = None
         self.blocks: Tensor | None = None
 
-    def next(self) -> Steps:
+    def next(self) -> Steps[tuple[int, Values]]:
         """-> (j, the shards j by name)."""
         call, axis, turn = self.call, self.call.axis, self.turn
         self.turn += 1
@@ -89,7 +89,7 @@ class Gradients:
                 p += grads[n].reshape(-1)
         return flat
 
-    def put(self, j: int, grads: Values) -> Steps:
+    def put(self, j: int, grads: Values) -> Steps[None]:
         call = self.call
         if not self.names:
             return
@@ -112,7 +112,7 @@ class Gradients:
     def take(self, got: Tensor | None) -> None:
         self.mine = self.mine if got is None else got
 
-    def done(self) -> Steps:
+    def done(self) -> Steps[Values]:
         """Gradient of each of this rank's shards."""
         if not self.names:
             return {}

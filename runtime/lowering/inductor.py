@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.ops.counter import mix, mixed
-from tspc.runtime.lowering.trace import Fakes, tag
-from tspc.seams.compiler import keep_saved
+from tspc.runtime.lowering.trace import Fakes, Program, tag
+from tspc.seams.compiler import keep_saved, outside_of_dynamo
 from tspc.seams.lowering import (
     AOTDispatchCompiler,
     CustomGraphPass,
@@ -46,6 +46,8 @@ from tspc.seams.lowering import (
 )
 from tspc.seams.lowering import inductor_ops as ops
 from tspc.seams.tensors import DisableAutocast, OrderedSet
+
+Boxed = Callable[[list[object]], object]  # of the list of its arguments
 
 
 class _Operators:
@@ -88,7 +90,9 @@ class KeepOrder(CustomGraphPass):
         return "tspc-keep-order-1"
 
 
-def _partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+def _partition(
+    joint: torch.fx.GraphModule, inputs: object, **kwargs: Any
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
     """Min-cut."""
     tag(joint)
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
@@ -104,7 +108,7 @@ class Lowered(OutputCode):
     graph: Any
     _boxed_call: bool = True
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Sequence[object]) -> object:
         with DisableAutocast():
             return self.graph(inputs)
 
@@ -140,14 +144,14 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object
     return _without_autocast(make_boxed_func(gm.forward))
 
 
-def _without_autocast(compiled: Any) -> Any:
+def _without_autocast(compiled: Boxed) -> Boxed:
     """The casts are in the program; a caller's autocast must not cast again."""
 
-    def run(args: list[Any]) -> Any:
+    def run(args: list[object]) -> object:
         with DisableAutocast():
             return compiled(args)
 
-    whole = torch.compiler.disable(run)  # a backward inside of a compiled function
+    whole = outside_of_dynamo(run)  # a backward inside of a compiled function
     whole._boxed_call = True  # type: ignore[attr-defined]
     return whole
 
@@ -181,9 +185,7 @@ def hash_of_code(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def compile_local(
-    program: torch.nn.Module, fakes: Fakes, compiler: str
-) -> Callable[..., Sequence[Any]]:
+def compile_local(program: torch.nn.Module, fakes: Fakes, compiler: str) -> Program:
     """-> a function of (symbols, rows, placeholders) with autograd; forward and backward are
     compiled now."""
     inductor = compiler == "inductor"

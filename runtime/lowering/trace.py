@@ -6,13 +6,14 @@ lockstep driver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.types import IntLikeType
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tspc.ir.body import evaluate
@@ -28,6 +29,8 @@ from tspc.seams.lowering import (
 )
 from tspc.seams.tensors import FakeTensorMode
 
+Program = Callable[..., Sequence[object]]  # of one rank: sizes, rows, placeholders -> outputs
+
 
 @dataclass(frozen=True)
 class Fakes:
@@ -35,12 +38,12 @@ class Fakes:
 
     mode: FakeTensorMode
     env: ShapeEnv
-    symbols: Mapping[sympy.Symbol, Any]
-    rows: list[Any]
+    symbols: Mapping[sympy.Symbol, IntLikeType]
+    rows: list[IntLikeType]
     tensors: list[torch.Tensor]
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[torch.Tensor | IntLikeType]:
         return [*self.symbols.values(), *self.rows, *self.tensors]
 
 
@@ -59,7 +62,7 @@ def local_fakes(
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # of symbolic sizes it is made at a greater cost than it saves
 
-    def size(name: str, hint: int) -> Any:
+    def size(name: str, hint: int) -> IntLikeType:
         source = ConstantSource(name)
         symbol = env.create_symbol(
             hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
@@ -105,7 +108,7 @@ def tag(joint: torch.fx.GraphModule) -> None:
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _own(x: Any) -> Any:
+def _own(x: object) -> object:
     """An output that is no view: the graphs are run as they are, without what AOTAutograd does for
     aliases."""
     return x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x
@@ -115,7 +118,7 @@ class _NoTangents(Exception):
     """No output wants a gradient."""
 
 
-def partition(fn: Any, fakes: Fakes) -> Partitioned:
+def partition(fn: Program, fakes: Fakes) -> Partitioned:
     """The joint graph of a local program, cut in two."""
     wants = any(x.requires_grad for x in fakes.tensors) and torch.is_grad_enabled()
     try:
@@ -124,11 +127,11 @@ def partition(fn: Any, fakes: Fakes) -> Partitioned:
         return _partition(fn, fakes, False)
 
 
-def _partition(fn: Any, fakes: Fakes, joined: bool) -> Partitioned:
+def _partition(fn: Program, fakes: Fakes, joined: bool) -> Partitioned:
     tangents: list[int] = []
     count = 0
 
-    def flat(*args: object) -> tuple[Any, ...]:
+    def flat(*args: object) -> tuple[object, ...]:
         nonlocal count
         outs = fn(*args)
         count = len(outs)

@@ -8,8 +8,7 @@ raises when used.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -28,7 +27,7 @@ from tspc.seams.tensors import OpOverload, unset_fake_temporarily
 
 _HOOKS: list[object] = remembered(PROCESS, [])
 # of shards: no graph has said how these are to be cut
-_OPEN: Any = remembered(MODEL, WeakIdKeyDictionary())
+_OPEN: MutableMapping[torch.Tensor, bool] = remembered(MODEL, WeakIdKeyDictionary())
 
 
 class ShardedParameter(nn.Parameter):
@@ -160,6 +159,7 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
                 continue
             chunk = [placement if cut else Replicate()] * (len(p.placements) - 1)
             assert isinstance(p, nn.Parameter)
-            plain: Any = p.detach()
+            plain = p.detach()
+            assert isinstance(plain, DTensor)
             move_shard(p, plain.redistribute(placements=[placement, *chunk]))
     raise RestartTrace(restart_reason="tspc cut parameters that no graph had taken")

@@ -8,7 +8,6 @@ mean is taken.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +58,7 @@ class ToShard:
         self.p = weakref.ref(p)
         self.__torch_unserializable__ = True
 
-    def __call__(self, g: Any) -> object:
+    def __call__(self, g: torch.Tensor | None) -> torch.Tensor | None:
         p = self.p()
         if (
             p is None
@@ -84,7 +83,7 @@ def arrives_cut(p: torch.nn.Parameter) -> None:
 
 
 @unserializable_hook
-def _to_plain(g: Any) -> Any:
+def _to_plain(g: torch.Tensor | None) -> torch.Tensor | None:
     return _Joined.apply(g) if is_stored(g) else None
 
 

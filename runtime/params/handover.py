@@ -4,7 +4,7 @@ graphs that were made from it before."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -79,6 +79,8 @@ def shard_of_gradient(p: nn.Parameter, grad: torch.Tensor, axis: str) -> DTensor
 
 def _add(p: nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad if p.grad is None else p.grad.add_(grad)
-    hooks: OrderedDict[int, Any] = getattr(p, "_post_accumulate_grad_hooks", None) or OrderedDict()
+    hooks: OrderedDict[int, Callable[[nn.Parameter], None]] = (
+        getattr(p, "_post_accumulate_grad_hooks", None) or OrderedDict()
+    )
     for hook in list(hooks.values()):
         hook(p)

@@ -12,7 +12,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +81,7 @@ class Wholes(TorchDispatchMode):
                     self.wrote(x)
         return func(*args, **kwargs)
 
-    def wrote(self, x: Any) -> None:
+    def wrote(self, x: object) -> None:
         k = self.kept.get(storage_key(x)) if isinstance(x, torch.Tensor) else None
         if k is None:
             return
@@ -260,7 +259,7 @@ def _in_place(
 def _whole(model: nn.Module, wholes: Wholes) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
     """The model with a whole parameter, without memory, in the place of each shard."""
     by_id: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     for m in model.modules():
         for n, p in m._parameters.items():
             if p is None:
@@ -298,7 +297,7 @@ def _own(model: nn.Module, wholes: Wholes) -> None:
             reset()
 
 
-def _needs(fn: Callable[..., Any]) -> bool:
+def _needs(fn: Callable[..., object]) -> bool:
     """It takes arguments without a default."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -24,6 +25,22 @@ from tspc.seams.tensors import tree_leaves
 
 _DONE: set[tuple[str, str]] = remembered(PROCESS, set())
 SAVE = "save_pretrained"
+Plain = Callable[..., Any]  # the function that is called around
+
+
+class _Accelerator(Protocol):
+    _models: list[nn.Module]
+    _optimizers: list[torch.optim.Optimizer]
+
+
+class _Arguments(Protocol):
+    save_only_model: bool
+
+
+class _Trainer(Protocol):
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    args: _Arguments
 
 
 def adapt(module: nn.Module | None = None) -> None:
@@ -44,7 +61,7 @@ def adapt(module: nn.Module | None = None) -> None:
                 _around(cls, SAVE, _save_pretrained)
 
 
-def _around(owner: Any, name: str, around: Callable[..., object]) -> None:
+def _around(owner: type | ModuleType, name: str, around: Callable[..., object]) -> None:
     """owner.name(...) becomes around(the function itself, ...)."""
     plain = owner.__dict__.get(name)
     if plain is None or not callable(plain) or hasattr(plain, "_tspc_plain"):
@@ -58,7 +75,7 @@ def _around(owner: Any, name: str, around: Callable[..., object]) -> None:
     setattr(owner, name, call)
 
 
-def _save_pretrained(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
+def _save_pretrained(plain: Plain, self: object, *args: object, **kwargs: object) -> object:
     """model.save_pretrained(folder, ...)"""
     state, what = kwargs.get("state_dict"), f"{type(self).__name__}.{SAVE}"
     if not isinstance(self, nn.Module):
@@ -73,13 +90,15 @@ def _save_pretrained(plain: Any, self: Any, *args: object, **kwargs: object) -> 
         return plain(self, *args, **kwargs) if writes else None
 
 
-def _state_of(plain: Any, self: Any, model: Any, *args: object, **kwargs: object) -> object:
+def _state_of(
+    plain: Plain, self: object, model: nn.Module, *args: object, **kwargs: object
+) -> object:
     """accelerator.get_state_dict(model): empty on the other ranks, as for other sharded models."""
     with writing("Accelerator.get_state_dict", [model]) as writes:
         return plain(self, model, *args, **kwargs) if writes else {}
 
 
-def _save_state(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
+def _save_state(plain: Plain, self: _Accelerator, *args: object, **kwargs: object) -> object:
     """accelerator.save_state(folder)"""
     with writing("Accelerator.save_state", self._models, self._optimizers):
         return plain(self, *args, **kwargs)
@@ -88,7 +107,7 @@ def _save_state(plain: Any, self: Any, *args: object, **kwargs: object) -> objec
 def _checkpoint(name: str) -> Callable[..., object]:
     """trainer.save_model(folder), and what it does at a checkpoint"""
 
-    def save(plain: Any, self: Any, *args: object, **kwargs: object) -> object:
+    def save(plain: Plain, self: _Trainer, *args: object, **kwargs: object) -> object:
         optimizers = [] if self.optimizer is None else [self.optimizer]
         both = name == "_save_checkpoint" and not self.args.save_only_model
         given = optimizers if both else []
@@ -99,7 +118,12 @@ def _checkpoint(name: str) -> Callable[..., object]:
 
 
 def _fabric_save(
-    plain: Any, self: Any, path: Any, state: Any, *args: object, **kwargs: object
+    plain: Plain,
+    self: object,
+    path: object,
+    state: Mapping[str, object],
+    *args: object,
+    **kwargs: object,
 ) -> object:
     """fabric.save(path, {"model": model, ...}) ends in this of a strategy."""
     found = list(state.values())
@@ -118,7 +142,7 @@ class _Shared(dict):
 SAFETENSORS = "the saving by safetensors"
 
 
-def _flat(plain: Any, tensors: Any, *keep: object) -> object:
+def _flat(plain: Plain, tensors: Mapping[str, object], *keep: object) -> object:
     """Of safetensors: the tensors as memory; what `save_file`, `save_model`, `save` begin with."""
     if not any(is_stored(x) for x in tensors.values()):
         return plain(tensors, *keep)
@@ -129,7 +153,7 @@ def _flat(plain: Any, tensors: Any, *keep: object) -> object:
     return out
 
 
-def _to_file(plain: Any, flat: Any, *args: object, **kwargs: object) -> object:
+def _to_file(plain: Plain, flat: object, *args: object, **kwargs: object) -> object:
     """Of safetensors: `serialize_file` and `serialize`, whose bytes are empty on the others."""
     if not isinstance(flat, _Shared):
         return plain(flat, *args, **kwargs)
@@ -137,7 +161,7 @@ def _to_file(plain: Any, flat: Any, *args: object, **kwargs: object) -> object:
         return plain(dict(flat), *args, **kwargs) if flat.among.first else b""
 
 
-def _duplicates(plain: Any, state: Any, **kwargs: object) -> object:
+def _duplicates(plain: Plain, state: Mapping[str, object], **kwargs: object) -> object:
     """Of safetensors: which names are one tensor; a shard has no address, so it is known by its
     local one."""
     stand: dict[object, torch.Tensor] = {}

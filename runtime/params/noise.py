@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,12 @@ def ignores_values(op: OpOverload) -> bool:
 
 
 @contextlib.contextmanager
-def of_first_rank(mesh: DeviceMesh, generator: Any) -> Iterator[None]:
+def of_first_rank(mesh: DeviceMesh, generator: torch.Generator | None) -> Iterator[None]:
     """Inside, the default generator is the first rank's. A generator given is used as it is."""
     if generator is not None:
         yield
         return
-    of: Any = torch.cuda if mesh.device_type == "cuda" else torch.random
+    of: ModuleType = torch.cuda if mesh.device_type == "cuda" else torch.random
     state_here = of.get_rng_state()
     state = state_here.to(mesh.device_type, copy=True)
     for k in range(mesh.ndim):

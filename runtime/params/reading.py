@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,24 @@ from tspc.seams.tensors import IncompatibleKeys
 
 INDEX = ".safetensors.index.json"
 PREFIX = "_orig_mod."  # of a compiled module
+
+
+class _Slice(Protocol):
+    """A tensor of a file, of which a part can be read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, at: tuple[slice, ...], /) -> torch.Tensor: ...
+
+
+class _File(Protocol):
+    """What safetensors opens."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_tensor(self, name: str, /) -> torch.Tensor: ...
+
+    def get_slice(self, name: str, /) -> _Slice: ...
 
 
 def load_safetensors(
@@ -60,7 +78,7 @@ def load_safetensors(
     return IncompatibleKeys(missing, unexpected)
 
 
-def _read(f: Any, key: str, target: torch.Tensor) -> None:
+def _read(f: _File, key: str, target: torch.Tensor) -> None:
     """This rank's part, or a tensor that every rank has all of."""
     if not target.dim():
         target = target._local_tensor if isinstance(target, DTensor) else target
@@ -119,7 +137,7 @@ def _indexed(index: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _open(file: str) -> Iterator[Any]:
+def _open(file: str) -> Iterator[_File]:
     try:
         from safetensors import safe_open
     except ImportError as e:

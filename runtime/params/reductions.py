@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
@@ -77,20 +76,20 @@ def reduce(op: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     if named.get("dtype") is not None:
         local = local.to(named["dtype"])
     local = local.float() if low else local
-    part = _part(name, local, dims, keep, named)
+    part = _part(name, local, dims, keep)
     out = KINDS[name](parts(part, x._spec))
     if name == "mean":
         out = out / math.prod(x.shape[d] for d in dims)
     return out.to(wanted) if low else out
 
 
-def _dims(dim: Any, n: int) -> list[int]:
-    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
-        return list(range(n))
-    return [d % n for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+def _dims(dim: int | Sequence[int] | None, n: int) -> list[int]:
+    if isinstance(dim, int):
+        return [dim % n]
+    return [d % n for d in dim] if dim else list(range(n))
 
 
-def _part(name: str, local: torch.Tensor, dims: list[int], keep: bool, named: Any) -> Any:
+def _part(name: str, local: torch.Tensor, dims: list[int], keep: bool) -> torch.Tensor:
     """This rank's; of no meaning where it holds no rows, but of the same shape and type."""
     if not local.numel():
         shape = [max(1, n) for n in local.shape]
@@ -107,13 +106,15 @@ def _part(name: str, local: torch.Tensor, dims: list[int], keep: bool, named: An
         return torch.count_nonzero(local, dims)
     if name == "logsumexp":
         return torch.logsumexp(local, dims, keepdim=keep)
-    make: Any = getattr(torch, {"max": "amax", "min": "amin"}.get(name, name))
+    make: Callable[..., torch.Tensor] = getattr(
+        torch, {"max": "amax", "min": "amin"}.get(name, name)
+    )
     return make(local, dims, keepdim=keep)
 
 
 def _along(
     op: OpOverload, args: Arguments, kwargs: Keywords, x: DTensor, dims: list[int], keep: bool
-) -> Any:
+) -> DTensor | tuple[DTensor, ...]:
     """No dim that is cut goes: each rank's rows by themselves."""
     to = {d: d if keep else d - sum(k < d for k in dims) for _, d in cuts(x._spec)}
     placements = list(x._spec.placements)
@@ -126,17 +127,19 @@ def _along(
     return wrap(out, x._spec, placements, shape)
 
 
-def _spread(name: str, x: DTensor, dims: list[int], named: Any, keep: bool) -> Any:
+def _spread(
+    name: str, x: DTensor, dims: list[int], named: Keywords, keep: bool
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Variances, in two rounds."""
     count = math.prod(x.shape[d] for d in dims)
     correction = named.get("correction")
     if "unbiased" in named:
         correction = int(named["unbiased"])
     local = x._local_tensor.float() if x.dtype in _LOW else x._local_tensor
-    total = parts(_part("sum", local, dims, True, named), x._spec).sum(0)
+    total = parts(_part("sum", local, dims, True), x._spec).sum(0)
     mean = total / count
     squares = (local - mean).square()
-    sum_of = parts(_part("sum", squares, dims, True, named), x._spec).sum(0)
+    sum_of = parts(_part("sum", squares, dims, True), x._spec).sum(0)
     less = max(count - (1 if correction is None else correction), 0)
     spread = sum_of / less
     out = [spread.sqrt() if name.startswith("std") else spread, mean]
@@ -153,7 +156,7 @@ def norms(op: OpOverload, args: Arguments, kwargs: Keywords) -> list[torch.Tenso
     order = named.get("ord", 2)
     tensors, settings = list(args[0]), {"dtype": named.get("dtype")}
     cut = [i for i, x in enumerate(tensors) if isinstance(x, DTensor) and is_cut(x)]
-    out: list[Any] = [None] * len(tensors)
+    out: dict[int, torch.Tensor] = {}
     groups: dict[object, list[int]] = {}
     for i in cut:
         x = tensors[i]
@@ -165,13 +168,17 @@ def norms(op: OpOverload, args: Arguments, kwargs: Keywords) -> list[torch.Tenso
         for i, x in zip(members, of_group):
             out[i] = x
     for i, x in enumerate(tensors):
-        if out[i] is None:
+        if i not in out:
             out[i] = torch.linalg.vector_norm(whole(x), order, **settings)
-    return out
+    return [out[i] for i in range(len(tensors))]
 
 
 def _norms(
-    xs: Sequence[DTensor], order: float, dims: list[int] | None, keep: bool, dtype: Any
+    xs: Sequence[DTensor],
+    order: float,
+    dims: list[int] | None,
+    keep: bool,
+    dtype: torch.dtype | None,
 ) -> list[torch.Tensor]:
     """Norms of tensors that are cut over the same dims of one mesh; with dims, of one."""
     asked = dtype or xs[0].dtype

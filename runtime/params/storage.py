@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,9 @@ from tspc.seams.compiler import (
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
 _STATE = remembered(CALL, threading.local())
+Kind = tuple[type[nn.Module], tuple[str, ...], str]  # a class, names of shards, the axis
 # a class dies with its last module
-_CLASSES: weakref.WeakValueDictionary[Any, type] = remembered(MODEL, weakref.WeakValueDictionary())
+_CLASSES: weakref.WeakValueDictionary[Kind, type] = remembered(MODEL, weakref.WeakValueDictionary())
 
 
 class _Sharded(nn.Module):
@@ -76,8 +77,8 @@ def _whole(p: DTensor, axis: str) -> torch.Tensor:
 _gathered = outside_of_dynamo(_whole)
 
 
-def _reader(name: str, axis: str) -> Callable[[nn.Module], Any]:
-    def get(self: nn.Module) -> Any:
+def _reader(name: str, axis: str) -> Callable[[nn.Module], torch.Tensor | None]:
+    def get(self: nn.Module) -> torch.Tensor | None:
         p = self._parameters[name]
         if not isinstance(p, DTensor) or not _reading():
             return p
@@ -90,7 +91,7 @@ def _reader(name: str, axis: str) -> Callable[[nn.Module], Any]:
 
 
 def _property(name: str, axis: str) -> property:
-    def put(self: nn.Module, value: Any) -> None:
+    def put(self: nn.Module, value: torch.Tensor | nn.Module) -> None:
         nn.Module.__setattr__(self, name, value)
 
     return property(_reader(name, axis), put)
@@ -121,7 +122,7 @@ def _reduce(self: _Sharded, protocol: object) -> object:
     return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
 
 
-def _save(self: _Sharded, destination: Any, prefix: str, keep_vars: bool) -> None:
+def _save(self: _Sharded, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
     """Whole tensors while a library writes them."""
     type(self)._tspc_class._save_to_state_dict(self, destination, prefix, keep_vars)
     libraries.adapt()
@@ -130,7 +131,7 @@ def _save(self: _Sharded, destination: Any, prefix: str, keep_vars: bool) -> Non
             destination[prefix + n] = writing.written(p)
 
 
-def _load(self: _Sharded, state: Any, prefix: str, *args: object) -> None:
+def _load(self: _Sharded, state: Mapping[str, object], prefix: str, *args: object) -> None:
     """A whole tensor in a state is cut like the parameter; every rank has the same one."""
     state = dict(state)
     for n, p in self._parameters.items():
@@ -143,7 +144,9 @@ def _load(self: _Sharded, state: Any, prefix: str, *args: object) -> None:
     type(self)._tspc_class._load_from_state_dict(self, state, prefix, *args)
 
 
-def _apply(self: _Sharded, fn: Any, recurse: bool = True) -> nn.Module:
+def _apply(
+    self: _Sharded, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
     """`.to()` and its kind keep every parameter the object that optimizers know."""
     shards = {n: p for n, p in self._parameters.items() if isinstance(p, DTensor)}
     self._parameters.update(dict.fromkeys(shards))
@@ -164,7 +167,7 @@ def _apply(self: _Sharded, fn: Any, recurse: bool = True) -> nn.Module:
 
 
 def _rebuild(
-    cls: type[nn.Module], names: tuple[str, ...], axis: str, state: dict[str, Any]
+    cls: type[nn.Module], names: tuple[str, ...], axis: str, state: dict[str, object]
 ) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
@@ -180,7 +183,7 @@ def _sharded_class(cls: type[nn.Module], names: tuple[str, ...], axis: str) -> t
     key = (cls, names, axis)
     made = _CLASSES.get(key)
     if made is None:
-        body: dict[str, Any] = {n: _property(n, axis) for n in names}
+        body: dict[str, object] = {n: _property(n, axis) for n in names}
         body.update(
             _tspc_class=cls,
             _tspc_names=names,
@@ -296,7 +299,7 @@ class Taken:
     reduce: torch.dtype | None = None
     check: bool = False
     due: frozenset[str] = frozenset()
-    program: Any = None  # a backward that outlives the model still finds the bodies of its folds
+    program: object = None  # a backward that outlives the model still finds the bodies of its folds
 
     @cached_property
     def wanted(self) -> list[Placement]:

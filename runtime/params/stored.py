@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from tspc.base.state import PROCESS, remembered
 from tspc.runtime.comm.failures import told
 from tspc.seams.tensors import DTensorSpec, TensorMeta
 
+Value = TypeVar("Value")
 WHAT = "a value of sharded parameters outside of the compiled graphs"
 NOTED = 2**20  # bytes; what is smaller is gathered without a word
 _LOG = logging.getLogger("tspc")
@@ -87,7 +88,7 @@ def holds_rows(spec: DTensorSpec, ranks: Sequence[int]) -> bool:
     return all(sizes[d] for _, d in cuts(spec))
 
 
-def whole(x: Any, why: str = "") -> Any:
+def whole(x: Value, why: str = "") -> Value | torch.Tensor:
     """A stored tensor on every rank; anything else as it is. why: what needs it, told once."""
     if not is_stored(x):
         return x
@@ -109,7 +110,12 @@ def put(x: DTensor, value: torch.Tensor) -> None:
     x._local_tensor.copy_(chunk(value, x._spec))
 
 
-def wrap(local: torch.Tensor, like: DTensorSpec, placements: Any = None, shape: Any = None) -> Any:
+def wrap(
+    local: torch.Tensor,
+    like: DTensorSpec,
+    placements: Sequence[Placement] | None = None,
+    shape: Sequence[int] | None = None,
+) -> DTensor:
     """A part as a stored tensor. shape: the whole one, default that of `like`."""
     meta = like.tensor_meta
     assert meta is not None

@@ -9,7 +9,7 @@ gathered and run whole. DTensors on other meshes are torch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,6 +55,7 @@ class Call(NamedTuple):
     operands: list[torch.Tensor]
 
 
+Value = TypeVar("Value")
 Ways = Callable[[Call], object]
 _INSTALLED: list[bool] = remembered(PROCESS, [])
 _WAYS: dict[OpOverload, Ways] = remembered(CODE, {})
@@ -169,7 +170,7 @@ def _is_elementwise(op: OpOverload, name: str) -> bool:
     )
 
 
-def fit(x: object, lead: DTensor) -> Any:
+def fit(x: Value, lead: DTensor) -> Value | torch.Tensor:
     """What stands beside the part of `lead` in an elementwise op."""
     if not isinstance(x, torch.Tensor):
         return x
@@ -345,9 +346,10 @@ def _noise(c: Call) -> object:
             return wrap(chunk(result, lead._spec).clone(), lead._spec)
         result = _plainly(c)
 
-    def cut(x: Any) -> object:
-        plain = isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
-        if plain and isinstance(lead, DTensor) and x.shape == lead.shape:
+    def cut(x: object) -> object:
+        if not isinstance(x, torch.Tensor) or isinstance(x, DTensor):
+            return x
+        if isinstance(lead, DTensor) and x.shape == lead.shape:
             return wrap(chunk(x, lead._spec).clone(), lead._spec)
         return x
 

@@ -3,6 +3,7 @@ gathered where they are read, and written through to what is stored; in the othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Part(torch.Tensor):
 
     @staticmethod
     def made(base: DTensor, full: torch.Tensor, inner: torch.Tensor) -> Part:
-        self: Any = make_subclass(Part, inner)
+        self = make_subclass(Part, inner)
+        assert isinstance(self, Part)
         self.base, self.full, self.shown = base, full, inner
         self.version = base._local_tensor._version
         return self
@@ -79,11 +81,14 @@ class Part(torch.Tensor):
         return out
 
 
-def parts_of(base: DTensor, full: torch.Tensor, out: Any) -> Any:
+def parts_of(
+    base: DTensor, full: torch.Tensor, out: torch.Tensor | Sequence[torch.Tensor]
+) -> Part | Sequence[Part]:
     """The views that an op made of the gathered base."""
     if isinstance(out, torch.Tensor):
         return Part.made(base, full, out)
-    return type(out)(Part.made(base, full, x) for x in out)
+    views = [Part.made(base, full, x) for x in out]
+    return tuple(views) if isinstance(out, tuple) else views
 
 
 def _written(func: OpOverload, args: Arguments, kwargs: Keywords) -> list[Part]:
@@ -95,7 +100,7 @@ def _written(func: OpOverload, args: Arguments, kwargs: Keywords) -> list[Part]:
     return parts
 
 
-def places(name: str, x: DTensor, named: dict[str, Any]) -> dict[int, int]:
+def places(name: str, x: DTensor, named: Keywords) -> dict[int, int]:
     """Dim -> where it is in the result, of those that are whole in it."""
     n = x.dim()
     same = {d: d for d in range(n)}

@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ log = logging.getLogger("tspc")
 PATIENCE = timedelta(seconds=10)  # then it is said who is waited for
 _WRITING = remembered(CALL, threading.local())
 _MEETINGS: Counter[str] = Counter()
+Value = TypeVar("Value")
+State = dict[str, Any]  # of a module or an optimizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sharers:
     """
 
     ranks: tuple[int, ...] = (0,)
-    links: tuple[tuple[Any, int], ...] = ()
+    links: tuple[tuple[dist.ProcessGroup | None, int], ...] = ()
 
     @property
     def first(self) -> bool:
@@ -83,7 +85,7 @@ class Sharers:
             )
             store.wait(keys, limit - PATIENCE)
 
-    def given(self, value: Any) -> Any:
+    def given(self, value: Value) -> Value:
         """The first one's value, a small object."""
         for group, source in self.links:
             box = [value]
@@ -113,7 +115,7 @@ def sharers(*tensors: object) -> Sharers:
     return Sharers(tuple(ranks), tuple(links))
 
 
-def root_of(model: Any, what: str) -> nn.Module:
+def root_of(model: object, what: str) -> nn.Module:
     """The module itself where it is compiled. Raises `PlanError` for what is no module."""
     root = getattr(model, "_orig_mod", model)
     if not isinstance(root, nn.Module):
@@ -132,7 +134,7 @@ class Gathered:
         # with what each was made of, whose memory is then nobody else's
         self.made: dict[object, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> object:
         """A tensor whole, None on the other ranks; anything else as it is."""
         if not isinstance(x, torch.Tensor):
             return x
@@ -206,7 +208,7 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
             return state, _gathered(optimizer.state_dict(), take)
 
 
-def _gathered(state: Mapping[str, Any], take: Gathered) -> dict[str, Any]:
+def _gathered(state: Mapping[str, Any], take: Gathered) -> State:
     out = tree_map(take, dict(state))
     if not take.among.first:
         return {}
@@ -231,16 +233,19 @@ class Sent:
     def __init__(self, among: Sharers):
         self.among = among
 
-    def structure(self, state: Any) -> Any:
+    def structure(self, state: Mapping[str, Any] | None) -> State | None:
         """The state with announcements in the place of tensors; the same on all ranks."""
         mine = None
         if self.among.first:
             mine = tree_map(_announce, state)
         return self.among.given(mine)
 
-    def take(self, found: _Announced, given: Any, device: torch.device) -> torch.Tensor:
+    def take(
+        self, found: _Announced, given: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         """One whole tensor. given: the first rank's, which nobody else has."""
         if self.among.first:
+            assert given is not None
             given = given.detach()
             given = given.full_tensor() if isinstance(given, DTensor) else given
             x = given.to(device).contiguous()
@@ -285,10 +290,10 @@ def load_full_state_dict(
         if not isinstance(found, Mapping):
             raise PlanError(f"{what}: the first rank has no state, but {type(found).__name__}")
         own, device = root.state_dict(), _device(root)
-        ready: dict[str, Any] = {}
+        ready: State = {}
         for name, x in found.items():
             if isinstance(x, _Announced):
-                whole = sent.take(x, given and given[name], device)
+                whole = sent.take(x, None if given is None else given[name], device)
                 ready[name] = fill(own.get(name), whole)
             else:
                 ready[name] = x
@@ -298,7 +303,7 @@ def load_full_state_dict(
     return loaded
 
 
-def fill(own: Any, whole: torch.Tensor) -> torch.Tensor:
+def fill(own: object, whole: torch.Tensor) -> torch.Tensor:
     """Copy into the tensor that a module holds, where there is one of that shape; -> it, to be
     given to `load_state_dict`, else the whole one."""
     if not isinstance(own, torch.Tensor) or own.shape != whole.shape or own.is_meta:
@@ -321,19 +326,26 @@ def _device(root: nn.Module) -> torch.device:
     return next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _received(sent: Sent, optimizer: Any, state: Any, device: torch.device) -> dict[str, Any]:
+def _received(
+    sent: Sent,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any] | None,
+    device: torch.device,
+) -> State:
     """The optimizer's state, cut like the parameters."""
     found = sent.structure(state)
+    assert found is not None
     groups = [p for g in optimizer.param_groups for p in g["params"]]
     saved = [i for g in found["param_groups"] for i in g["params"]]
     params = dict(zip(saved, groups))
     first = sent.among.first
 
-    def take(x: Any, given: Any, p: Any) -> Any:
+    def take(x: object, given: Any, p: object) -> object:
         if isinstance(x, _Announced):
             whole = sent.take(x, given, device)
-            good = isinstance(p, DTensor) and whole.shape == p.shape and whole.dim()
-            return cut(whole, p) if good else whole.cpu() if not whole.dim() else whole
+            if isinstance(p, DTensor) and whole.shape == p.shape and whole.dim():
+                return cut(whole, p)
+            return whole if whole.dim() else whole.cpu()
         if isinstance(x, Mapping):
             return {k: take(v, given[k] if first else None, p) for k, v in x.items()}
         if isinstance(x, (list, tuple)):
@@ -342,7 +354,7 @@ def _received(sent: Sent, optimizer: Any, state: Any, device: torch.device) -> d
 
     out = {}
     for key, x in found.items():
-        given: Any = state[key] if first else None
+        given: Any = state[key] if state is not None and first else None
         if key == "state":
             out[key] = {
                 i: take(s, given[i] if first else None, params.get(i)) for i, s in x.items()

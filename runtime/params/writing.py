@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from tspc.base.errors import RankFailureError, ShardedParameterError
 from tspc.runtime.comm.failures import told
 from tspc.runtime.params.stored import is_stored
-from tspc.runtime.params.whole import Gathered, Sharers, active, cut, sharers, shown
+from tspc.runtime.params.whole import Gathered, Sharers, State, active, cut, sharers, shown
 from tspc.seams.compiler import cut_loaded_states, refuse_pickles
 from tspc.seams.tensors import tree_leaves, tree_map
 
@@ -63,7 +63,7 @@ def loaded(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def written(p: DTensor) -> Any:
+def written(p: DTensor) -> torch.Tensor:
     """What `state_dict()` gives for a parameter inside of `writing`: whole on the first rank."""
     take = active()
     found = None if take is None else take.known(p.detach())
@@ -71,7 +71,9 @@ def written(p: DTensor) -> Any:
 
 
 @contextlib.contextmanager
-def writing(what: str, models: Sequence[Any], optimizers: Sequence[Any] = ()) -> Iterator[bool]:
+def writing(
+    what: str, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> Iterator[bool]:
     """A collective, if there are shards: inside, `state_dict()` of these gives what one device's
     would on the first rank, which alone may write; the others wait for its end.
 
@@ -105,7 +107,7 @@ def writing(what: str, models: Sequence[Any], optimizers: Sequence[Any] = ()) ->
             h.remove()
 
 
-def _whole_state(whole: Any, optimizer: Any, state: Any) -> Any:
+def _whole_state(whole: State, optimizer: torch.optim.Optimizer, state: State) -> State:
     return state if active() is None else whole
 
 
@@ -136,8 +138,9 @@ def gathered(what: str, state: Any) -> tuple[Any, Sharers]:
     return whole, among
 
 
-def inner(optimizer: Any) -> Any:
+def inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that a library's wrapper holds."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
+    held = getattr(optimizer, "optimizer", None)
+    while isinstance(held, torch.optim.Optimizer):
+        optimizer, held = held, getattr(held, "optimizer", None)
     return optimizer

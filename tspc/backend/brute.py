@@ -4,13 +4,12 @@ by concatenation, sum or log-sum-exp, must equal the op on the whole."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tspc.base.errors import RuleError
-from tspc.factors.factor import Factor
+from tspc.factors.factor import Dims, Factor
 from tspc.factors.placement import indices
 from tspc.factors.registry import overload_of
 from tspc.frontend.capture import convert
@@ -19,13 +18,16 @@ from tspc.passes.analyse.factorize import Analysis, Record, factorize
 from tspc.passes.analyse.fold import added_once
 from tspc.passes.analyse.sizes import Sizes
 from tspc.passes.lower.run_op import call, constant
+from tspc.seams.tensors import OpOverload
 
 PICK = torch.ops.tspc.pick.default
-Values = dict[tuple[str, int], Any]
+Values = dict[tuple[str, int], torch.Tensor]
 
 
 def traced(
-    fn: Callable[..., Any], *tensors: torch.Tensor, apart: dict[Any, Any] | None = None
+    fn: Callable[..., object],
+    *tensors: torch.Tensor,
+    apart: dict[OpOverload, Callable[..., object]] | None = None,
 ) -> tuple[Analysis, Values]:
     """The analysis of a function of tensors, its ops as they are written but for those taken apart,
     and every value."""
@@ -36,7 +38,7 @@ def traced(
     return a, values(program, {n: tensors[i] for n, i in positions.items()}, a)
 
 
-def values(program: Program, inputs: dict[str, Any], a: Analysis) -> Values:
+def values(program: Program, inputs: Mapping[str, torch.Tensor], a: Analysis) -> Values:
     """Every node's value on one device."""
     env: Values = {}
     plain = Sizes(a.F, {}, {})
@@ -52,7 +54,7 @@ def values(program: Program, inputs: dict[str, Any], a: Analysis) -> Values:
     return env
 
 
-def take(a: Analysis, x: torch.Tensor, dims: Any, f: Factor, piece: list[int]) -> torch.Tensor:
+def take(a: Analysis, x: torch.Tensor, dims: Dims, f: Factor, piece: list[int]) -> torch.Tensor:
     """The part of a value that a piece of a factor has."""
     for k, d in enumerate(dims):
         if f in a.F.leaves(tuple(d)):
@@ -80,13 +82,15 @@ def pieces(f: Factor) -> list[list[int]]:
     return [list(range(n // 3 + 1)), list(range(n // 3 + 1, n))]
 
 
-def run(a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[int]) -> list[Any]:
+def run(
+    a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[int]
+) -> list[torch.Tensor]:
     """The op on one piece of a factor; what is added after a sum only in the first."""
     sizes = Sizes(a.F, {}, {f: len(piece)})
     dims = {x: d for x, d in zip(r.refs, r.ins) if x is not None}
     once = added_once(r.node) if how == "reduce" and piece[0] else None
 
-    def get(x: Ref) -> Any:
+    def get(x: Ref) -> torch.Tensor:
         v = take(a, env[x.name, x.item or 0], dims[x], f, piece)
         return torch.zeros_like(v) if x == once else v
 
@@ -115,9 +119,9 @@ def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
         torch.testing.assert_close(joined, whole, msg=where)
 
 
-def check(a: Analysis, env: Values) -> dict[Any, int]:
+def check(a: Analysis, env: Values) -> dict[OpOverload, int]:
     """Compares every piece; returns how many cuts were tried per op."""
-    done: dict[Any, int] = {}
+    done: dict[OpOverload, int] = {}
     for r in a.records:
         if r.node.op == OUTPUT:
             continue
@@ -134,10 +138,14 @@ def only(x: torch.Tensor, dim: int, position: int) -> torch.Tensor:
     return out
 
 
-def outputs(r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]) -> list[Any]:
+def outputs(
+    r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]
+) -> list[torch.Tensor]:
     """The op on the whole, some operands exchanged; numbers as floats."""
     sizes = Sizes(a.F, {}, {})
-    out = call(r.node, r.ins, r.outs, sizes, lambda x: swap.get(x, env[x.name, x.item or 0]))
+    out = call(
+        r.node, r.ins, r.outs, sizes, lambda x: swap[x] if x in swap else env[x.name, x.item or 0]
+    )
     results = out if isinstance(out, (list, tuple)) else [out]
     return [x if x.is_floating_point() or x.is_complex() else x.double() for x in results]
 
@@ -172,7 +180,9 @@ def check_meaning(a: Analysis, env: Values) -> None:
 
 
 def check_rule(
-    op: Callable[..., Any], samples: Sequence[Sequence[object]], kwargs: Mapping[str, object] = {}
+    op: Callable[..., object],
+    samples: Sequence[Sequence[object]],
+    kwargs: Mapping[str, object] = {},
 ) -> int:
     """Try the rule of an op by brute force.
 
@@ -187,7 +197,7 @@ def check_rule(
     for number, sample in enumerate(samples):
         tensors = [x for x in sample if isinstance(x, torch.Tensor)]
 
-        def call(*xs: torch.Tensor, sample: Sequence[object] = sample) -> Any:
+        def call(*xs: torch.Tensor, sample: Sequence[object] = sample) -> object:
             following = iter(xs)
             args = [next(following) if isinstance(x, torch.Tensor) else x for x in sample]
             return overload(*args, **kwargs)

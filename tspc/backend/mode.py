@@ -9,7 +9,7 @@ from tspc.base.options import one_of
 from tspc.seams.lowering import list_mode_options
 
 
-def mode_options(mode: Any) -> dict[str, Any]:
+def mode_options(mode: str | None) -> dict[str, Any]:
     """What Inductor makes of it. Raises `OptionError` for an unknown one."""
     modes = list_mode_options()
     if mode is not None and not one_of(mode, tuple(modes)):

@@ -4,9 +4,9 @@ everything else as torch has it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from torch.types import IntLikeType
 
 from tspc.base.errors import TspcError
 from tspc.factors.factor import Factors
@@ -17,6 +17,8 @@ from tspc.passes.lower.run_op import call, constant
 from tspc.passes.pipeline import prepare
 from tspc.runtime.comm.seed import draw
 from tspc.seams.compiler import plainly
+
+Value = torch.Tensor | IntLikeType
 
 
 @plainly(TspcError)
@@ -29,20 +31,20 @@ def reference_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]
     return _runner(captured, program)
 
 
-def _runner(captured: Captured, program: Program) -> Callable[..., list[Any]]:
+def _runner(captured: Captured, program: Program) -> Callable[..., list[Value]]:
     placeholders = [n for n in program.nodes if n.op in PLACEHOLDERS]
 
-    def run(*args: object) -> list[Any]:
+    def run(*args: object) -> list[Value]:
         inputs = captured.given(placeholders, args, draw())
         sizes = Sizes(Factors(), captured.sizes(args), {})
         env = {(n.name, 0): x for n, x in zip(placeholders, inputs)}
 
-        def get(r: Any) -> Any:
-            return env[r.name, r.item or 0] if isinstance(r, Ref) else sizes.value(r)
+        def get(r: Ref) -> torch.Tensor:
+            return env[r.name, r.item or 0]
 
         for n in program.nodes:
             if n.op == OUTPUT:
-                return [get(a) for a in n.args]
+                return [get(a) if isinstance(a, Ref) else sizes.value(a) for a in n.args]
             if n.op == CONSTANT:
                 env[n.name, 0] = constant(n, inputs[0].device)
             elif n.op not in PLACEHOLDERS:

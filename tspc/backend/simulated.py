@@ -114,7 +114,7 @@ def _trace(
     return partition(rewritten.local, fakes)
 
 
-def _call(graph: Simulated, args: Sequence[object], indices: Indices) -> list[Any]:
+def _call(graph: Simulated, args: Sequence[object], indices: Indices) -> list[object]:
     graph.sizes = graph.captured.sizes(args)
     wrong = indices(graph.sizes, {n: args[i] for n, i in graph.captured.positions.items()})
     if wrong is not None:
@@ -207,13 +207,16 @@ def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torc
     return out
 
 
-def _whole_gradients(graph: Simulated, grads: list[list[Any]]) -> list[Any]:
+def _whole_gradients(
+    graph: Simulated, grads: list[list[torch.Tensor | None]]
+) -> list[torch.Tensor | None]:
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     out = []
     for i, n in enumerate(nodes):
-        mine = [g[i] for g in grads]
+        mine = [x for x in (g[i] for g in grads) if x is not None]
+        assert len(mine) in (0, graph.ranks), f"only some ranks have a gradient of {n.name}"
         storage = graph.rewritten.choice.storages.get(n.name) if n.op == PARAM else None
-        if mine[0] is None:
+        if not mine:
             out.append(None)
         elif storage is not None and storage.map is not None:
             out.append(storage.map.put(mine, int(n.type.shape[storage.map.dim])))
@@ -224,7 +227,7 @@ def _whole_gradients(graph: Simulated, grads: list[list[Any]]) -> list[Any]:
     return out
 
 
-def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[Any]:
+def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[object]:
     """Whole outputs; what is whole on every rank must be equal there."""
     result = []
     for i, r in enumerate(graph.rewritten.results):

@@ -12,8 +12,10 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torch.types import IntLikeType
 
 from tspc.backend.mode import mode_options
 from tspc.backend.planned import check_planned
@@ -29,9 +31,10 @@ from tspc.frontend.autograd_grad import reached
 from tspc.frontend.capture import Captured, capture
 from tspc.frontend.outside import only_shards
 from tspc.frontend.overlap import before_writes, dense, overlap, written
-from tspc.ir.body import evaluate, rows_of
+from tspc.ir.body import Lengths, evaluate, rows_of
 from tspc.ir.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
 from tspc.ir.shard import ShardMap
+from tspc.passes.analyse.outputs import Result
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.ladder import after
 from tspc.passes.unit import Unit
@@ -151,7 +154,7 @@ def _compile(
     place: Place,
     mesh: DeviceMesh,
     refused: Refused = NOTHING,
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """refused: what could not be lowered before; a rank that alone refuses it is told."""
     if chosen.check_inputs is not False:
         if refused:
@@ -227,19 +230,20 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[object]) -> Fakes:
             shape[storage.map.dim] = storage.map.length
             t = replace(t, shape=tuple(shape))
         types.append((t, x.device if x is not None else _device(example_inputs)))
-    return local_fakes(rewritten.symbols, hints, _rows(compiled, hints), types)
+    rows = [int(c) for c in _rows(compiled, hints)]
+    return local_fakes(rewritten.symbols, hints, rows, types)
 
 
-def _rows(compiled: Compiled, sizes: Mapping[sympy.Symbol, Any]) -> list[Any]:
+def _rows(compiled: Compiled, sizes: Lengths) -> list[IntLikeType]:
     """C of each sequence."""
     extents, ranks = compiled.rewritten.choice.extents, compiled.place.axis.size
     return [e.chunk_rows(ranks, sizes) for e in extents]
 
 
-def _dynamos(compiled: Compiled, fakes: Fakes) -> dict[sympy.Symbol, Any]:
+def _dynamos(compiled: Compiled, fakes: Fakes) -> dict[sympy.Symbol, IntLikeType]:
     """Symbol of the local sizes -> what it is of Dynamo's; before lowering, which may fix one."""
     outer = compiled.captured.outer_symbols
-    bind: dict[sympy.Symbol, Any] = {
+    bind: dict[sympy.Symbol, IntLikeType] = {
         v.node.expr: outer[s] for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)
     }
     rows = zip(fakes.rows, _rows(compiled, outer))
@@ -260,16 +264,16 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
                 _require(guard, {**outer, **{rows_of(i): n for i, n in enumerate(rows)}})
 
 
-def _require(guard: Any, bind: Mapping[sympy.Symbol, Any]) -> None:
+def _require(guard: sympy.Expr | Boolean, bind: Lengths) -> None:
     """An assumption becomes a guard of Dynamo's."""
-    values = {s: bind[s] for s in guard.free_symbols}
+    values = {s: bind[s] for s in guard.free_symbols if isinstance(s, sympy.Symbol)}
     if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
         raise InternalError(f"the local program assumes {guard}, which does not hold")
 
 
 def _function(
     compiled: Compiled, options: Options, example_inputs: Sequence[object], gm: torch.fx.GraphModule
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
     fakes = _fakes(compiled, example_inputs)
     stage("compiles its folds")
@@ -312,7 +316,7 @@ def _function(
         rows = [int(c) for c in _rows(compiled, sizes)]
         shared = overlap(captured.writes, args, captured.names)
         kept = before_writes(captured.writes, args)
-        values = [None if i is None else kept[i] for i in positions]
+        values: list[Any] = [None if i is None else kept[i] for i in positions]
         for i in plain:
             values[i] = dense(values[i])
         called, stored = ([values[i] for i in at] for at in (plain, sharded))
@@ -365,7 +369,7 @@ def _results(
     outs: Sequence[Any],
     sizes: Mapping[sympy.Symbol, int],
     rows_of_each: Sequence[int],
-) -> list[Any]:
+) -> list[object]:
     """rows_of_each: c of each sequence."""
     place, extents = compiled.place, compiled.rewritten.choice.extents
     out = []
@@ -383,7 +387,7 @@ def _results(
 
         steps = (place.axis, layout, x, r.dim, evaluate(r.lead, sizes), rows, length, "outputs")
 
-        def gather(steps: Any = steps, r: Any = r) -> torch.Tensor:
+        def gather(steps=steps, r: Result = r) -> torch.Tensor:
             what = "the read of a deferred output"
             return r.given(distributed(whole(*steps), place.axis, place.groups, what), sizes)
 

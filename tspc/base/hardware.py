@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 
@@ -38,7 +37,7 @@ HARDWARE = {
 }
 
 
-def hardware(choice: Any, device: str) -> Hardware:
+def hardware(choice: object, device: str) -> Hardware:
     """A table by name or as a dict; given None: of the device ("cpu" or an accelerator's name).
 
     Raises `OptionError` for an unknown name or field.

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from tspc.base.errors import OptionError
-from tspc.base.hardware import hardware
+from tspc.base.hardware import Hardware, hardware
 from tspc.base.usage import check_mesh, said
 
 SCHEDULES = ("auto", "ring", "broadcast", "gather", "stationary")
@@ -75,7 +76,7 @@ class Options:
     compiler: "inductor", or "eager" to run the rewritten graphs without it.
     """
 
-    mesh: Any = None
+    mesh: DeviceMesh | None = None
     axis: str | None = None
     replicas: str = "replicate"
     plan: Any = None
@@ -85,7 +86,7 @@ class Options:
     check_inputs: str | bool = "auto"
     strict: bool = False
     compiler: str = "inductor"
-    hardware: Any = None
+    hardware: str | Mapping[str, float] | Hardware | None = None
     memory_budget: Budget = "max-speed"
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -145,7 +146,7 @@ def _check_schedule(schedule: object) -> None:
             raise OptionError(f"schedule={v!r}; valid: {', '.join(map(repr, SCHEDULES))}")
 
 
-def memory_limit(budget: Any, most: int) -> float:
+def memory_limit(budget: object, most: int) -> float:
     """Bytes of one rank, of the `most` that there are to keep. Raises `OptionError` naming what is
     valid."""
     if isinstance(budget, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import inspect
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -35,10 +35,11 @@ class Registry:
 
     module: str
     lifetime: Lifetime
-    what: Any
+    what: object
 
     def clear(self) -> None:
-        (self.what if hasattr(self.what, "clear") else vars(self.what)).clear()
+        clear = getattr(self.what, "clear", None) or vars(self.what).clear
+        clear()
 
 
 REGISTRIES: list[Registry] = []

@@ -4,8 +4,7 @@ give."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -67,7 +66,7 @@ def check_name(where: str, name: object) -> None:
         )
 
 
-def check_function(where: str, name: str, fn: Callable[..., Any] | None) -> None:
+def check_function(where: str, name: str, fn: object) -> None:
     if fn is not None and not callable(fn):
         raise OptionError(f"{where}: {name} is a function, not {said(fn)}")
 

@@ -7,14 +7,15 @@ computation per byte come first, of equal ones the last; each that still fits ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 
 from tspc.base.options import Budget, memory_limit
-from tspc.ir.body import Body, Lengths, evaluate, numel, rows_of
+from tspc.ir.body import Body, evaluate, numel, rows_of
+
+Values = Mapping[sympy.Symbol, int]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Keeping:
     body: Body
     kept: bool
 
-    def bytes(self, sizes: Lengths) -> int:
+    def bytes(self, sizes: Values) -> int:
         """Of one rank, at these values of the symbols."""
         return kept_bytes(self.body, sizes)
 
 
-def kept_bytes(body: Body, sizes: Lengths) -> int:
+def kept_bytes(body: Body, sizes: Values) -> int:
     """What the pieces of a fold keep on one rank, all shards together."""
     values = _values(body, sizes)
     elements = (
@@ -44,18 +45,18 @@ def kept_bytes(body: Body, sizes: Lengths) -> int:
     return int(body.ranks * sum(elements))
 
 
-def spared(body: Body, sizes: Lengths) -> int:
+def spared(body: Body, sizes: Values) -> int:
     """FLOPs of one rank's backward that keeping them spares, all shards together."""
     return int(body.ranks * evaluate(body.spared, _values(body, sizes)))
 
 
-def _values(body: Body, sizes: Lengths) -> dict[sympy.Symbol, Any]:
+def _values(body: Body, sizes: Values) -> Values:
     rows = {rows_of(i): int(e.rows(body.ranks, sizes)) for i, e in enumerate(body.extents)}
     return {**sizes, **rows}
 
 
 def choose(
-    budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Lengths
+    budget: Budget, regions: Sequence[tuple[str, Body]], sizes: Values
 ) -> tuple[Keeping, ...]:
     """Which regions keep their matrix products; those without any are left out."""
     regions = [(n, b) for n, b in regions if any(p.saves for p in b.pieces)]
@@ -69,7 +70,7 @@ def choose(
     return tuple(Keeping(n, b, i in kept) for i, (n, b) in enumerate(regions))
 
 
-def lines(keepings: Sequence[Keeping], sizes: Lengths) -> list[str]:
+def lines(keepings: Sequence[Keeping], sizes: Values) -> list[str]:
     """For people: which regions keep, which make again, with bytes of one rank."""
     out = []
     for title, kept in (("kept for backward", True), ("recomputed in backward", False)):

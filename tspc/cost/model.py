@@ -7,17 +7,18 @@ sizes they are sympy expressions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 
 from tspc.base.hardware import Hardware
-from tspc.ir.body import Body, Lengths, evaluate, numel, symbol_values
+from tspc.ir.body import Body, evaluate, numel, symbol_values
+from tspc.ir.program import Size
 
 RING, BROADCAST, GATHER, STATIONARY = "ring", "broadcast", "gather", "stationary"
 SAME = 1.03  # times that differ by less are a tie; ties go to the least transient memory
+Quantity = float | sympy.Expr
 KEPT = 4096  # sizes of calls whose schedule is kept
 
 
@@ -30,18 +31,18 @@ class Cost:
     calls_behind: communications of the steps, hidden as far as moving is.
     """
 
-    exposed: Any
-    behind: Any
-    calls: Any
-    flops: Any
-    calls_behind: Any = 0
+    exposed: Quantity
+    behind: Quantity
+    calls: Quantity
+    flops: Quantity
+    calls_behind: Quantity = 0
 
     @property
-    def elements(self) -> Any:
+    def elements(self) -> Quantity:
         """All that moves."""
         return self.exposed + self.behind
 
-    def seconds(self, on: Hardware, itemsize: int) -> float:
+    def seconds(self, on: Hardware, itemsize: int) -> Quantity:
         """Steps overlap: the greater of computing and moving, then what is exposed."""
         computing = self.flops * itemsize / 2 / on.flops
         moving = self.behind * itemsize / on.bandwidth
@@ -59,22 +60,22 @@ class Sizes:
     flops: of one forward on all ranks together.
     """
 
-    weights: Any
-    tokens: Any
-    sums: Any
-    keys: Any
-    inner: Any
-    flops: Any
+    weights: Quantity
+    tokens: Quantity
+    sums: Quantity
+    keys: Quantity
+    inner: Quantity
+    flops: Quantity
     steps: int
     saved: bool
 
 
-def sizes(body: Body, symbols: Lengths, *rows: object) -> Sizes:
+def sizes(body: Body, symbols: Mapping[sympy.Symbol, Size], *rows: Size) -> Sizes:
     """rows: of all ranks together, each sequence with its pads."""
     values = symbol_values(body, [symbols[s] for s in body.symbols], rows)
     steps = body.real_steps()
 
-    def total(names: list[str]) -> Any:
+    def total(names: list[str]) -> Size:
         return sum((numel(body.values[n].shape, values) for n in names), 0)
 
     keys = flops = 0
@@ -125,7 +126,7 @@ def backward(s: Sizes, schedule: str, ranks: int) -> Cost:
     return Cost(2 * f * s.keys, f * s.weights + moved, 2 + waits, flops, 2 * (ranks - 1))
 
 
-def transient(s: Sizes, schedule: str, ranks: int) -> Any:
+def transient(s: Sizes, schedule: str, ranks: int) -> Quantity:
     """Elements beside storage and saved values at the worst time, the gradients of all included."""
     if schedule == STATIONARY:
         return 2 * (s.tokens + s.sums + s.keys / ranks + s.inner)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import sympy
 import torch
 
 from tspc.ir.body import evaluate
-from tspc.ir.program import FOLD, Node, Ref
+from tspc.ir.program import FOLD, Node, Ref, Size
 from tspc.masks.score import shown as readable
 from tspc.ops.counter import ATTENTIONS
 from tspc.passes.rewrite.masks import bind
@@ -17,12 +16,14 @@ from tspc.passes.unit import Unit
 from tspc.runtime.attention.blocks import CAUSAL, Spec, counted
 
 CAT = torch.ops.aten.cat.default
+# (causal, predicate, the same as a reader sees it, sizes)
+Predicate = tuple[bool, str, str, tuple[Size, ...]]
 
 
 def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
     """One of all attentions along one sequence under one predicate."""
     typed = rewritten.typed
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[int, Predicate], list[str]] = {}
     nodes = {n.name: n for n in typed.program.nodes}
     for n in nodes.values():
         fold = n.kwargs["fold"] if n.op == FOLD else None
@@ -31,9 +32,9 @@ def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> lis
             i = typed.sequence(records[a.name].ins[0]) if a.op in ATTENTIONS else None
             if i is not None:
                 name = a.name if fold is None else fold.name
-                groups.setdefault((i, *_told(a, nodes)), []).append(name)
+                groups.setdefault((i, _told(a, nodes)), []).append(name)
     out = []
-    for (i, causal, text, shown, numbers), names in groups.items():
+    for (i, (causal, text, shown, numbers)), names in groups.items():
         if not shown:
             continue
         values = tuple(int(evaluate(s, sizes)) for s in numbers)
@@ -51,8 +52,7 @@ def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> lis
     return out
 
 
-def _told(n: Node, nodes: Mapping[str, Node]) -> tuple[Any, ...]:
-    """(causal, predicate, the same as a reader sees it, sizes)."""
+def _told(n: Node, nodes: Mapping[str, Node]) -> Predicate:
     bound = bind(n)
     text, causal = bound["predicate"], bool(bound["is_causal"])
     shown = text

@@ -4,11 +4,10 @@ last."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import sympy
 
-from tspc.ir.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Size, Type
+from tspc.ir.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 from tspc.ir.text import SHORT
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.unit import Unit
@@ -57,7 +56,7 @@ def _symbol_names(rewritten: Unit) -> dict[sympy.Symbol, sympy.Symbol]:
     return out
 
 
-def _size(size: Size, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+def _size(size: object, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
     return str(size.xreplace(dict(names))) if isinstance(size, sympy.Expr) else str(size)
 
 
@@ -119,7 +118,7 @@ def _line(
     return f"%{n.name}", types, f"{op}({', '.join(_value(a, names) for a in n.args)})", n.source
 
 
-def _value(a: Any, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+def _value(a: object, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
     if isinstance(a, (tuple, list)):
         return "[" + ", ".join(_value(x, names) for x in a) + "]"
     if isinstance(a, Ref):

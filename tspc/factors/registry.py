@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tspc.base.errors import RuleError
 from tspc.base.state import CODE, remembered
@@ -15,7 +14,7 @@ COMPUTED: dict[OpOverload, Computed] = remembered(CODE, {})
 ONCE: dict[OpOverload, int] = remembered(CODE, {})  # op -> the operand that is added after the sum
 
 
-def rule(op: Any, text: str, once: int | None = None, **roles: str) -> None:
+def rule(op: object, text: str, once: int | None = None, **roles: str) -> None:
     """Declare how the dims of an op's results come from those of its operands, for all programs
     that are compiled from now on. Without a rule an op runs replicated.
 
@@ -24,22 +23,22 @@ def rule(op: Any, text: str, once: int | None = None, **roles: str) -> None:
     is added after a sum. roles: role -> letters. Raises `RuleError` for a text that does not parse
     or does not fit the op's schema, an unknown role, what is no op, and a second rule for an op.
     """
-    op = overload_of(op)
-    _unique(op)
+    overload = overload_of(op)
+    _unique(overload)
     parsed = Rule.parse(text, () if once is None else once, **roles)
-    tensors = sum("Tensor" in str(a.type) for a in op._schema.arguments)
+    tensors = sum("Tensor" in str(a.type) for a in overload._schema.arguments)
     for side, said, most in (
         ("operands", parsed.ins, tensors),
-        ("results", parsed.outs, len(op._schema.returns)),
+        ("results", parsed.outs, len(overload._schema.returns)),
     ):
         if len(said) > most:
-            raise RuleError(f"{text!r} has {len(said)} {side}, {op._schema} has {most}")
-    RULES[op] = parsed
+            raise RuleError(f"{text!r} has {len(said)} {side}, {overload._schema} has {most}")
+    RULES[overload] = parsed
     if once is not None:
-        ONCE[op] = once
+        ONCE[overload] = once
 
 
-def overload_of(op: Any) -> OpOverload:
+def overload_of(op: object) -> OpOverload:
     """Of a custom op, a packet of overloads or an overload; raises `RuleError` for others."""
     op = getattr(op, "_opoverload", op)
     if isinstance(op, OpOverloadPacket):

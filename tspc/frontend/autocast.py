@@ -8,12 +8,12 @@ its autocast kernel, which casts and calls the op again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.node import Argument
+from torch.fx.node import Argument, Target
 
 from tspc.base.context import Arguments, Keywords
 from tspc.seams.tensors import (
@@ -30,9 +30,10 @@ from tspc.seams.tensors import (
 )
 
 aten = torch.ops.aten
+Value = TypeVar("Value")
 State = dict[str, torch.dtype]  # device type -> the dtype that its autocast casts to
 KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
-off: Callable[[], Any] = DisableAutocast
+off: Callable[[], AbstractContextManager[None]] = DisableAutocast
 
 
 def ambient() -> State:
@@ -67,14 +68,14 @@ class Entered(torch.fx.Interpreter):
         super().__init__(gm)
         self.stack: list[torch.autocast] = []
 
-    def run(self, *args: Any, **kwargs: Any) -> object:
+    def run(self, *args: object, **kwargs: Any) -> object:
         try:
             return super().run(*args, **kwargs)
         finally:
             while self.stack:  # after an error
                 self.stack.pop().__exit__(None, None, None)
 
-    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
+    def call_function(self, target: Target, args: Arguments, kwargs: Keywords) -> object:
         if target is enter_autocast:
             self.stack.append(torch.autocast(*args))
             return self.stack[-1].__enter__()
@@ -102,7 +103,7 @@ class _Explicit(torch.fx.Interpreter):
     def __init__(self, gm: torch.fx.GraphModule, state: State):
         super().__init__(gm)
         self.states = [state]
-        self.expected: Any = None
+        self.expected: object = None
 
     def run_node(self, n: torch.fx.Node) -> object:
         if n.target is enter_autocast:
@@ -123,7 +124,7 @@ class _Explicit(torch.fx.Interpreter):
             state[device] = dtype if known else torch.get_autocast_dtype(device)
         self.states.append(state)
 
-    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
+    def call_function(self, target: Target, args: Arguments, kwargs: Keywords) -> object:
         state = self.states[-1]
         if not state or not isinstance(target, OpOverload):
             return super().call_function(target, args, kwargs)
@@ -140,22 +141,24 @@ class _Explicit(torch.fx.Interpreter):
             return self._opened(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _casts_inside(self, target: Any, args: Arguments, kwargs: Keywords) -> bool:
+    def _casts_inside(self, target: OpOverload, args: Arguments, kwargs: Keywords) -> bool:
         """The result is not what the op gives without autocast."""
         if not isinstance(self.expected, torch.Tensor):
             return False
+        dtype = self.expected.dtype
         found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if all(x.dtype == self.expected.dtype or not x.is_floating_point() for x in found):
+        if all(x.dtype == dtype or not x.is_floating_point() for x in found):
             return False
         with disable_proxy_modes_tracing():
             try:
-                return target(*args, **kwargs).dtype != self.expected.dtype
+                return target(*args, **kwargs).dtype != dtype
             except RuntimeError:  # operands of unlike types, which autocast makes one
                 return True
 
-    def _opened(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
+    def _opened(self, target: OpOverload, args: Arguments, kwargs: Keywords) -> object:
         """An op made of others that autocast meets one by one."""
         if target is aten.cross_entropy_loss.default:  # kept whole, in the type of its loss
+            assert isinstance(self.expected, torch.Tensor)
             return target(aten.to.dtype(args[0], self.expected.dtype), *args[1:], **kwargs)
         with ExitStack() as stack:
             for d, dtype in self.states[-1].items():
@@ -176,14 +179,18 @@ class OneType(FunctionalTensorMode):
         super().__init__(pre_dispatch=True, export=True)
         self.dtype = dtype
 
-    def cast(self, x: Any) -> Any:
+    def cast(self, x: Value) -> Value | torch.Tensor:
         """A float tensor in `dtype`, all else as it is."""
         if self.dtype is None or not isinstance(x, torch.Tensor):
             return x
         return x.to(self.dtype) if x.is_floating_point() and x.dtype != self.dtype else x
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Arguments = (), kwargs: Keywords | None = None
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if self.dtype is not None and not _promotes(func):

@@ -9,8 +9,7 @@ bᵀ would be worth is never computed. A backward that is not linear is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch.func import functionalize
@@ -80,7 +79,7 @@ def _refuse(n: Node, why: str) -> UnsupportedError:
 
 
 def _replace(
-    gm: torch.fx.GraphModule, n: Node, values: dict[Node, Any], mode: FakeTensorMode
+    gm: torch.fx.GraphModule, n: Node, values: dict[Node, object], mode: FakeTensorMode
 ) -> None:
     forward, backward = (_graph(gm, a) for a in n.args[:2])
     if "saved_for_backward_idx" not in n.kwargs:
@@ -118,6 +117,7 @@ def _replace(
     for user in list(n.users):
         assert user.target is operator.getitem and isinstance(user.args[1], int)
         new = made[user.args[1]]
+        assert isinstance(new, Node)
         new.meta.setdefault("example_value", user.meta.get("example_value"))
         new.meta.setdefault("stack_trace", n.meta.get("stack_trace"))
         user.replace_all_uses_with(new)
@@ -132,26 +132,28 @@ def _graph(gm: torch.fx.GraphModule, a: Argument) -> torch.fx.GraphModule:
     return graph
 
 
-def _traced(fn: Any, *args: object) -> torch.fx.GraphModule:
+def _traced(fn: Callable[..., object], *args: object) -> torch.fx.GraphModule:
     return make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
 
 
-def _called(backward: torch.fx.GraphModule) -> Any:
+def _called(
+    backward: torch.fx.GraphModule,
+) -> Callable[[Sequence[object], Sequence[object]], object]:
     return lambda gs, saved: torch.fx.Interpreter(backward).run(*gs, *saved)
 
 
 def _with_transposed(
     forward: torch.fx.GraphModule, linear: torch.fx.GraphModule | None, unseen: Container[int]
-) -> Any:
+) -> Callable[[list[object], list[object], list[Tensor]], object]:
     """(arguments, the same again, cotangents) -> the results of the first, bᵀ of the second.
 
     The cotangents only give bᵀ its place in the trace. unseen: the results that have none.
     """
 
-    def run(args: list[Any], again: list[Any], cotangents: list[Tensor]) -> Any:
+    def run(args: list[object], again: list[object], cotangents: list[Tensor]) -> object:
         with torch.no_grad():
             outs, saved = torch.fx.Interpreter(forward).run(*args)
-        derived: list[Any] = [None] * len(outs)
+        derived: list[Tensor | None] = [None] * len(outs)
         if linear is None:
             return outs, derived
         with torch.enable_grad():
@@ -176,7 +178,7 @@ def _with_transposed(
     return run
 
 
-def _detached(gm: torch.fx.GraphModule, a: Any) -> Any:
+def _detached(gm: torch.fx.GraphModule, a: Argument) -> Argument:
     if not isinstance(a, Node) or not isinstance(a.meta.get("example_value"), Tensor):
         return a
     return gm.graph.call_function(torch.ops.aten.detach.default, (a,))

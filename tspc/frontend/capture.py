@@ -132,12 +132,13 @@ def capture(
     writes: list[int] = []
     same: dict[int, int] = {}
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> list[object]:
         given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
         grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
         own = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
         interpreter = Overwriting(gm, kinds, own)
-        out: Any = interpreter.run(*given)
+        out = interpreter.run(*given)
+        assert isinstance(out, (list, tuple))
         for i, ((kind, wanted), x, a) in enumerate(zip(kinds, given, args)):
             if isinstance(x, FunctionalTensor) and has_data_mutation(x):
                 if grads[i] and i not in interpreter.places or x is not a:
@@ -169,7 +170,7 @@ def capture(
     return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes), same)
 
 
-def _fake(context: TracingContext, x: Any) -> Any:
+def _fake(context: TracingContext, x: object) -> object:
     own = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
     if own or not isinstance(x, torch.Tensor):
         return x
@@ -199,8 +200,8 @@ def _kinds(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> list[t
 
 
 def _cut_whole_weights(
-    gm: torch.fx.GraphModule, fakes: list[Any], mode: FakeTensorMode
-) -> tuple[torch.fx.GraphModule, list[Any]]:
+    gm: torch.fx.GraphModule, fakes: list[object], mode: FakeTensorMode
+) -> tuple[torch.fx.GraphModule, list[object]]:
     """DTensor placeholder -> to_local -> tspc::whole_weight becomes the placeholder of a whole
     weight."""
     target = getattr(torch.ops.tspc, "whole_weight", None)
@@ -209,7 +210,8 @@ def _cut_whole_weights(
     placeholders = list(graph.find_nodes(op="placeholder"))
     out = list(fakes)
     for i, node in enumerate(placeholders):
-        if not hasattr(fakes[i], "_spec"):
+        fake = fakes[i]
+        if not isinstance(fake, torch.Tensor) or not hasattr(fake, "_spec"):
             continue
         for local in list(node.users):
             for whole in list(local.users):
@@ -222,8 +224,8 @@ def _cut_whole_weights(
                 graph.erase_node(whole)
             graph.erase_node(local)
         with mode:
-            whole_fake = torch.empty(fakes[i].shape, dtype=fakes[i].dtype, device=fakes[i].device)
-        out[i] = whole_fake.requires_grad_(fakes[i].requires_grad)
+            whole_fake = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+        out[i] = whole_fake.requires_grad_(fake.requires_grad)
     cut = torch.fx.GraphModule(gm, graph)
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None:
@@ -232,12 +234,12 @@ def _cut_whole_weights(
 
 
 def _symbols(
-    fakes: Sequence[Any],
+    fakes: Sequence[object],
 ) -> tuple[dict[sympy.Symbol, tuple[int, int | None]], dict[sympy.Symbol, torch.SymInt]]:
     where: dict[sympy.Symbol, tuple[int, int | None]] = {}
     outer: dict[sympy.Symbol, torch.SymInt] = {}
 
-    def add(size: Any, place: tuple[int, int | None]) -> None:
+    def add(size: object, place: tuple[int, int | None]) -> None:
         if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
             where.setdefault(size.node.expr, place)
             outer.setdefault(size.node.expr, size)
@@ -277,7 +279,7 @@ class _Conversion:
 
     def __init__(self, traced: torch.fx.GraphModule):
         self.traced, self.enabled = traced, True
-        self.env: dict[torch.fx.Node, Any] = {}
+        self.env: dict[torch.fx.Node, Ref] = {}
         self.nodes: list[Node] = []
         self.positions: dict[str, int] = {}
         self.names: set[str] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ SUMS = """
 """
 aten = torch.ops.aten
 Tensor = torch.Tensor
+Dims = int | list[int] | tuple[int, ...] | None
 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -59,14 +59,14 @@ def nll_loss(
 
 
 def var_mean(
-    x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
+    x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
     var = torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
     return var, torch.mean(x, dim, keepdim)
 
 
 def std_mean(
-    x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
+    x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
     std = torch.std(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
     return std, torch.mean(x, dim, keepdim)

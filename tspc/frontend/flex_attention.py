@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +128,8 @@ def attend(
     score_mod: torch.fx.GraphModule,
     mask_mod: Callable[..., Tensor],
     scale: float,
-    score_buffers: Sequence[Any],
-    mask_buffers: Sequence[Any],
+    score_buffers: Sequence[object],
+    mask_buffers: Sequence[object],
 ) -> Tensor:
     """What FlexAttention computes; zeros for a query without a key."""
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -184,18 +183,19 @@ def _read(score_mod: torch.fx.GraphModule) -> tuple[str, torch.fx.Node, bool] | 
     return None if text is None else ("" if text == SCORE else text, n, adds)
 
 
-def _text(n: Any, score: torch.fx.Node) -> str | None:
+def _text(n: torch.fx.Node, score: torch.fx.Node) -> str | None:
     """Of what is made of the score by constants alone."""
     if n is score:
         return SCORE
-    on = [i for i, a in enumerate(n.args) if isinstance(a, torch.fx.Node)]
-    inner = _text(n.args[on[0]], score) if len(on) == 1 else None
+    on = [(i, a) for i, a in enumerate(n.args) if isinstance(a, torch.fx.Node)]
+    inner = _text(on[0][1], score) if len(on) == 1 else None
     if inner is None:
         return None
     name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
     name = name.strip("_")
-    args = tuple(inner if i == on[0] else a for i, a in enumerate(n.args))
-    return applied(PYTHON.get(name, name), args, n.kwargs, on[0])
+    at = on[0][0]
+    args = tuple(inner if i == at else a for i, a in enumerate(n.args))
+    return applied(PYTHON.get(name, name), args, n.kwargs, at)
 
 
 def _depends(n: torch.fx.Node, on: torch.fx.Node) -> bool:

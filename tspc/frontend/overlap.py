@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -13,25 +13,30 @@ from torch.types import IntLikeType as IntLike
 
 from tspc.base.errors import UnsupportedError
 
+Value = TypeVar("Value")
 
-def dense(x: Any) -> Any:
+
+def dense(x: Value) -> Value | torch.Tensor:
     """A tensor with its elements in order, a conjugate or negative one made so; the same object
     where it is so already."""
     if not isinstance(x, torch.Tensor):
         return x
-    if x.is_conj() or x.is_neg():
-        x = x.resolve_conj().resolve_neg()
-    return x if x.is_contiguous() else x.contiguous()
+    plain: torch.Tensor = x
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
+    return plain if plain.is_contiguous() else plain.contiguous()
 
 
-def before_writes(writes: Sequence[int], args: Sequence[Any]) -> list[Any]:
+def before_writes(writes: Sequence[int], args: Sequence[Value]) -> list[Value | torch.Tensor]:
     """The arguments of a call; of what it writes at its end a copy, for the backward reads it."""
-    return [x.clone() if i in writes else x for i, x in enumerate(args)]
+    return [
+        x.clone() if i in writes and isinstance(x, torch.Tensor) else x for i, x in enumerate(args)
+    ]
 
 
 def written(
-    writes: Sequence[int], same: Mapping[int, int], args: Sequence[Any], outs: list[Any]
-) -> list[Any]:
+    writes: Sequence[int], same: Mapping[int, int], args: Sequence[object], outs: Sequence[object]
+) -> list[object]:
     """The last outputs are the new values of the inputs `writes`; -> the others.
 
     same: output -> the written input that it is.
@@ -39,22 +44,23 @@ def written(
     count = len(outs) - len(writes)
     with torch.no_grad():
         for i, x in zip(writes, outs[count:]):
-            if isinstance(args[i], DTensor):  # the value is alike on all ranks
-                x = distribute_tensor(
-                    x, args[i].device_mesh, args[i].placements, src_data_rank=None
-                )
-            args[i].copy_(x)
+            into = args[i]
+            assert isinstance(into, torch.Tensor) and isinstance(x, torch.Tensor)
+            if isinstance(into, DTensor):  # the value is alike on all ranks
+                x = distribute_tensor(x, into.device_mesh, into.placements, src_data_rank=None)
+            into.copy_(x)
     return [args[same[at]] if at in same else x for at, x in enumerate(outs[:count])]
 
 
 def overlap(
-    writes: Sequence[int], args: Sequence[Any], names: Mapping[int, str]
+    writes: Sequence[int], args: Sequence[object], names: Mapping[int, str]
 ) -> UnsupportedError | None:
     """What to raise if an input that the model writes into shares memory with another: the program
     reads each as it was when the call began."""
     tensors = [(i, x) for i, x in enumerate(args) if _has_memory(x)] if writes else []
     for w, (i, x) in itertools.product(writes, tensors):
-        if i != w and _has_memory(args[w]) and _overlap(args[w], x):
+        into = args[w]
+        if i != w and _has_memory(into) and _overlap(into, x):
             changed, other = (names.get(k, f"input {k}") for k in (w, i))
             return UnsupportedError(
                 f"{changed} shares memory with {other}, and the model writes into it: pass a copy "
@@ -63,9 +69,10 @@ def overlap(
     return None
 
 
-def _has_memory(x: Any) -> bool:
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided
-    return plain and not x.is_meta and x.numel() > 0
+def _has_memory(x: object) -> TypeGuard[torch.Tensor]:
+    if not isinstance(x, torch.Tensor) or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return x.layout == torch.strided and not x.is_meta and x.numel() > 0
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

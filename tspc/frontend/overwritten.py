@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -75,8 +74,8 @@ class Overwriting(Entered):
                 raise UnsupportedError(
                     f"{self._name(n)}: a view of it is written and read; {ADVICE}"
                 )
-        self.now: dict[Node, Any] = {}  # as it was given, which the writes change
-        self.zero: dict[Node, Any] = {}  # with the gradient of the parameter
+        self.now: dict[Node, torch.Tensor] = {}  # as it was given, which the writes change
+        self.zero: dict[Node, torch.Tensor] = {}  # with the gradient of the parameter
 
     @property
     def places(self) -> set[int]:
@@ -109,7 +108,7 @@ class Overwriting(Entered):
             self.now[n], self.zero[n] = value, value - value.detach()
         return value
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if self.written.isdisjoint(n.all_input_nodes) or n in self.aliases:
             return args, kwargs
@@ -122,7 +121,7 @@ class Overwriting(Entered):
 
         return tree_map(given, (args, kwargs))
 
-    def _read(self, p: Node) -> Any:
+    def _read(self, p: Node) -> torch.Tensor:
         """The new value, with the parameter's gradient."""
         return self.now[p].detach() + self.zero[p]
 

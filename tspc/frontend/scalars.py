@@ -7,11 +7,12 @@ can, the float becomes its value, with a guard of Dynamo's (each value is then a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import sympy
 import torch
+from torch.fx.node import Target
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.base.context import Arguments, Keywords
@@ -22,6 +23,9 @@ from tspc.seams.tensors import OpOverload, tree_leaves, tree_map
 
 aten = torch.ops.aten
 ITEMS = (aten.item.default, aten._local_scalar_dense.default)
+Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
+Bound = torch.Tensor | float | None  # of a clamp
+Value = TypeVar("Value")
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 HALF = (torch.float16, torch.bfloat16)
 # the overload that takes tensors where this one takes numbers, at the same places
@@ -66,12 +70,12 @@ def fixed_inside(gm: torch.fx.GraphModule) -> None:
             float(value)
 
 
-def _traced_apart(target: Any) -> bool:
+def _traced_apart(target: object) -> bool:
     names = ("autograd_function_apply",)
     return target is FLEX or getattr(target, "_name", "") in names
 
 
-def _expression(x: Any) -> sympy.Expr:
+def _expression(x: Symbolic) -> sympy.Expr:
     return x.node.expr
 
 
@@ -109,13 +113,13 @@ class _Tensors(torch.fx.Interpreter):
         super().__init__(gm)
         self.values = values
         self.known: dict[Any, torch.Tensor] = {}  # symbol or expression -> its tensor
-        self.expected: Any = None
+        self.expected: object = None
 
     def run_node(self, n: torch.fx.Node) -> object:
         self.expected = n.meta.get("val")
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: Arguments, kwargs: Keywords) -> object:
+    def call_function(self, target: Target, args: Arguments, kwargs: Keywords) -> object:
         value = self.expected
         if isinstance(value, SYMBOLIC) and any(_free(value)):
             if target in ITEMS:
@@ -126,7 +130,7 @@ class _Tensors(torch.fx.Interpreter):
             return super().call_function(target, args, kwargs)
         if isinstance(self.expected, torch.Tensor) and any(_free((args, kwargs))):
             try:
-                out = self._computed(target, args, kwargs)
+                out = self._computed(target, self.expected.dtype, args, kwargs)
             except NotImplementedError:  # torch has no tensor for this arithmetic
                 out = None
             if out is not None:
@@ -135,9 +139,10 @@ class _Tensors(torch.fx.Interpreter):
         args, kwargs = tree_map(_number, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-    def _computed(self, target: Any, args: Arguments, kwargs: Keywords) -> torch.Tensor | None:
+    def _computed(
+        self, target: OpOverload, dtype: torch.dtype, args: Arguments, kwargs: Keywords
+    ) -> torch.Tensor | None:
         """The op's value, of tensors; None if it takes none."""
-        dtype = self.expected.dtype
         if target in AS_TENSORS:
             rest, given = dict(kwargs), list(args)
             alpha = rest.pop("alpha", 1)
@@ -161,7 +166,7 @@ class _Tensors(torch.fx.Interpreter):
             return aten.expand.default(self._tensor(args[-1]).to(dtype), size)
         return None
 
-    def _typed(self, x: Any, beside: torch.Tensor) -> Any:
+    def _typed(self, x: Value, beside: torch.Tensor) -> Value | torch.Tensor:
         """A symbolic float as a tensor [] that computes beside `beside` in the type that the number
         would: of half precision by its kernel's wider numbers."""
         if not isinstance(x, torch.SymFloat):
@@ -169,7 +174,7 @@ class _Tensors(torch.fx.Interpreter):
         dtype = torch.result_type(beside, 0.5)
         return self._tensor(x).to(torch.float32 if dtype in HALF else dtype)
 
-    def _tensor(self, x: Any) -> torch.Tensor:
+    def _tensor(self, x: Symbolic | float) -> torch.Tensor:
         """A number in float64, []. Raises `NotImplementedError`."""
         expression = sympy.sympify(_expression(x) if isinstance(x, SYMBOLIC) else x)
         if expression not in self.known:
@@ -179,11 +184,14 @@ class _Tensors(torch.fx.Interpreter):
         return self.known[expression]
 
 
-def _clamped(op: Callable[..., torch.Tensor], given: list[Any], rest: dict[str, Any]) -> Any:
+def _clamped(
+    op: Callable[..., torch.Tensor], given: Sequence[Bound], rest: Mapping[str, Bound]
+) -> torch.Tensor:
     """Bounds that are numbers become tensors too."""
     x = given[0]
+    assert isinstance(x, torch.Tensor)
 
-    def bound(b: torch.Tensor | float | None) -> torch.Tensor | None:
+    def bound(b: Bound) -> torch.Tensor | None:
         if isinstance(b, torch.Tensor) or b is None:
             return b
         return torch.full((), b, dtype=x.dtype, device=x.device)
@@ -191,5 +199,5 @@ def _clamped(op: Callable[..., torch.Tensor], given: list[Any], rest: dict[str, 
     return op(x, *map(bound, given[1:]), **{k: bound(b) for k, b in rest.items()})
 
 
-def _number(x: Any) -> Any:
+def _number(x: object) -> object:
     return float(x) if isinstance(x, torch.SymFloat) and not x.node.expr.free_symbols else x

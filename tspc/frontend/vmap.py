@@ -8,11 +8,11 @@ take its place (they are differentiable as any others).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.base.errors import UnsupportedError
@@ -21,6 +21,7 @@ from tspc.seams.compiler import NESTING
 from tspc.seams.tensors import FakeTensorMode, HigherOrderOperator
 
 Node = torch.fx.Node
+Value = TypeVar("Value")
 
 
 def inlined(gm: torch.fx.GraphModule, inputs: Sequence[object], mode: FakeTensorMode) -> None:
@@ -64,7 +65,7 @@ def _loops(graph: torch.fx.Graph) -> Iterator[list[Node]]:
 
 
 def _replace(
-    gm: torch.fx.GraphModule, loop: Sequence[Node], values: dict[Node, Any], mode: FakeTensorMode
+    gm: torch.fx.GraphModule, loop: Sequence[Node], values: dict[Node, object], mode: FakeTensorMode
 ) -> None:
     inside = set(loop)
     inputs = list(dict.fromkeys(x for n in loop for x in n.all_input_nodes if x not in inside))
@@ -96,7 +97,7 @@ def _replace(
         gm.graph.erase_node(n)
 
 
-def like(value: Any, mode: FakeTensorMode) -> Any:
+def like(value: Value, mode: FakeTensorMode) -> Value | torch.Tensor:
     """A value of Dynamo's own fake mode in `mode`, that of the backend."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -106,9 +107,11 @@ def like(value: Any, mode: FakeTensorMode) -> Any:
         )
 
 
-def copied(gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[object]) -> Any:
+def copied(
+    gm: torch.fx.GraphModule, traced: torch.fx.GraphModule, inputs: Sequence[Argument]
+) -> Sequence[Argument]:
     """The traced ops, at the insertion point of `gm`; what they return."""
-    env: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
+    env: dict[Node, Argument] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
     for n in traced.graph.nodes:
         if n.op == "output":
             return map_arg(n.args[0], env.__getitem__)

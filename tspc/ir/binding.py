@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from tspc.seams.tensors import OpOverload
 
 
 @lru_cache(None)
-def schema(op: OpOverload) -> tuple[list[tuple[str, Any, bool]], bool]:
+def schema(op: OpOverload) -> tuple[list[tuple[str, object, bool]], bool]:
     """(name, default, is a tensor) of each argument, and whether the op is pointwise."""
     return [
         (a.name, a.default_value if a.has_default_value() else None, "Tensor" in str(a.type))

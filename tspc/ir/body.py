@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import sympy
 import torch
@@ -21,12 +21,12 @@ from torch.types import IntLikeType
 from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.state import MODEL, remembered
 from tspc.ir.layout import Layout
-from tspc.ir.program import Type
+from tspc.ir.program import Size, Type
 from tspc.ir.text import show, textual
 from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
-Size = Any  # int or sympy.Expr
 Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
+Value = TypeVar("Value")
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
 
 
@@ -46,11 +46,11 @@ class Extent:
     def layout(self, ranks: int) -> Layout:
         return Layout(ranks, self.order)
 
-    def chunk_rows(self, ranks: int, sizes: Lengths) -> Any:
+    def chunk_rows(self, ranks: int, sizes: Lengths) -> IntLikeType:
         """C of the layout."""
         return self.layout(ranks).chunk_rows(evaluate(self.length, sizes))
 
-    def rows(self, ranks: int, sizes: Lengths) -> Any:
+    def rows(self, ranks: int, sizes: Lengths) -> IntLikeType:
         """Of one rank."""
         return self.layout(ranks).chunks * self.chunk_rows(ranks, sizes)
 
@@ -58,7 +58,7 @@ class Extent:
 # run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
 # made inside) -> all values by name
 Named = dict[str, torch.Tensor]
-Run = Callable[[Lengths, torch.Tensor, Named, Named], dict[str, Any]]
+Run = Callable[[Lengths, torch.Tensor, Named, Named], Named]
 
 
 @textual
@@ -217,7 +217,7 @@ def recomputing(body: Body) -> Body:
     return replace(body, key=key, steps=steps, spared=0, compiled={})
 
 
-def evaluate(size: Size, sizes: Lengths) -> Any:
+def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Value]) -> int | Value:
     """An int, or a SymInt where `sizes` holds SymInts."""
     if type(size) is int or not isinstance(size, sympy.Expr):
         return size
@@ -232,7 +232,7 @@ def _symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
     return tuple(sorted((s for s in size.free_symbols if isinstance(s, sympy.Symbol)), key=str))
 
 
-def _interpreted(size: sympy.Expr, values: tuple[IntLikeType, ...]) -> Any:
+def _interpreted(size: sympy.Expr, values: tuple[Value, ...]) -> int | Value:
     symbols = _symbols(size)
     if not symbols:
         return int(size)
@@ -242,13 +242,23 @@ def _interpreted(size: sympy.Expr, values: tuple[IntLikeType, ...]) -> Any:
 _known = lru_cache(maxsize=1 << 16)(_interpreted)  # the sizes of a call return at the next ones
 
 
-def numel(shape: Sequence[Size], sizes: Lengths) -> Any:
-    n = 1
+@overload
+def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, int]) -> int: ...
+
+
+@overload
+def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Size]) -> Size: ...
+
+
+def numel(shape: Sequence[Size], sizes: Mapping[sympy.Symbol, Size]) -> Size:
+    n: Size = 1
     for s in shape:
         n = n * evaluate(s, sizes)
     return n
 
 
-def symbol_values(body: Body, sizes: Sequence[Any], rows: Sequence[Any]) -> dict[sympy.Symbol, Any]:
+def symbol_values(
+    body: Body, sizes: Sequence[Value], rows: Sequence[Value]
+) -> dict[sympy.Symbol, Value]:
     """The symbols of a body at a call; rows: of each sequence in a step."""
     return dict(zip(body.sizes, (*sizes, *rows)))

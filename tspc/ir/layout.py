@@ -6,9 +6,9 @@ Pure arithmetic, ints or SymInts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.types import IntLikeType
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Layout:
         """Chunks per rank."""
         return 2 if self.order == "zigzag" else 1
 
-    def chunk_rows(self, length: Any) -> Any:
+    def chunk_rows(self, length: IntLikeType) -> IntLikeType:
         """Rows per chunk (c) for a sequence of `length`; at least 2, because 1 specialises
         graphs."""
         n = self.ranks * self.chunks
-        return torch.sym_max(2, (length + n - 1) // n)
+        rows = torch.sym_max(2, (length + n - 1) // n)
+        assert not isinstance(rows, float)
+        return rows
 
     def chunk_ids(self, rank: int) -> list[int]:
         return [rank] if self.chunks == 1 else [rank, 2 * self.ranks - 1 - rank]

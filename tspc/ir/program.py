@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from tspc.base.context import Arguments, Keywords
 from tspc.ir.text import CLASSES, Reader, show
+from tspc.seams.tensors import OpOverload
 
 Size = int | sympy.Expr
 PARAM, BUFFER, INPUT, CONSTANT, OUTPUT, FOLD, APART = (
@@ -106,7 +107,7 @@ class Node:
     def is_call(self) -> bool:
         return not isinstance(self.op, str)
 
-    def argument(self, i: int, default: Any = None) -> Any:
+    def argument(self, i: int, default: object = None) -> Any:
         """A positional one, or the default where it is not given."""
         return self.args[i] if i < len(self.args) else default
 
@@ -122,7 +123,7 @@ class Node:
     def refs(self) -> list[Ref]:
         return list(refs_in((self.args, self.kwargs)))
 
-    def map_refs(self, fn: Callable[[Ref], Any]) -> Node:
+    def map_refs(self, fn: Callable[[Ref], Ref]) -> Node:
         return replace(self, args=map_refs(self.args, fn), kwargs=map_refs(self.kwargs, fn))
 
 
@@ -137,7 +138,7 @@ def casts_of_parameters(nodes: Iterable[Node]) -> dict[str, str]:
     return out
 
 
-def refs_in(value: Any) -> Iterator[Ref]:
+def refs_in(value: object) -> Iterator[Ref]:
     """Every `Ref` in nested tuples, lists and dicts, in order."""
     if isinstance(value, Ref):
         yield value
@@ -149,7 +150,7 @@ def refs_in(value: Any) -> Iterator[Ref]:
             yield from refs_in(v)
 
 
-def map_refs(value: Any, fn: Callable[[Ref], Any]) -> Any:
+def map_refs(value: object, fn: Callable[[Ref], Ref]) -> object:
     """`value` with `fn` applied to every `Ref` inside."""
     if isinstance(value, Ref):
         return fn(value)
@@ -226,7 +227,7 @@ class Program:
         return replace(self, nodes=tuple(reversed(keep)))
 
 
-def _symbols(value: Any) -> Iterator[sympy.Symbol]:
+def _symbols(value: object) -> Iterator[sympy.Symbol]:
     """Of all sizes in nodes, types and what they hold, in order."""
     if isinstance(value, sympy.Basic):
         yield from sorted(value.atoms(sympy.Symbol), key=str)
@@ -239,7 +240,7 @@ def _symbols(value: Any) -> Iterator[sympy.Symbol]:
             yield from _symbols(v)
     elif isinstance(value, dict):
         yield from _symbols(list(value.values()))
-    elif type(value).__name__ in CLASSES:
+    elif is_dataclass(value) and type(value).__name__ in CLASSES:
         yield from _symbols([getattr(value, f.name) for f in fields(value) if f.compare])
 
 
@@ -248,7 +249,7 @@ class _Reader(Reader):
 
     def program(self) -> Program:
         self.expect("program")
-        name, hints = self.atom(), dict[sympy.Symbol, int]()
+        name, hints = self.of(str, "a name"), dict[sympy.Symbol, int]()
         while self.take("symbol"):
             symbol, kinds = self.next(), dict[str, bool]()
             while self.kind == "name" and self.peek() != "symbol":
@@ -256,7 +257,7 @@ class _Reader(Reader):
                 kinds[self.next()] = holds
             self.symbols[symbol] = sympy.Symbol(symbol, **kinds)
             if self.take("="):
-                hints[self.symbols[symbol]] = self.atom()
+                hints[self.symbols[symbol]] = self.of(int, "a number")
         nodes = []
         while self.kind == "ref":
             nodes.append(self.node())
@@ -278,29 +279,30 @@ class _Reader(Reader):
         op = self.next()
         self.expect("(")
         args, kwargs = self.arguments()
-        group = self.atom() if self.take("recompute") else 0
+        group = self.of(int, "a number") if self.take("recompute") else 0
         source = self.next().removeprefix("#").strip() if self.kind == "source" else ""
         return Node(name, _op(op), tuple(args), kwargs, tuple(types), source, group)
 
     def type(self) -> Type | None:
-        if self.take("-"):
-            return None
-        t = self.atom()
-        if not isinstance(t, Type):
-            raise self.error("a type")
-        return t
+        return None if self.take("-") else self.of(Type, "a type")
 
     def typed(self, dtype: torch.dtype) -> Type:
         self.expect("[")
-        return Type(tuple(self.many("]", self.value)), dtype, self.take("grad"))
+        return Type(tuple(self.many("]", self.size)), dtype, self.take("grad"))
 
-    def atom(self) -> Any:
+    def size(self) -> Size:
+        value = self.value()
+        if not isinstance(value, int | sympy.Expr):
+            raise self.error("a size")
+        return value
+
+    def atom(self) -> object:
         """Uses, types and blocks of nodes too."""
         if self.kind == "ref":
             name = self.name()
             if not self.take("["):
                 return Ref(name)
-            item = self.atom()
+            item = self.of(int, "a number")
             self.expect("]")
             return Ref(name, item)
         if self.peek() == "{" and self.tokens[self.at + 1][0] == "ref":
@@ -310,11 +312,12 @@ class _Reader(Reader):
                 nodes.append(self.node())
             return tuple(nodes)
         value = super().atom()
-        typed = isinstance(value, torch.dtype) and self.peek() == "["
-        return self.typed(value) if typed else value
+        if isinstance(value, torch.dtype) and self.peek() == "[":
+            return self.typed(value)
+        return value
 
 
-def _op(text: str) -> Any:
+def _op(text: str) -> OpOverload | str:
     """aten.add.Tensor -> the overload; a kind is its name."""
     if "." not in text:
         return text

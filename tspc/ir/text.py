@@ -10,8 +10,8 @@ import ast
 import math
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import TypeVar
 
 import sympy
 import torch
@@ -54,10 +54,11 @@ def textual(cls: type[T]) -> type[T]:
     return cls
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """On one line, but for nodes, which have lines of their own."""
-    if hasattr(value, "text"):
-        return value.text()
+    text = getattr(value, "text", None)
+    if text is not None:
+        return text()
     if isinstance(value, torch.dtype):
         return SHORT.get(value, str(value))
     if isinstance(value, torch.device):
@@ -72,7 +73,7 @@ def show(value: Any) -> str:
         return f"[{', '.join(map(show, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
-    if type(value).__name__ in CLASSES:
+    if is_dataclass(value) and type(value).__name__ in CLASSES:
         compared = (f for f in fields(value) if f.compare and getattr(value, f.name) != _default(f))
         parts = ", ".join(f"{f.name}={show(getattr(value, f.name))}" for f in compared)
         return f"{type(value).__name__}({parts})"
@@ -85,7 +86,7 @@ def indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.split("\n"))
 
 
-def _default(f: Field) -> Any:
+def _default(f: Field) -> object:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
@@ -156,9 +157,9 @@ class Reader:
         line = self.source[: self.tokens[self.at][2]].count("\n") + 1
         return ValueError(f"line {line}: {self.peek() or 'the end'!r} where {wanted} is expected")
 
-    def many(self, end: str, one: Callable[[], Any]) -> list[Any]:
+    def many(self, end: str, one: Callable[[], T]) -> list[T]:
         """What stands before the mark `end`, between commas."""
-        out: list[Any] = []
+        out: list[T] = []
         while not self.take(end):
             out.append(one())
             if not self.take(","):
@@ -166,25 +167,36 @@ class Reader:
                 break
         return out
 
-    def value(self) -> Any:
+    def of(self, kind: type[T], wanted: str) -> T:
+        """The next value, which is one of these."""
+        at, value = self.at, self.atom()
+        if not isinstance(value, kind):
+            self.at = at
+            raise self.error(wanted)
+        return value
+
+    def value(self) -> object:
         """A sum."""
         return self.chain("+", self.product, sympy.Add)
 
-    def product(self) -> Any:
+    def product(self) -> object:
         return self.chain("*", self.power, sympy.Mul)
 
-    def power(self) -> Any:
+    def power(self) -> object:
         return self.chain("**", self.atom, sympy.Pow)
 
-    def chain(self, mark: str, one: Callable[[], Any], op: Any) -> Any:
+    def chain(self, mark: str, one: Callable[[], object], op: Callable[..., object]) -> object:
         parts = [one()]
         while self.take(mark):
             parts.append(one())
         return parts[0] if len(parts) == 1 else op(*parts, evaluate=False)
 
-    def atom(self) -> Any:
+    def atom(self) -> object:
         if self.take("-"):
-            return -self.atom()
+            x = self.atom()
+            if not isinstance(x, int | float | complex | sympy.Expr):
+                raise self.error("a number")
+            return -x
         if self.kind == "number":
             number = self.next()
             return float(number) if re.search(r"[.e]", number) else int(number)
@@ -200,7 +212,7 @@ class Reader:
             return self.named(self.next())
         raise self.error("a value")
 
-    def bracketed(self) -> Any:
+    def bracketed(self) -> object:
         """A tuple, or one value in brackets."""
         if self.take(")"):
             return ()
@@ -210,12 +222,12 @@ class Reader:
         self.expect(",")
         return (first, *self.many(")", self.value))
 
-    def pair(self) -> tuple[Any, Any]:
+    def pair(self) -> tuple[object, object]:
         key = self.value()
         self.expect(":")
         return key, self.value()
 
-    def named(self, name: str) -> Any:
+    def named(self, name: str) -> object:
         if name in WORDS:
             return WORDS[name]
         if name in self.symbols:
@@ -229,15 +241,16 @@ class Reader:
         if name in CLASSES:
             return CLASSES[name](*args, **keywords)
         if name in ("device", "complex"):
-            return {"device": torch.device, "complex": complex}[name](*args)
+            kinds: dict[str, Callable[..., object]] = {"device": torch.device, "complex": complex}
+            return kinds[name](*args)
         fn = getattr(functions, name, None) or getattr(sympy, name.removeprefix("sympy."))
         lazy = issubclass(fn, sympy.Function | sympy.core.relational.Relational)
         return fn(*args, **keywords, **({"evaluate": False} if lazy else {}))
 
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self) -> tuple[list[object], dict[str, object]]:
         """After the bracket: values, and values by name."""
-        args: list[Any] = []
-        keywords: dict[str, Any] = {}
+        args: list[object] = []
+        keywords: dict[str, object] = {}
 
         def one() -> None:
             if self.kind == "name" and self.peek(1) == "=":

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, overload
 
+import numpy as np
 import sympy
+import torch
 from sympy import Expr
 from sympy.logic.boolalg import Boolean
+from typing_extensions import TypeIs
 
 from tspc.seams.sizes import FloorDiv, PythonMod
 
@@ -106,16 +109,28 @@ COMPARE = {
 }
 
 
-def is_predicate(e: object) -> TypeGuard[Boolean]:
+def is_predicate(e: object) -> TypeIs[Boolean]:
     return isinstance(e, Boolean) and not isinstance(e, sympy.Symbol)
 
 
-def is_number(e: object) -> TypeGuard[Expr]:
+def is_number(e: object) -> TypeIs[Expr]:
     """An integer: neither a float's cases nor a predicate."""
     return isinstance(e, Expr) and not is_predicate(e)
 
 
-def substitute(e: Any, to: Mapping[Any, Any]) -> Any:
+@overload
+def substitute(e: Boolean, to: Mapping[sympy.Symbol, Expr]) -> Boolean: ...
+
+
+@overload
+def substitute(e: Expr, to: Mapping[sympy.Symbol, Expr]) -> Expr: ...
+
+
+@overload
+def substitute(e: Expression, to: Mapping[sympy.Symbol, Expr]) -> Expression: ...
+
+
+def substitute(e: Any, to: Mapping[sympy.Symbol, Expr]) -> Any:
     """Index symbols replaced, comparisons brought to normal form again."""
     if isinstance(e, Cases):
         return Cases(tuple((v, substitute(p, to)) for v, p in e.values))
@@ -154,3 +169,20 @@ def clauses(p: Boolean) -> list[Boolean]:
     if isinstance(p, sympy.And):
         return list(p.args)
     return [] if p == TRUE else [p]
+
+
+def held(v: float, dtype: torch.dtype) -> float:
+    """As a tensor of a type holds it."""
+    if dtype == torch.float64:
+        return float(v)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return float(torch.tensor(v, dtype=dtype))
+    with np.errstate(over="ignore"):
+        if dtype == torch.float16:
+            return float(np.float16(v))
+        single = np.float32(v)
+        if dtype != torch.bfloat16 or not np.isfinite(single):
+            return float(single)
+        bits = int(single.view(np.uint32))
+        bits += 0x7FFF + (bits >> 16 & 1)  # to the nearest, of two to the even one
+        return float(np.uint32(bits & 0xFFFF0000).view(np.float32))

@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.types import IntLikeType
 
 from tspc.masks.index import FALSE, TRUE, At
 from tspc.seams.sizes import FloorDiv, PythonMod
@@ -28,20 +29,22 @@ SIGNS = {sympy.And: " & ", sympy.Or: " | ", sympy.Add: " + ", sympy.Mul: " * "}
 FUNCTIONS = {sympy.Abs: "abs", sympy.Min: "least", sympy.Max: "most"}
 
 
-def printed(e: Any, data: Callable[[Any], str], size: Callable[[Any], str]) -> str:
+def printed(
+    e: sympy.Basic, data: Callable[[sympy.Basic], str], size: Callable[[sympy.Symbol], str]
+) -> str:
     """The text of a predicate or an integer. data, size: of an element `At` and of a symbol."""
     return _Printer(data, size).show(e)
 
 
 @dataclass(frozen=True)
 class _Printer:
-    data: Callable[[Any], str]
-    size: Callable[[Any], str]
+    data: Callable[[sympy.Basic], str]
+    size: Callable[[sympy.Symbol], str]
 
-    def show(self, e: Any) -> str:
-        if e.is_Integer:
+    def show(self, e: sympy.Basic) -> str:
+        if isinstance(e, sympy.Integer):
             return str(int(e))
-        if e.is_Symbol:
+        if isinstance(e, sympy.Symbol):
             return e.name if e in (Q, K) else self.size(e)
         if e.func == At:
             return self.data(e)
@@ -56,7 +59,7 @@ class _Printer:
             return f"({self.show(e.args[0])} {sign} {self.show(e.args[1])})"
         return self.truth(e)
 
-    def truth(self, e: Any) -> str:
+    def truth(self, e: sympy.Basic) -> str:
         if e in (TRUE, FALSE):
             return str(bool(e))
         if isinstance(e, sympy.Not) and isinstance(e.args[0], sympy.Eq):
@@ -65,11 +68,11 @@ class _Printer:
             return self.compared(e, e.rel_op)
         raise Unprintable(str(e))
 
-    def joined(self, sign: str, parts: Sequence[Any]) -> str:
+    def joined(self, sign: str, parts: Sequence[sympy.Basic]) -> str:
         texts = sorted(map(self.show, parts), key=lambda t: (t.isdigit(), t))
         return f"({sign.join(texts)})"
 
-    def side(self, terms: Sequence[Any]) -> str:
+    def side(self, terms: Sequence[sympy.Expr]) -> str:
         text = self.show(sympy.Add(*terms))
         return text[1:-1] if len(terms) > 1 else text
 
@@ -110,7 +113,7 @@ class Truth:
     __rand__, __ror__ = __and__, __or__
 
 
-def _truth(x: Any) -> Truth:
+def _truth(x: object) -> Truth:
     return x if isinstance(x, Truth) else Truth(bool(x))
 
 
@@ -166,35 +169,44 @@ class Interval:
     def __le__(self, other: object) -> Truth:
         return _interval(other) >= self
 
-    def __eq__(self, other: Any) -> Any:
+    def __eq__(self, other: object) -> Any:
         o = _interval(other)
         if self.lo > o.hi or self.hi < o.lo:
             return Truth(False)
         return Truth(True if self.lo == self.hi == o.lo == o.hi else None)
 
-    def __ne__(self, other: Any) -> Any:
+    def __ne__(self, other: object) -> Any:
         return ~(self == other)
 
 
 ANY = Interval(-math.inf, math.inf)
+Operand = Tensor | Interval | float
+Number = IntLikeType | Interval  # a size
 
 
 def _interval(x: Any) -> Interval:
     return x if isinstance(x, Interval) else Interval(x, x)
 
 
-def _extreme(name: str) -> Callable[..., Any]:
+def _beside(like: Operand, x: Operand) -> Tensor:
+    """A number as a tensor beside another."""
+    if isinstance(x, Tensor):
+        return x
+    assert isinstance(like, Tensor) and not isinstance(x, Interval)
+    return like.new_full((), x)
+
+
+def _extreme(name: str) -> Callable[..., Operand]:
     on_tensors, on_numbers = getattr(torch, f"{name}imum"), {"min": min, "max": max}[name]
 
-    def pair(a: Any, b: Any) -> Any:
+    def pair(a: Operand, b: Operand) -> Operand:
         if isinstance(a, Tensor) or isinstance(b, Tensor):
             like = a if isinstance(a, Tensor) else b
-            a, b = (x if isinstance(x, Tensor) else like.new_full((), x) for x in (a, b))
-            return on_tensors(a, b)
+            return on_tensors(*(_beside(like, x) for x in (a, b)))
         a, b = _interval(a), _interval(b)
         return Interval(on_numbers(a.lo, b.lo), on_numbers(a.hi, b.hi))
 
-    def of(first: Any, *others: object) -> Any:
+    def of(first: Operand, *others: Operand) -> Operand:
         for x in others:
             first = pair(first, x)
         return first
@@ -213,7 +225,13 @@ def _code(text: str) -> tuple[CodeType, int]:
     return code, max(numbers, default=-1) + 1
 
 
-def _evaluated(text: str, q: Any, k: Any, sizes: Sequence[Any], row: Callable[[int], Any]) -> Any:
+def _evaluated(
+    text: str,
+    q: Operand,
+    k: Operand,
+    sizes: Sequence[Number],
+    row: Callable[[int], _Row | _Bounded | _Unknown],
+) -> Tensor | Truth | bool:
     code, count = _code(text)
     names = {f"s{i}": s for i, s in enumerate(sizes)} | {f"d{i}": row(i) for i in range(count)}
     return eval(code, {**_FUNCTIONS, "q": q, "k": k, **names})  # noqa: S307  text of `printed`
@@ -225,13 +243,13 @@ class _Row:
 
     values: Tensor
 
-    def __getitem__(self, at: Any) -> Tensor:
+    def __getitem__(self, at: Tensor | int) -> Tensor:
         if not isinstance(at, Tensor):
             return self.values[:, at, None, None]
         return self.values[:, at.clamp(0, self.values.shape[-1] - 1)]
 
 
-def mask(text: str, q: Tensor, k: Tensor, sizes: Sequence[Any], rows: Tensor | None) -> Tensor:
+def mask(text: str, q: Tensor, k: Tensor, sizes: Sequence[Number], rows: Tensor | None) -> Tensor:
     """[batch or 1, 1, len(q), len(k)]: the predicate at these positions."""
 
     def row(i: int) -> _Row:
@@ -266,7 +284,7 @@ class _Bounded:
     bounds: Bounds
     number: int
 
-    def __getitem__(self, at: Any) -> Interval:
+    def __getitem__(self, at: Interval | int) -> Interval:
         at, all_ = _interval(at), self.bounds
         ends = (int(min(max(x, 0), all_.last)) // all_.BLOCK for x in (at.lo, at.hi))
         first, last = ends
@@ -277,7 +295,7 @@ class _Bounded:
 
 
 class _Unknown:
-    def __getitem__(self, at: Any) -> Interval:
+    def __getitem__(self, at: object) -> Interval:
         return ANY
 
 
@@ -285,7 +303,7 @@ def truth(
     text: str,
     q: tuple[float, float],
     k: tuple[float, float],
-    sizes: Sequence[Any],
+    sizes: Sequence[Number],
     bounds: Bounds | None = None,
 ) -> bool | None:
     """Whether the predicate holds for all (True) or none (False) of a block of positions, ends

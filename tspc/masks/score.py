@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from types import CodeType
-from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ _MIRRORED = {
 _NAMES = {"aten": torch.ops.aten, "inf": math.inf, "nan": math.nan}
 
 
-def applied(packet: str, args: Sequence[Any], kwargs: Keywords, at: int = 0) -> str | None:
+def applied(packet: str, args: Sequence[object], kwargs: Keywords, at: int = 0) -> str | None:
     """The text of an op of ATen whose operand `at` is the text of a score; None where the op is not
     pointwise, or another operand is no constant."""
     if at and packet in _MIRRORED:
@@ -51,7 +50,7 @@ def applied(packet: str, args: Sequence[Any], kwargs: Keywords, at: int = 0) -> 
     constants = [a for i, a in enumerate(args) if i != at] + list(kwargs.values())
     if not all(a is None or isinstance(a, (bool, int, float, str)) for a in constants):
         return None
-    shown = [a if i == at else repr(a) for i, a in enumerate(args)]
+    shown = [str(a) if i == at else repr(a) for i, a in enumerate(args)]
     shown += [f"{name}={value!r}" for name, value in kwargs.items()]
     return f"aten.{packet}({', '.join(shown)})"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from tspc.ir.program import (
     Size,
 )
 from tspc.ops import library as ops  # noqa: F401  defines tspc::pick
+from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 PICK = torch.ops.tspc.pick.default
@@ -66,7 +66,7 @@ class Lookup:
 
     index: Ref
     shape: tuple[Size, ...]
-    size: Any
+    size: Size
     wraps: bool
     table: str
     op: str
@@ -124,7 +124,7 @@ def watched(program: Program) -> Program:
     return replace(program, nodes=tuple(nodes)) if len(nodes) > len(program.nodes) else program
 
 
-def _elements(value: Any, by_name: Mapping[str, Node]) -> Elements | None:
+def _elements(value: Ref, by_name: Mapping[str, Node]) -> Elements | None:
     """What a value's are among: one of an input, seen through views, pads and fills by a mask."""
     n = by_name[value.name]
     if n.op == INPUT:
@@ -149,7 +149,7 @@ def _elements(value: Any, by_name: Mapping[str, Node]) -> Elements | None:
     return Elements(inner.input, kept | {int(filled)})
 
 
-def _masked(mask: Any, x: Ref, by_name: Mapping[str, Node]) -> object:
+def _masked(mask: Ref, x: Ref, by_name: Mapping[str, Node]) -> object:
     """The c of a mask x == c; None if it is no such mask."""
     n, equal = by_name[mask.name], aten.eq.Scalar
     if n.op == aten.logical_not.default:
@@ -157,9 +157,9 @@ def _masked(mask: Any, x: Ref, by_name: Mapping[str, Node]) -> object:
     return n.args[1] if n.op == equal and n.args[0] == x else None
 
 
-def _is_view(op: Any) -> bool:
+def _is_view(op: object) -> bool:
     """By its schema: what it gives is its first argument's memory, read only, as it is."""
-    if getattr(op, "namespace", "") != "aten" or op in READ_OTHERWISE:
+    if not isinstance(op, OpOverload) or op.namespace != "aten" or op in READ_OTHERWISE:
         return False
     aliases = [r.alias_info for r in op._schema.returns]
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
@@ -184,7 +184,7 @@ def _known(program: Program) -> dict[str, set[str]]:
     return out
 
 
-def _of(n: Node, by_name: Mapping[str, Node]) -> list[tuple[Ref, Ref, Any, bool]]:
+def _of(n: Node, by_name: Mapping[str, Node]) -> list[tuple[Ref, Ref, Size, bool]]:
     """(what is looked up, the index, the size of the dim, wraps) of a node."""
     if not n.is_call or not n.args or not isinstance(n.args[0], Ref):
         return []

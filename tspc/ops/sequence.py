@@ -6,9 +6,8 @@ what a rank asks the others for. `runtime.execute` registers what they do on ran
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.types import IntLikeType
 
 from tspc.base.context import Arguments, Context
 from tspc.ir.kinds import ALONG
@@ -56,8 +55,8 @@ SEQUENCE_CONV = torch.ops.tspc.sequence_conv.default
 ALONG["halo"].add(SEQUENCE_CONV)
 
 
-def _sized(x: Tensor, dim: int, size: Any) -> Tensor:
-    shape = list(x.shape)
+def _sized(x: Tensor, dim: int, size: IntLikeType) -> Tensor:
+    shape: list[IntLikeType] = list(x.shape)
     shape[dim] = size
     return x.new_empty(shape)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
@@ -21,6 +19,7 @@ from tspc.masks.index import (
     TRUE,
     Cases,
     Expression,
+    held,
     index,
     is_number,
     is_predicate,
@@ -42,14 +41,14 @@ MAX_CASES = 4
 class Reader:
     """What a rule sees of a node: its arguments and the expressions and shapes of its operands."""
 
-    def __init__(self, node: Node, env: dict[Ref, Any], types: dict[Ref, Type]):
+    def __init__(self, node: Node, env: Mapping[Ref, Expression], types: dict[Ref, Type]):
         self.node, self.env, self.types = node, env, types
         self.rank = len(node.type.shape)
 
     def shape(self, ref: Ref) -> tuple[Size, ...]:
         return self.types[ref].shape
 
-    def aligned(self, a: Operand) -> Any:
+    def aligned(self, a: Operand) -> Expression:
         """An operand's expression over the node's dims, broadcast from the right."""
         if not isinstance(a, Ref):
             return literal(a, self.node.type.dtype)
@@ -57,28 +56,11 @@ class Reader:
         return moved(self.env[a], {d: d + shift for d in range(len(self.shape(a)))})
 
 
-def moved(e: Any, to: dict[int, int]) -> Any:
+def moved(e: Expression, to: dict[int, int]) -> Expression:
     return substitute(e, {index(a): index(b) for a, b in to.items() if a != b})
 
 
-def held(v: float, dtype: torch.dtype) -> float:
-    """As a tensor of a type holds it."""
-    if dtype == torch.float64:
-        return float(v)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return float(torch.tensor(v, dtype=dtype))
-    with np.errstate(over="ignore"):
-        if dtype == torch.float16:
-            return float(np.float16(v))
-        single = np.float32(v)
-        if dtype != torch.bfloat16 or not np.isfinite(single):
-            return float(single)
-        bits = int(single.view(np.uint32))
-        bits += 0x7FFF + (bits >> 16 & 1)  # to the nearest, of two to the even one
-        return float(np.uint32(bits & 0xFFFF0000).view(np.float32))
-
-
-def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Any:
+def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Expression:
     """A number as an expression of the dtype."""
     if isinstance(v, sympy.Expr):
         return v
@@ -89,7 +71,7 @@ def literal(v: float | sympy.Expr, dtype: torch.dtype) -> Any:
     return sympy.Integer(int(v))
 
 
-def as_dtype(e: Any, dtype: torch.dtype) -> Any:
+def as_dtype(e: Expression, dtype: torch.dtype) -> Expression | None:
     """A cast between integers, bools and finite floats."""
     if dtype == torch.bool:
         if is_predicate(e):
@@ -119,11 +101,12 @@ def rule(
 
 def _compare(kind: str) -> None:
     @rule(kind)
-    def compare(r: Reader, x: Operand, y: Operand) -> Any:
+    def compare(r: Reader, x: Operand, y: Operand) -> Expression | None:
         if isinstance(x, Ref) and isinstance(r.env[x], Cases) and isinstance(y, (int, float)):
             number = held(y, r.types[x].dtype)
-            values = r.aligned(x).values
-            return sympy.Or(*(p for v, p in values if getattr(operator, kind)(v, number)))
+            cases = r.aligned(x)
+            assert isinstance(cases, Cases)
+            return sympy.Or(*(p for v, p in cases.values if getattr(operator, kind)(v, number)))
         pair = [r.env[a] if isinstance(a, Ref) else _integer(a) for a in (x, y)]
         if any(e is None or isinstance(e, Cases) for e in pair):
             return None
@@ -133,7 +116,7 @@ def _compare(kind: str) -> None:
         return COMPARE[kind](a, b)
 
 
-def _integer(v: float | sympy.Expr) -> Any:
+def _integer(v: float | sympy.Expr) -> Expression | None:
     """A number that integers are compared with, None if it is none of them."""
     if isinstance(v, float):
         return sympy.Integer(int(v)) if v.is_integer() else None
@@ -187,11 +170,11 @@ def rounded(
 ) -> Expression | None:
     if r.node.type.is_float or rounding_mode is None:
         return None
-    e = division(r, x, y) if isinstance(y, int) and y > 0 else None
-    if e is None:
+    e = r.aligned(x)
+    if not is_number(e) or not (isinstance(y, int) and y > 0):
         return None
-    e = rounded_down(r.aligned(x), sympy.Integer(y))
-    return e if rounding_mode == "floor" or r.aligned(x).is_nonnegative else None
+    whole = rounded_down(e, sympy.Integer(y))
+    return whole if rounding_mode == "floor" or e.is_nonnegative else None
 
 
 @rule("neg", "abs")
@@ -246,7 +229,7 @@ def arange(r: Reader, *args: object, **_: object) -> Expression | None:
 
 
 @rule("full", "new_full")
-def full(r: Reader, *args: Any, **_: object) -> Expression | None:
+def full(r: Reader, *args: float | sympy.Expr, **_: object) -> Expression | None:
     return literal(args[-1], r.node.type.dtype)
 
 
@@ -286,13 +269,13 @@ def masked_fill(r: Reader, x: Operand, p: Operand, value: Operand) -> Expression
     return _selected(r, r.aligned(p), r.aligned(value), r.aligned(x))
 
 
-def _selected(r: Reader, p: Ref, a: Any, b: Any) -> Expression | None:
-    a, b = (as_dtype(e, r.node.type.dtype) if e is not None else None for e in (a, b))
-    if not is_predicate(p) or a is None or b is None:
+def _selected(r: Reader, p: Expression, a: Expression, b: Expression) -> Expression | None:
+    x, y = (as_dtype(e, r.node.type.dtype) for e in (a, b))
+    if not is_predicate(p):
         return None
-    if isinstance(a, Cases) and isinstance(b, Cases):
-        return select_float(p, a, b)
-    return select(p, a, b) if is_predicate(a) and is_predicate(b) else None
+    if isinstance(x, Cases) and isinstance(y, Cases):
+        return select_float(p, x, y)
+    return select(p, x, y) if is_predicate(x) and is_predicate(y) else None
 
 
 @rule("tril", "triu")
@@ -400,13 +383,13 @@ def diff(
     dim: int = -1,
     prepend: Ref | None = None,
     append: Ref | None = None,
-) -> Any:
+) -> Expression | None:
     """Where the first difference equals all others."""
     if order != 1 or prepend is None or append is not None or r.shape(prepend)[dim] != 1:
         return None
     k = index(dim % r.rank)
     e, before = r.env[x], r.env[prepend]
-    if any(isinstance(v, Cases) or is_predicate(v) for v in (e, before)):
+    if not is_number(e) or not is_number(before):
         return None
     change = sympy.expand(e - substitute(e, {k: k - 1}))
     first = sympy.expand(substitute(e, {k: sympy.Integer(0)}) - before)

@@ -6,6 +6,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import _reconstruct as reconstruct  # pyright: ignore[reportAttributeAccessIssue]
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -119,7 +120,7 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
     """The module handed to torch.compile, and the outermost modules that own the graph's
     parameters."""
     roots: dict[int, nn.Module] = {}
-    frame: Any = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     found: nn.Module | None = None
     while frame is not None:
         if frame.f_code is OptimizedModule.__call__.__code__:
@@ -158,14 +159,16 @@ def parts_of(op: OpOverload) -> Callable[..., object]:
     return op.decompose if op._can_decompose() else decomposition_table[op]
 
 
-def on_compile(backend: Any, wrap: Callable[[Any, Any, bool], Any]) -> None:
+def on_compile(
+    backend: object, wrap: Callable[[Callable[..., object], object, bool], object]
+) -> None:
     """Whatever `torch.compile` makes with this backend becomes wrap(compiled, the module or
     function, strict).
 
     A module whose `forward` was replaced by a function that Dynamo skips (an autocast decorator
     around that of a library's class) gets one more frame, from which Dynamo follows it.
     """
-    plain: Any = eval_frame._TorchDynamoContext.__call__
+    plain = eval_frame._TorchDynamoContext.__call__
     modules: list[nn.Module] = []
 
     @functools.wraps(plain)
@@ -196,7 +199,7 @@ def tracing() -> bool:
     return TracingContext.try_get() is not None
 
 
-def why_not_forward(root: Any) -> str:
+def why_not_forward(root: object) -> str:
     """Why Dynamo may have left a module's forward, or a function, to Python."""
     fn = root.forward if isinstance(root, nn.Module) else root
     general = _why()
@@ -214,7 +217,7 @@ def why_not_forward(root: Any) -> str:
 def why_outside(uncompiled: bool) -> str:
     """Why a weight is read by Python here, and where: the user's file and line."""
     where, why = "", ""
-    frame: Any = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         code, file = frame.f_code, frame.f_code.co_filename
         if code.co_name == "_fn" and file == eval_frame.__file__:
@@ -242,7 +245,7 @@ def _why() -> str:
     return ""
 
 
-def keep_saved() -> Any:
+def keep_saved() -> AbstractContextManager[object]:
     """While compiling: a backward writes into nothing that is saved for it, so that a graph may be
     kept for another one.
 
@@ -333,7 +336,7 @@ def orthogonalise_whole(ours: Callable[[object], bool]) -> None:
     _muon._zeropower_via_newtonschulz = whole
 
 
-def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
+def move_shard(p: torch.nn.Parameter, moved: torch.Tensor) -> torch.nn.Parameter:
     """A sharded parameter becomes `moved`, of another type or device. It stays the same object,
     but to and from meta, as in torch; a tied one becomes one new object.
 
@@ -344,7 +347,7 @@ def move_shard(p: torch.nn.Parameter, moved: DTensor) -> torch.nn.Parameter:
         if new is None:
             new = vars(p)["_tspc_moved"] = torch.nn.Parameter(moved, p.requires_grad)
         return new
-    assert isinstance(p, DTensor)
+    assert isinstance(p, DTensor) and isinstance(moved, DTensor)
     plain: Any = torch.Tensor.data
     plain.__set__(p, moved)
     p._local_tensor, p._spec = moved._local_tensor, moved._spec
@@ -357,12 +360,12 @@ def part_of(x: DTensor) -> tuple[list[int], torch.Tensor]:
     return list(starts), x._local_tensor
 
 
-def refuse_pickles(instead: Callable[[DTensor], Any]) -> None:
+def refuse_pickles(instead: Callable[[DTensor], torch.Tensor]) -> None:
     """`instead(x)` is what is pickled in the place of a DTensor, or it raises. A process still
     sends DTensors to another one of its own (a forking pickler), and copies them."""
     if "__reduce_ex__" in DTensor.__dict__:
         return
-    plain: Any = torch.Tensor.__reduce_ex__
+    plain = torch.Tensor.__reduce_ex__
 
     def reduce(self: DTensor, protocol: int) -> object:
         given = instead(self)
@@ -380,7 +383,11 @@ def cut_loaded_states(cut: Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
         return
 
     def policy(
-        param: torch.Tensor, value: torch.Tensor, param_id: int, param_groups: Any, key: Any = None
+        param: torch.Tensor,
+        value: torch.Tensor,
+        param_id: int,
+        param_groups: list[dict],
+        key: object = None,
     ) -> torch.Tensor:
         value = plain(param, value, param_id, param_groups, key)
         return value if key == "step" else cut(param, value)

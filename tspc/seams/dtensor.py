@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._op_schema import OutputSharding
+from torch.distributed.tensor._op_schema import OpInfo, OutputSharding
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from tspc.seams.compiler import replace_member
@@ -37,14 +37,16 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
             handlers[op] = functools.partial(handle, before.get(op, as_torch))
     dispatcher._custom_op_handlers = {**before, **handlers}
 
-    def ask(op: OpOverload, args: Arguments, kwargs: Keywords, info: Any, cached: bool) -> object:
+    def ask(
+        op: OpOverload, args: Arguments, kwargs: Keywords, info: OpInfo, cached: bool
+    ) -> object:
         return handle(lambda *_: propagate(op, args, kwargs, info, cached), op, args, kwargs)
 
     replace_member(dispatcher, "_propagate_op_sharding_dispatch_slow_path", ask)
     torch._C._clear_DTensor_sharding_propagator_cache()
 
 
-def _aten_ops() -> list[Any]:
+def _aten_ops() -> list[OpOverload]:
     names = [n[6:] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
     found = []
     for packet, _, overload in (n.partition(".") for n in names):

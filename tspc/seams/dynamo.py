@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._guards import CompileId
 
 MANY = 10_000  # compiles of one function, where none of them stays
 
@@ -38,11 +38,11 @@ def _codes() -> list[CodeType]:
     return [code for code in seen if code is not None]
 
 
-def _ids(code: CodeType) -> set[Any]:
+def _ids(code: CodeType) -> set[CompileId]:
     return {e.compile_id for e in _debug_get_cache_entry_list(code)}
 
 
-def _forget(code: CodeType, kept: set[Any]) -> None:
+def _forget(code: CodeType, kept: set[CompileId]) -> None:
     """All that was compiled of a function but for these."""
     entries = _debug_get_cache_entry_list(code)
     new = [e for e in entries if e.compile_id not in kept]
