@@ -15,10 +15,10 @@ import torch
 from torch._ops import OpOverload
 
 from tspc import counter  # noqa: F401  defines the ops
+from tspc.attention import ATTENTION, bound
 from tspc.context import Arguments, Keywords
 from tspc.errors import UnsupportedError
-from tspc.masked import MASKED_ATTENTION
-from tspc.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Size, Type
+from tspc.program import INPUT, PLACEHOLDERS, SEED, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten
 tspc = torch.ops.tspc
@@ -126,8 +126,9 @@ def _is_identity(n: Node) -> bool:
 def _is_random(n: Node) -> bool:
     if not n.is_call:
         return False
-    if n.op in (SDPA, MASKED_ATTENTION):
-        return bool(_bind(n)["dropout_p"])
+    if n.op == ATTENTION:
+        x, a = bound(n)
+        return bool(a.dropout) and x.states is None
     if n.op == aten.rrelu.default:
         return bool(_bind(n)["training"])
     return torch.Tag.nondeterministic_seeded in n.op.tags
@@ -139,16 +140,12 @@ def _dropout(d: _Drawer) -> None:
 
 
 def _attention(d: _Drawer) -> None:
-    a = d.args
-    q = a["query"]
-    shape = d.type(q).shape[:-1]
+    x, a = bound(d.node)
+    shape = d.type(x.q).shape[:-1]
     states = d.emit(
-        "states", tspc.query_states.default, (q, *d.state(shape)), Type(shape, torch.int64)
+        "states", tspc.query_states.default, (x.q, *d.state(shape)), Type(shape, torch.int64)
     )
-    args = (q, a["key"], a["value"], a["attn_mask"], a["dropout_p"], a["is_causal"], states)
-    names = ("rows", "predicate", "sizes", "fill", "score", "scale", "enable_gqa")
-    kwargs = {n: a[n] for n in names if n in a}
-    d.emit("", tspc.dropout_attention.default, args, d.node.type, **kwargs)
+    d.emit("", ATTENTION, replace(x, states=states).args, d.node.type, **a.kwargs)
 
 
 def _like(d: _Drawer) -> Ref | None:
@@ -233,8 +230,7 @@ def _permutation(d: _Drawer) -> None:
 
 _RULES: dict[Any, Callable[[_Drawer], object]] = {
     aten.dropout.default: _dropout,
-    SDPA: _attention,
-    MASKED_ATTENTION: _attention,
+    ATTENTION: _attention,
     aten.rand.default: _plain(tspc.uniform.default),
     aten.rand_like.default: _plain(tspc.uniform.default),
     aten.randn.default: _plain(tspc.normal.default),

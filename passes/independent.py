@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tspc.counter import ATTENTIONS
+from tspc.attention import ATTENTION
 from tspc.factor import Factor
 from tspc.passes.factorize import Analysis, Record
 from tspc.passes.regions import Region
@@ -29,7 +29,7 @@ def is_independent(ref: Ref, makers: Mapping[str, Record], g: Region) -> bool:
     if r is None or (ref.item or 0) not in independent(r, f):
         return False
     for x in makers_of(ref, makers, f):
-        if x.node.op in ATTENTIONS or f in x.roles:
+        if x.node.op == ATTENTION or f in x.roles:
             return False
         for operand, carried in zip(x.refs, x.carried_in):
             is_inside = operand is None or operand.name in makers or operand.name in g.weights

@@ -13,9 +13,9 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.attention import ATTENTION, bound
 from tspc.body import Body, rows_of
 from tspc.checkpoint import recomputed
-from tspc.counter import ATTENTIONS
 from tspc.factor import Dims, Factor, norm
 from tspc.kinds import (
     ALL_REDUCE,
@@ -31,7 +31,6 @@ from tspc.passes.along import run, runs
 from tspc.passes.apart import run_apart
 from tspc.passes.call import call, constant
 from tspc.passes.factorize import Record
-from tspc.passes.masks import bind
 from tspc.passes.outputs import Result
 from tspc.passes.sizes import Sizes
 from tspc.passes.typed import Typed
@@ -216,7 +215,7 @@ class _Run:
             _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
             return tspc.embed(table, ids, *n.kwargs.values(), n.type.dtype, *layout)
         record = self.typed.records.get(n.name)
-        if n.op in ATTENTIONS and record is not None and self.exchanges(record):
+        if n.op == ATTENTION and record is not None and self.exchanges(record):
             return self.attention(n, record)
         if self.typed.places[n.name, 0] == "S" and runs(
             self.typed.factors, record, self.typed.leaves
@@ -237,24 +236,14 @@ class _Run:
         return here and any(role == "exchange" for role, *_ in roles)
 
     def attention(self, n: Node, record: Record) -> Any:
-        bound = bind(n)
-        q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
-        mask, more, states = (
-            None if bound[x] is None else self.get(bound[x])
-            for x in ("attn_mask", "rows", "states")
-        )
-        scale = bound["scale"]
-        scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+        x, a = bound(n)
+        assert x.sinks is None, "its sinks are in no fold"
+        a = replace(a, sizes=tuple(self.sizes.value(s) for s in a.sizes))
         met = [self.index(d) for d in record.ins[:2]]
         every = self.rows, self.lengths, self.program.orders
-        rest = (*([x[i] for i in met] for x in every), self.program.axis)
-        dropout = float(bound["dropout_p"]) if states is not None else 0.0
-        sizes = [self.sizes.value(s) for s in bound["sizes"]]
-        told = (bound["predicate"], sizes, float(bound["fill"]), bound["score"])
-        causal = bool(bound["is_causal"])
-        out, _ = torch.ops.tspc.attention(
-            q, k, v, mask, states, more, causal, scale, dropout, *told, *rest
-        )
+        sequences = ([known[i] for i in met] for known in every)
+        tensors = x.map(self.get).all[:6]
+        out, _ = torch.ops.tspc.attention(*tensors, *a.all, *sequences, self.program.axis)
         return out
 
     def fold(self, n: Node) -> list[Any]:

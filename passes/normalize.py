@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from tspc.attention import ATTENTION, bound, spelled
 from tspc.passes.along import canonical
 from tspc.passes.entropy import cross_entropy
 from tspc.program import (
@@ -76,6 +77,8 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)
+        if n.op == SDPA:
+            n = spelled(n, *bound(n))
         b.recompute = n.recompute
         if n.name in refused:
             b.add(n.map_refs(b.cast_here))
@@ -323,7 +326,7 @@ REWRITES: dict[OpOverload, Callable[[_Builder, Node], Node]] = {
     aten.slice_scatter.default: _joined,
     aten.addmm.default: _scaled,
     aten.baddbmm.default: _scaled,
-    SDPA: _attended,
+    ATTENTION: _attended,
     aten.index.Tensor: _constant_index,
     **dict.fromkeys(CONVOLUTIONS, _padded),
     **dict.fromkeys(SHAPE_ONLY, _on_a_placeholder),

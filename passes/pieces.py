@@ -13,13 +13,12 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.attention import ATTENTION, bound
 from tspc.body import BODIES, Attention, Body, Extent, Out, Piece, Token
-from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
 from tspc.factor import Dims, Factor
 from tspc.hardware import Hardware
 from tspc.passes.fold import Fold
 from tspc.passes.key import structural_key
-from tspc.passes.masks import bind
 from tspc.passes.piece import WEIGHTED, Maker, plain, runner
 from tspc.passes.typed import Typed
 from tspc.placement import indices
@@ -177,7 +176,7 @@ def _cut(
     exchanges: dict[int, list[Node]] = {}
     for i, n in enumerate(m.fold.body):
         deepest = max((level.get(r.name, 0) for r in n.refs()), default=0)
-        if n.op in ATTENTIONS:
+        if n.op == ATTENTION:
             exchanges.setdefault(deepest, []).append(n)
             level[n.name] = deepest + 1
         else:
@@ -254,35 +253,9 @@ def _attention(
     n: Node, names: Mapping[Ref, str], values: dict[str, Type], queries: int, keys: int
 ) -> Attention:
     """queries, keys: their sequences."""
-    bound = bind(n)
+    x, a = bound(n)
     out = names[Ref(n.name)]
     shape, dtype = values[out].shape, values[out].dtype
     lse = f"{out}_lse"
     values[lse] = Type(shape[:-1], torch.promote_types(dtype, torch.float32), False)
-    mask = names[bound["attn_mask"]] if bound["attn_mask"] is not None else None
-    q, k, v = (names[bound[x]] for x in ("query", "key", "value"))
-    scale = bound["scale"]
-    if scale is None:
-        scale = float(values[q].shape[-1]) ** -0.5
-    states = names[bound["states"]] if n.op == DROPOUT_ATTENTION else None
-    sinks = bound["sinks"]
-    return Attention(
-        q,
-        k,
-        v,
-        mask,
-        out,
-        lse,
-        bool(bound["is_causal"]),
-        float(scale),
-        states,
-        float(bound["dropout_p"]),
-        queries,
-        keys,
-        names[bound["rows"]] if bound["rows"] is not None else None,
-        bound["predicate"],
-        tuple(bound["sizes"]),
-        float(bound["fill"]),
-        bound["score"],
-        names[sinks] if sinks is not None else None,
-    )
+    return Attention(x.map(lambda r: names[r]), out, lse, a, queries, keys)

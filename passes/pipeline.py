@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tspc import budget
+from tspc.attention import ATTENTION
 from tspc.body import Body, made_again
-from tspc.counter import ATTENTIONS
 from tspc.lookup import lookups, watched
 from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, choose
@@ -155,7 +155,7 @@ PIPELINE = (
 def _saves(fold: Node, program: Program) -> bool:
     """In a checkpointed part only what the backward runs again anyway keeps its products for it."""
     group = fold.recompute
-    if not group or any(n.op in ATTENTIONS for n in fold.kwargs["fold"].body):
+    if not group or any(n.op == ATTENTION for n in fold.kwargs["fold"].body):
         return True
     after = {fold.name}
     for n in program.nodes:

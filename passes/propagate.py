@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tspc.counter import ATTENTIONS, DROPOUT_ATTENTION
+from tspc.attention import ATTENTION, bound
 from tspc.factor import Dims, Factor
 from tspc.kinds import (
     ALL_REDUCE,
@@ -48,7 +48,6 @@ from tspc.program import (
     Type,
     casts_of_parameters,
 )
-from tspc.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
 
@@ -262,7 +261,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if whole or n.name in s.analysis.sealed:
         _fall_back(s, n, outs, REFUSED if whole else "it lays the sequence together")
         return
-    attention = n.op in ATTENTIONS and kinds - {"at"} == {"exchange"}
+    attention = n.op == ATTENTION and kinds - {"at"} == {"exchange"}
     if not touched or not any(s.place(r) == "S" or _is_param(s, r) for r in operands):
         _replicate(s, n, outs)
         return
@@ -326,32 +325,29 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _attention(
     s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Any]
 ) -> None:
-    if n.op == SINK_ATTENTION:
+    x, _ = bound(n)
+    if x.sinks is not None:
         _fall_back(s, n, outs, "its sinks are in no fold")
         return
-    if not all(s.carries(operands[r]) for r in n.args[:3]):
+    if not all(s.carries(operands[r]) for r in (x.q, x.k, x.v)):
         _fall_back(s, n, outs, "its queries are of another sequence")
         return
-    q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
-    renamed = dict(zip(n.args[:3], (q, k, v)))
-    mask = mask_of(n)
-    if mask is not None:
+    renamed = {r: s.sequence(r, n.source) for r in (x.q, x.k, x.v)}
+    if (mask := x.mask) is not None:
         if s.carries(operands[mask]) and not masks_by_key(s.analysis, record, s.leaves):
             renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
         else:
             renamed[mask] = s.varying(s.replicated(mask, n.source), n.source)
-    rows = n.kwargs.get("rows")
-    if rows is not None:
-        renamed[rows] = s.replicated(rows, n.source)
-    if n.op == DROPOUT_ATTENTION:
-        states = n.args[6]
-        renamed[states] = s.sequence(states, n.source, operands[states])
+    if x.data is not None:
+        renamed[x.data] = s.replicated(x.data, n.source)
+    if x.states is not None:
+        renamed[x.states] = s.sequence(x.states, n.source, operands[x.states])
     s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
 
 
 def mask_of(n: Node) -> Ref | None:
     """The mask operand of an attention."""
-    return n.argument(3, n.kwargs.get("attn_mask")) if n.op in ATTENTIONS else None
+    return bound(n)[0].mask if n.op == ATTENTION else None
 
 
 def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:

@@ -21,6 +21,7 @@ from tspc.runtime.failures import Lost
 from tspc.runtime.pieces import EagerPieces
 from tspc.runtime.requests import Axis, Steps
 from tspc.runtime.step import Call
+from tspc.spec import AttentionSpec, Operands
 from tspc.state import CODE, GROUP, remembered
 
 GENERATORS: dict[str, Callable[..., Steps]] = remembered(CODE, {})
@@ -241,26 +242,23 @@ def _embed_backward(axis, g, ids, units, padding, scaled, dtype, rows, length, o
     return exchange.embed_backward(axis, layout, g, ids, units, *rest)
 
 
-def _attends(axis, causal, scale, dropout, predicate, sizes, fill, score, rows, lengths, orders):
-    """The spans of queries and keys, and what the attention is."""
-    spans = [
-        attn.Span(Layout(axis.size, order), c, n) for order, c, n in zip(orders, rows, lengths)
-    ]
-    told = (predicate, tuple(sizes), fill, score)
-    return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, *told, lengths[1])
+def _meeting(axis: Axis, others: Sequence[Any]) -> attn.Meeting:
+    """Of what the op has after its tensors."""
+    *fields, sizes, rows, lengths, orders, _ = others
+    layouts = (Layout(axis.size, order) for order in orders)
+    queries, keys = (attn.Span(*at) for at in zip(layouts, rows, lengths))
+    return attn.Meeting(AttentionSpec(*fields, sizes=tuple(sizes)), queries, keys)
 
 
 @_steps("attention")
-def _attention(axis, q, k, v, mask, states, data, *rest):
-    spans, spec = _attends(axis, *rest[:-1])
-    return attn.attention(axis.rank, spans, q, k, v, attn.Given(mask, states, data), spec)
+def _attention(axis, *args):
+    return attn.attention(axis.rank, Operands(*args[:6]), _meeting(axis, args[6:]))
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, states, data, out, lse, biased, *rest):
-    spans, spec = _attends(axis, *rest[:-1])
-    done = (attn.Given(mask, states, data), out, lse)
-    return attn.attention_backward(axis.rank, spans, g, q, k, v, *done, biased, spec)
+def _attention_backward(axis, g, *args):
+    x, (out, lse, biased, *others) = Operands(*args[:6]), args[6:]
+    return attn.attention_backward(axis.rank, g, x, (out, lse), _meeting(axis, others), biased)
 
 
 @_steps("fold")

@@ -22,11 +22,11 @@ import tests.test_samples as samples
 import tspc.notation as language
 import tspc.passes.factorize as factorize
 import tspc.rules as rules
+from tspc.attention import ATTENTION
 from tspc.brute import check, check_meaning, traced
-from tspc.counter import ATTENTIONS
 from tspc.errors import RuleError
 from tspc.notation import ROLES, Op, Rule
-from tspc.program import OUTPUT
+from tspc.program import OUTPUT, SDPA
 from tspc.registry import ONCE
 
 APPLIED = (factorize, language, *(getattr(rules, m) for m in rules.__all__))
@@ -145,7 +145,7 @@ def needed(op: Any, needs: list[tuple[str, samples.Sample, set[Any]]]) -> bool:
             records = [r for r in traced(fn, *tensors)[0].records if r.node.op == op]
             if not any(role == x[0] for r in records for roles in r.roles.values() for x in roles):
                 return False
-    attentions = samples.attentions() if op in ATTENTIONS else []
+    attentions = samples.attentions() if op in (SDPA, ATTENTION) else []
     return all(samples.roles_of(sample, [op]) in (set(), roles) for sample, roles in attentions)
 
 

@@ -70,7 +70,6 @@ TO_RENAME: frozenset[str] = frozenset(
         "tspc/factor.py",
         "tspc/gradients.py",
         "tspc/lookup.py",
-        "tspc/masked.py",
         "tspc/overwritten.py",
         "tspc/precision.py",
         "tspc/program.py",

@@ -20,9 +20,9 @@ from tests.models import whole
 from tests.widen import Widen
 from tests.world import World
 from tests.zoo import build, sized
+from tspc.attention import ATTENTION
 from tspc.body import evaluate
 from tspc.check import Simulated, relative_errors, simulated_backend
-from tspc.counter import ATTENTIONS
 from tspc.kinds import WHOLE
 from tspc.passes.regions import VIEWS, weight_values
 from tspc.passes.unit import Unit
@@ -84,8 +84,8 @@ def decided(name: str, ranks: int = 4) -> Facts:
 def structure(rewritten: Unit) -> dict[str, list[Any]]:
     """What a graph folds, gathers and runs replicated."""
     choice = rewritten.choice
-    folded = [n for f in rewritten.folds for n in f.kwargs["fold"].body if n.op in ATTENTIONS]
-    outside = [n.source for n in rewritten.typed.program.nodes if n.op in ATTENTIONS]
+    folded = [n for f in rewritten.folds for n in f.kwargs["fold"].body if n.op == ATTENTION]
+    outside = [n.source for n in rewritten.typed.program.nodes if n.op == ATTENTION]
     return {
         "folds": [name for name, _, _ in choice.regions],
         "refused": [[", ".join(sorted(g.weights)), why] for g, why in choice.refused],

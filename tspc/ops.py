@@ -14,6 +14,7 @@ import torch
 
 from tspc.body import BODIES, Body, evaluate, symbol_values
 from tspc.context import Arguments, Context
+from tspc.spec import FIELDS, OPERANDS
 
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
@@ -58,15 +59,12 @@ LIB.define(
 # rows, lengths, orders: of the queries' sequence, and of the keys'. biased: the mask is added and
 # wants a gradient too
 LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, Tensor? data, "
-    "bool causal, float scale, float dropout, str predicate, SymInt[] sizes, float fill, "
-    "str score, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor)"
+    f"attention({OPERANDS}, {FIELDS}, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) "
+    "-> (Tensor, Tensor)"
 )
 LIB.define(
-    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
-    "Tensor? data, Tensor out, Tensor lse, bool biased, bool causal, float scale, float dropout, "
-    "str predicate, SymInt[] sizes, float fill, str score, SymInt[] rows, SymInt[] lengths, "
-    "str[] orders, str axis) -> Tensor[]"
+    f"attention_backward(Tensor g, {OPERANDS}, Tensor out, Tensor lse, bool biased, {FIELDS}, "
+    "SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> Tensor[]"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves
@@ -179,8 +177,9 @@ def _attention_fake(q, k, v, *_):
 
 
 @_fake("attention_backward")
-def _attention_backward_fake(g, q, k, v, mask, states, data, out, lse, biased, *_):
-    return [x.new_empty(x.shape) for x in (q, k, v, *([mask] if biased else []))]
+def _attention_backward_fake(g, *others):
+    qkv, mask, biased = others[:3], others[3], others[8]
+    return [x.new_empty(x.shape) for x in (*qkv, *([mask] if biased else []))]
 
 
 def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
