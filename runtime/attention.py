@@ -14,13 +14,13 @@ from functools import lru_cache
 
 import torch
 
-from tspc.runtime.blocks import Blocks, Meeting, Span, View
+from tspc.runtime.blocks import Blocks, Meeting, View
 from tspc.runtime.keys import gather, scatter
 from tspc.runtime.requests import Steps
 from tspc.score import modified, pulled_back
 from tspc.spec import Operands
 
-__all__ = ["Meeting", "Span", "attend", "attend_backward", "gather", "scatter"]
+__all__ = ["Meeting", "attend", "attend_backward", "gather", "scatter"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

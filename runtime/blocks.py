@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tspc.counter import kept_keys
-from tspc.layout import Layout
+from tspc.layout import Span
 from tspc.predicate import Bounds, mask, truth
 from tspc.spec import AttentionSpec, Operands
 from tspc.state import MODEL, remembered
@@ -23,15 +23,6 @@ from tspc.state import MODEL, remembered
 Tensor = torch.Tensor
 EDGE = 512  # queries of a run, and keys of what is looked at as one
 LOW = -5e8  # beyond what scores and biases are
-
-
-@dataclass(frozen=True)
-class Span:
-    """A sequence on the ranks: its layout and sizes."""
-
-    layout: Layout
-    rows: int
-    length: int
 
 
 @dataclass(frozen=True)

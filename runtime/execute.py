@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tspc import along as ops  # noqa: F401  defines them
-from tspc.body import BODIES, Body
-from tspc.layout import Layout
-from tspc.ops import LIB
+from tspc.body import BODIES
+from tspc.layout import Along, Layout, Span
+from tspc.ops import LIB, FoldCall
 from tspc.runtime import along, exchange, replicas, schedules
 from tspc.runtime import attention as attn
 from tspc.runtime.drivers import distributed
@@ -156,39 +156,42 @@ LIB.impl("whole_weight_backward", _whole_weight_backward, "CompositeExplicitAuto
 
 @_steps("whole")
 @_steps("local_backward")
-def _whole(axis, x, dim, lead, trail, rows, length, order, name):
-    return exchange.whole(axis, Layout(axis.size, order), x, dim, lead, rows, length)
+def _whole(axis, x, *others):
+    at = Along(*others)
+    return exchange.whole(at.span(axis.size), x, at.dim, at.lead)
 
 
 @_steps("local")
-def _local(axis, x, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return _nothing(exchange.take(layout, axis.rank, x, dim, lead, rows, length))
+def _local(axis, x, *others):
+    at = Along(*others)
+    return _nothing(exchange.take(at.span(axis.size), axis.rank, x, at.dim, at.lead))
 
 
 @_steps("whole_backward")
-def _whole_backward(axis, g, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    local = exchange.take(layout, axis.rank, g, dim, lead, rows, length)
-    return _nothing(exchange.clear(layout, axis.rank, local, dim, lead, rows, length))
+def _whole_backward(axis, g, *others):
+    at = Along(*others)
+    local = exchange.take(at.span(axis.size), axis.rank, g, at.dim, at.lead)
+    return _nothing(exchange.clear(at.span(axis.size), axis.rank, local, at.dim, at.lead))
 
 
 @_steps("clear_pads")
-def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return _nothing(exchange.clear(layout, axis.rank, x, dim, lead, rows, length))
+def _clear_pads(axis, x, *others):
+    at = Along(*others)
+    return _nothing(exchange.clear(at.span(axis.size), axis.rank, x, at.dim, at.lead))
 
 
 @_steps("extend")
-def _extend(axis, x, left, right, way, dim, lead, trail, rows, length, order, name):
-    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.moved(axis, x, dim, along.plan(tiles, left, right, way))
+def _extend(axis, x, left, right, way, *others):
+    at = Along(*others)
+    tiles = along.Tiles(at.span(axis.size), at.lead, at.trail)
+    return along.moved(axis, x, at.dim, along.plan(tiles, left, right, way))
 
 
 @_steps("extend_backward")
-def _extend_backward(axis, g, left, right, way, dim, lead, trail, rows, length, order, name):
-    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.moved(axis, g, dim, along.plan(tiles, left, right, way).back())
+def _extend_backward(axis, g, left, right, way, *others):
+    at = Along(*others)
+    tiles = along.Tiles(at.span(axis.size), at.lead, at.trail)
+    return along.moved(axis, g, at.dim, along.plan(tiles, left, right, way).back())
 
 
 @_steps("carry")
@@ -197,13 +200,13 @@ def _carry(axis, x, dim, lead, after, order, name):
 
 
 @_steps("tile_conv")
-def _tile_conv(axis, x, weight, bias, dilation, groups, tiles, name):
-    return _nothing(along.convolution(x, weight, bias, dilation, groups, tiles))
+def _tile_conv(axis, *others):
+    return _nothing(along.convolution(*others[:-1]))
 
 
 @_steps("tile_conv_backward")
-def _tile_conv_backward(axis, g, x, weight, dilation, groups, tiles, wanted, name):
-    return _nothing(along.convolution_backward(g, x, weight, dilation, groups, tiles, wanted))
+def _tile_conv_backward(axis, *others):
+    return _nothing(along.convolution_backward(*others[:-1]))
 
 
 @_steps("all_reduce")
@@ -222,31 +225,38 @@ def _vary_backward(axis, gs, reduce, name):
 
 
 @_steps("gather_weight")
-def _gather_weight(axis, shard, dim, size, partial, dtype, reduce, name):
+def _gather_weight(axis, shard, dim, size, partial, dtype, *_):
     return exchange.gather_weight(axis, shard.to(dtype), dim, size)
 
 
 @_steps("gather_weight_backward")
-def _gather_weight_backward(axis, g, dim, units, partial, dtype, reduce, name):
-    return exchange.gather_weight_backward(axis, g, dim, units, partial, dtype, reduce)
+def _gather_weight_backward(axis, *others):
+    return exchange.gather_weight_backward(axis, *others[:-1])
 
 
 @_steps("embed")
-def _embed(axis, shard, ids, padding, scaled, dtype, rows, length, order, name):
-    return exchange.embed(axis, Layout(axis.size, order), shard, ids, dtype, rows, length)
+def _embed(axis, shard, ids, padding, scaled, dtype, *layout):
+    return exchange.embed(axis, _span(axis, layout), shard, ids, dtype)
 
 
 @_steps("embed_backward")
-def _embed_backward(axis, g, ids, units, padding, scaled, dtype, rows, length, order, name):
-    layout, rest = Layout(axis.size, order), (padding, scaled, dtype, rows, length)
-    return exchange.embed_backward(axis, layout, g, ids, units, *rest)
+def _embed_backward(axis, g, ids, *others):
+    units, padding, scaled, dtype, *layout = others
+    span = _span(axis, layout)
+    total = yield from exchange.embed_backward(axis, span, g, ids, units, padding, scaled)
+    return total.to(dtype)
+
+
+def _span(axis: Axis, layout: Sequence[Any]) -> Span:
+    rows, length, order, _ = layout
+    return Span(Layout(axis.size, order), rows, length)
 
 
 def _meeting(axis: Axis, others: Sequence[Any]) -> attn.Meeting:
     """Of what the op has after its tensors."""
     *fields, sizes, rows, lengths, orders, _ = others
     layouts = (Layout(axis.size, order) for order in orders)
-    queries, keys = (attn.Span(*at) for at in zip(layouts, rows, lengths))
+    queries, keys = map(Span, layouts, rows, lengths)
     return attn.Meeting(AttentionSpec(*fields, sizes=tuple(sizes)), queries, keys)
 
 
@@ -262,28 +272,28 @@ def _attention_backward(axis, g, *args):
 
 
 @_steps("fold")
-def _fold(axis, tokens, invariants, shards, sizes, rows, lengths, region, key, name):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
+def _fold(axis, *args):
+    f = FoldCall(*args)
+    call = _call(axis, f)
     try:
         outs, saved = yield from schedules.forward(call)
     except Lost as e:
-        e.places.append(_where(region, call))
+        e.places.append(_where(f.region, call))
         raise
-    return _apart([*outs, *saved], [*tokens, *invariants, *shards])
+    return _apart([*outs, *saved], [*f.tokens, *f.invariants, *f.shards])
 
 
 @_steps("fold_backward")
-def _fold_backward(
-    axis, gs, tokens, invariants, shards, saved, sizes, rows, lengths, region, key, name
-):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
+def _fold_backward(axis, gs, saved, *args):
+    f = FoldCall(*args)
+    call = _call(axis, f)
     try:
         grads = yield from schedules.backward(call, saved, gs)
     except Lost as e:
-        e.places.append(_where(region, call))
+        e.places.append(_where(f.region, call))
         raise
-    given = [g for g in (*gs, *tokens, *invariants, *shards, *saved) if g is not None]
-    return _apart([g for part in grads for g in part if g is not None], given)
+    read = [g for g in (*gs, *f.tokens, *f.invariants, *f.shards, *saved) if g is not None]
+    return _apart([g for part in grads for g in part if g is not None], read)
 
 
 def _where(region: str, call: Call) -> str:
@@ -304,17 +314,10 @@ def _apart(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> li
     return out
 
 
-def _call(
-    axis: Axis,
-    body: Body,
-    tokens: Sequence[torch.Tensor],
-    invariants: Sequence[torch.Tensor],
-    shards: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    rows: Sequence[int],
-    lengths: Sequence[int],
-) -> Call:
+def _call(axis: Axis, f: FoldCall) -> Call:
+    body = BODIES[f.key]
     pieces = body.compiled.get("pieces") or EagerPieces(body)
-    schedule = schedules.choose(body, axis.size, sizes, rows)
-    tokens = [t.contiguous() for t in tokens]
-    return Call(axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, lengths)
+    schedule = schedules.choose(body, axis.size, f.sizes, f.rows)
+    tokens = [t.contiguous() for t in f.tokens]
+    values = (tokens, f.invariants, f.shards, f.sizes, f.rows, f.lengths)
+    return Call(axis, body, pieces, schedule, *values)

@@ -12,7 +12,7 @@ import torch
 
 from tspc.attention import sinks_gradient, sunk
 from tspc.body import Attention, Body, Lengths, Piece, Token, evaluate, symbol_values
-from tspc.layout import Layout
+from tspc.layout import Layout, Span
 from tspc.program import Size
 from tspc.runtime import attention as attn
 from tspc.runtime.exchange import take
@@ -65,9 +65,9 @@ class Call:
     def lead(self, size: Size) -> int:
         return evaluate(size, self.symbols())
 
-    def span(self, i: int) -> attn.Span:
+    def span(self, i: int) -> Span:
         """Of a sequence."""
-        return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
+        return Span(self.layouts[i], self.rows[i], self.lengths[i])
 
     def meeting(self, a: Attention) -> attn.Meeting:
         spec = replace(a.spec, sizes=tuple(self.lead(s) for s in a.spec.sizes))
@@ -80,8 +80,7 @@ class Call:
 
     def rows_of(self, spec: Token, t: Tensor, lead: int, rank: int) -> Tensor:
         """The rows of a rank of a token that is given whole."""
-        i = spec.sequence
-        return take(self.layouts[i], rank, t, spec.dim, lead, self.rows[i], self.lengths[i])
+        return take(self.span(spec.sequence), rank, t, spec.dim, lead)
 
     def step(self, j: int) -> Tensor:
         return torch.tensor(j, device=self.shards[0].device)

@@ -11,7 +11,7 @@ from torch import Tensor
 import tspc
 from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
 from tspc.check import Simulated
-from tspc.layout import Layout
+from tspc.layout import Layout, Span
 from tspc.runtime import attention
 from tspc.spec import AttentionSpec, Operands
 
@@ -79,7 +79,7 @@ def test_unfused_attention_rounds_as_one_device_does() -> None:
         torch.manual_seed(seed)
         given = [torch.randn(2, 4, 24, n).bfloat16() for n in (8, 8, 10)]
         g = torch.randn(2, 4, 24, 10).bfloat16()
-        span, x = attention.Span(Layout(1), 24, 24), Operands(*given)
+        span, x = Span(Layout(1), 24, 24), Operands(*given)
         meeting = attention.Meeting(AttentionSpec(), span, span)
         out, lse = attention.attend(x, meeting, [0])
         grads = attention.attend_backward(g, x, (out, lse), meeting, [0])

@@ -16,7 +16,7 @@ from tests.models import VOCABULARY
 from tests.wide import each_once
 from tests.widen import Widen
 from tspc.check import Simulated, simulated_backend
-from tspc.layout import Layout
+from tspc.layout import Layout, Span
 from tspc.runtime import blocks, keys
 from tspc.spec import AttentionSpec, Operands
 
@@ -231,7 +231,7 @@ def test_a_window_sends_what_it_needs() -> None:
     """To the next rank the three rows before its own; a chunk that ends inside a rank none."""
 
     def meeting(predicate: str, order: str = "contiguous") -> blocks.Meeting:
-        span = blocks.Span(Layout(4, order), 4, 15)
+        span = Span(Layout(4, order), 4, 15)
         return blocks.Meeting(AttentionSpec(True, predicate=predicate), span, span)
 
     found = keys.needed(meeting("(k + 3 >= q)"))
@@ -286,7 +286,7 @@ def test_data_tells_which_blocks_are_empty(monkeypatch: pytest.MonkeyPatch) -> N
     """Documents of whole blocks: no query's block meets another's."""
     monkeypatch.setattr(blocks, "EDGE", 128)
     data = (torch.arange(1024) // 256).view(1, 1, -1)
-    span = blocks.Span(Layout(2), 512, 1024)
+    span = Span(Layout(2), 512, 1024)
     meeting = blocks.Meeting(AttentionSpec(True, predicate="(d0[k] == d0[q])"), span, span)
     q = torch.zeros(1, 1, 512, 1)
     runs = list(blocks.Blocks(meeting, Operands(q, q, q, data=data), (1,)).runs())

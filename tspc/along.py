@@ -6,13 +6,12 @@ what a rank asks the others for. `runtime.execute` registers what they do on ran
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tspc.context import Arguments, Context
+from tspc.layout import Along
 from tspc.notation import ALONG
-from tspc.ops import DIM, LIB, local_rows
+from tspc.ops import DIM, LIB, local_rows, resized
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -65,20 +64,16 @@ ALONG["halo"] |= {
 ALONG["scan"] |= {aten.cumsum.default}
 
 
-def _sized(x: Tensor, dim: int, size: Any) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = size
-    return x.new_empty(shape)
-
-
 @torch.library.register_fake("tspc::extend", lib=LIB)
-def _extend_fake(x, left, right, way, dim, lead, trail, rows, length, order, axis):
-    return _sized(x, dim, lead * local_rows(rows * trail + left + right, order))
+def _extend_fake(x, left, right, way, *others):
+    at = Along(*others)
+    return resized(x, at.dim, at.lead * local_rows(at.rows * at.trail + left + right, at.order))
 
 
 @torch.library.register_fake("tspc::extend_backward", lib=LIB)
-def _extend_backward_fake(g, left, right, way, dim, lead, trail, rows, length, order, axis):
-    return _sized(g, dim, lead * local_rows(rows, order) * trail)
+def _extend_backward_fake(g, left, right, way, *others):
+    at = Along(*others)
+    return resized(g, at.dim, at.lead * local_rows(at.rows, at.order) * at.trail)
 
 
 @torch.library.register_fake("tspc::carry", lib=LIB)
@@ -97,7 +92,8 @@ def _tile_conv_fake(x, weight, bias, dilation, groups, tiles, axis):
 
 
 @torch.library.register_fake("tspc::tile_conv_backward", lib=LIB)
-def _tile_conv_backward_fake(g, x, weight, dilation, groups, tiles, wanted, axis):
+def _tile_conv_backward_fake(g, x, weight, *others):
+    wanted = others[3]
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return [g.new_empty(s) for s, w in zip(shapes, wanted) if w]
 

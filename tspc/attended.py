@@ -11,9 +11,10 @@ import torch
 
 from tspc.attention import ATTENTION, bound
 from tspc.body import evaluate
+from tspc.layout import Span
 from tspc.passes.unit import Unit
 from tspc.program import FOLD, Node, Ref
-from tspc.runtime.blocks import Meeting, Span, counted
+from tspc.runtime.blocks import Meeting, counted
 from tspc.score import shown as readable
 from tspc.spec import CAUSAL, AttentionSpec
 

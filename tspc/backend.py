@@ -26,6 +26,7 @@ from tspc.errors import InternalError, OptionError, PlanError, UnsupportedError
 from tspc.gradients import reached
 from tspc.hardware import device_name
 from tspc.journal import log
+from tspc.layout import Span
 from tspc.options import Options, mode_options, parse
 from tspc.outside import only_shards
 from tspc.passes.ladder import NOTHING, Refused
@@ -373,13 +374,13 @@ def _results(
             continue
         shape = tuple(evaluate(s, sizes) for s in r.shape)
         extent, rows = extents[r.sequence], rows_of_each[r.sequence]
-        layout, length = extent.layout(place.axis.size), int(evaluate(extent.length, sizes))
+        length = int(evaluate(extent.length, sizes))
+        span = Span(extent.layout(place.axis.size), rows, length)
         if r.kind == "sharded":
-            place_of_rows = (layout, r.dim, rows, length, shape)
-            out.append(sharded(x, place, place.mesh, *place_of_rows))
+            out.append(sharded(x, place, span, r.dim, shape))
             continue
 
-        steps = (place.axis, layout, x, r.dim, evaluate(r.lead, sizes), rows, length, "outputs")
+        steps = (span, x, r.dim, evaluate(r.lead, sizes), "outputs")
 
         def gather(steps: Any = steps, r: Any = r) -> torch.Tensor:
             what = "the read of a deferred output"

@@ -18,7 +18,7 @@ from tspc.arguments import before_writes, dense, overlap, written
 from tspc.body import evaluate
 from tspc.capture import Captured, capture
 from tspc.context import Context
-from tspc.layout import Layout
+from tspc.layout import Span
 from tspc.options import Options
 from tspc.passes.ladder import Refused, climb
 from tspc.passes.outputs import Result
@@ -29,7 +29,6 @@ from tspc.runtime import simulate
 from tspc.runtime.drivers import lockstep
 from tspc.runtime.exchange import clear, take, whole
 from tspc.runtime.lookups import Indices
-from tspc.runtime.requests import Axis
 from tspc.runtime.seed import draw
 from tspc.runtime.trace import Partitioned, local_fakes, partition
 from tspc.torch_seams import outside_of_dynamo, plainly
@@ -55,11 +54,12 @@ class Simulated:
         """C of each sequence."""
         return [int(e.chunk_rows(self.ranks, self.sizes)) for e in self.rewritten.choice.extents]
 
-    def where(self, r: Result) -> tuple[Layout, tuple[int, int, int, int]]:
-        """The layout of an output, and (dim, lead, rows, length)."""
+    def where(self, r: Result) -> tuple[Span, tuple[int, int]]:
+        """The sequence of an output, and (dim, lead)."""
         extent = self.rewritten.choice.extents[r.sequence]
         lead, length = (int(evaluate(n, self.sizes)) for n in (r.lead, extent.length))
-        return extent.layout(self.ranks), (r.dim, lead, self.rows()[r.sequence], length)
+        span = Span(extent.layout(self.ranks), self.rows()[r.sequence], length)
+        return span, (r.dim, lead)
 
 
 def simulated_backend(
@@ -187,8 +187,8 @@ def _tangent(graph: Simulated, rank: int, index: int, g: torch.Tensor) -> torch.
     r = graph.rewritten.results[index]
     if r is None or r.kind == "whole":
         return g
-    layout, rest = graph.where(r)
-    return clear(layout, rank, take(layout, rank, g, *rest), *rest)
+    span, at = graph.where(r)
+    return clear(span, rank, take(span, rank, g, *at), *at)
 
 
 def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -235,9 +235,8 @@ def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[Any]:
                 assert same, f"ranks differ in output {i}"
             result.append(mine[0])
             continue
-        layout, rest = graph.where(r)
-        steps = [whole(Axis(AXIS, graph.ranks, k), layout, x, *rest) for k, x in enumerate(mine)]
-        result.append(lockstep(steps)[0])
+        span, at = graph.where(r)
+        result.append(lockstep([whole(span, x, *at) for x in mine])[0])
     return result
 
 
