@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tspc import budget
 from tspc.attention import ATTENTION
-from tspc.body import Body, made_again
+from tspc.body import made_again
 from tspc.lookup import lookups, watched
 from tspc.passes.attend import find_attention
 from tspc.passes.choose import GATHER, choose
@@ -91,22 +91,8 @@ def _propagate(u: Unit) -> Unit:
 
 
 def _bodies(u: Unit) -> Unit:
-    return replace(u, bodies={n.kwargs["fold"].name: _body(n, u) for n in u.folds})
-
-
-def _body(n: Node, u: Unit) -> Body:
-    saves = _saves(n, u.program)
-    return make_body(
-        n.kwargs["fold"],
-        u.typed,
-        n.args,
-        u.symbols,
-        u.ranks,
-        u.choice.leaves,
-        u.hardware,
-        saves,
-        u.options.reduce_dtype,
-    )
+    bodies = {n.kwargs["fold"].name: make_body(n, u, _saves(n, u.program)) for n in u.folds}
+    return replace(u, bodies=bodies)
 
 
 def _keep(u: Unit) -> Unit:
