@@ -18,6 +18,7 @@ from tspc import counter  # noqa: F401  defines the ops
 from tspc.attention import ATTENTION, bound
 from tspc.context import Arguments, Keywords
 from tspc.errors import UnsupportedError
+from tspc.passes.factorize import bind
 from tspc.program import INPUT, PLACEHOLDERS, SEED, Node, Program, Ref, Size, Type
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class _Drawer:
 
     def start(self, n: Node) -> None:
         self.node, self.number = n, self.number + 1
-        self.args = _bind(n)
+        self.args, _ = bind(n)
 
     def type(self, ref: Ref) -> Type:
         t = self.types[ref.name][ref.item or 0]
@@ -108,16 +109,6 @@ def draw_by_counter(program: Program) -> Program:
     return replace(program, nodes=(*first, seed, *rest)).without_dead_nodes()
 
 
-def _bind(n: Node) -> Keywords:
-    """Arguments by schema name."""
-    return {
-        a.name: n.args[i]
-        if i < len(n.args)
-        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(n.op._schema.arguments)
-    }
-
-
 def _is_identity(n: Node) -> bool:
     """Dropout that drops nothing."""
     return n.op in _DROPOUTS and (not n.args[2] or n.args[1] == 0)
@@ -130,7 +121,7 @@ def _is_random(n: Node) -> bool:
         x, a = bound(n)
         return bool(a.dropout) and x.states is None
     if n.op == aten.rrelu.default:
-        return bool(_bind(n)["training"])
+        return bool(bind(n)[0]["training"])
     return torch.Tag.nondeterministic_seeded in n.op.tags
 
 

@@ -42,6 +42,7 @@ from tspc.program import (
     OUTPUT,
     PARAM,
     PLACEHOLDERS,
+    SDPA,
     Node,
     Program,
     Ref,
@@ -303,7 +304,8 @@ def _is_param(s: _State, ref: Ref) -> bool:
 
 
 def _fall_back(s: _State, n: Node, outs: Sequence[Dims], why: str) -> None:
-    s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
+    op = SDPA if n.op == ATTENTION else n.op  # as the model has it
+    s.fallbacks.append(Fallback(n.name, str(op), why, n.type.shape, n.source))
     _replicate(s, n, outs)
 
 
