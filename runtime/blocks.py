@@ -88,9 +88,9 @@ class View:
         return self.factors is None and self.top is None and not self.score
 
 
-def _segments(m: Meeting, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _segments(c: int, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(first local row, past the last, position of the first) of adjacent chunks."""
-    c, start = m.queries.rows, 0
+    start = 0
     for i in range(1, len(chunks) + 1):
         if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
             yield start * c, i * c, chunks[start] * c
@@ -98,16 +98,16 @@ def _segments(m: Meeting, chunks: Sequence[int]) -> Iterator[tuple[int, int, int
 
 
 @lru_cache(maxsize=256)
-def _plain(m: Meeting, chunks: tuple[int, ...]) -> list[Run]:
-    """All keys, or those before: as large as they come."""
-    s, runs = m.keys.length, []
-    for q0, q1, first in _segments(m, chunks):
+def _plain(causal: bool, c: int, s: int, chunks: tuple[int, ...]) -> list[Run]:
+    """All of s keys, or those before: as large as they come."""
+    runs = []
+    for q0, q1, first in _segments(c, chunks):
         blocks = []
-        if not m.spec.causal:
+        if not causal:
             blocks.append(Block(q0, q1, 0, s))
         elif first:
             blocks.append(Block(q0, q1, 0, min(first, s)))
-        if m.spec.causal and first < s:
+        if causal and first < s:
             blocks.append(Block(q0, q1, first, min(first + q1 - q0, s), True))
         runs.append(Run(q0, q1, first, tuple(blocks)))
     return runs
@@ -134,7 +134,7 @@ def _looked_at(
     m: Meeting, chunks: tuple[int, ...], edge: int, bounds: Bounds | None
 ) -> Iterator[Run]:
     last = m.queries.length - 1
-    for start, stop, first in _segments(m, chunks):
+    for start, stop, first in _segments(m.queries.rows, chunks):
         for q0 in range(start, stop, edge):
             q1 = min(q0 + edge, stop)
             at = first + q0 - start
@@ -194,7 +194,7 @@ class Blocks:
         """Each run, and what is taken off its scores, if anything is."""
         m, spec, x = self.meeting, self.meeting.spec, self.operands
         if not spec.predicate and not (spec.causal and x.mask is not None) and not spec.fill:
-            runs = _plain(m, self.chunks)
+            runs = _plain(spec.causal, m.queries.rows, m.keys.length, self.chunks)
         elif x.data is not None:
             runs = _looked_at(m, self.chunks, _edge(m), _bounds(x.data))
         else:

@@ -100,8 +100,9 @@ def _counts(ranges: list[Ranges]) -> tuple[int, ...]:
 
 
 def _needs(m: Meeting) -> Needs | None:
-    """None where queries and keys are of two sequences: all go to all."""
-    if m.queries != m.keys:
+    """None where nothing but sizes tells, or queries and keys are of two sequences: all go to
+    all."""
+    if not m.spec.predicate or m.queries != m.keys:
         return None
     return needed(replace(m, spec=replace(m.spec, scale=1.0, dropout=0.0, score="")))
 

@@ -70,7 +70,9 @@ class Call:
         return Span(self.layouts[i], self.rows[i], self.lengths[i])
 
     def meeting(self, a: Attention) -> attn.Meeting:
-        spec = replace(a.spec, sizes=tuple(self.lead(s) for s in a.spec.sizes))
+        spec, sizes = a.spec, a.spec.sizes
+        if sizes:
+            spec = replace(spec, sizes=tuple(map(self.lead, sizes)))
         return attn.Meeting(spec, self.span(a.queries), self.span(a.keys))
 
     def biased(self, a: Attention) -> bool:
