@@ -8,7 +8,7 @@ from dataclasses import replace
 from tspc.cost import budget
 from tspc.ir.body import Body, recomputing
 from tspc.ir.program import FOLD, Node, Program, Ref
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION
 from tspc.ops.lookup import lookups, watched
 from tspc.passes.analyse.fold import outline
 from tspc.passes.analyse.outputs import hand_out
@@ -20,12 +20,12 @@ from tspc.passes.lower.choose import GATHER, choose
 from tspc.passes.lower.localize import LocalProgram
 from tspc.passes.lower.pieces import make_body
 from tspc.passes.lower.propagate import propagate
+from tspc.passes.lower.unit import Unit
 from tspc.passes.rewrite.attend import find_attention
 from tspc.passes.rewrite.draws import draw_by_counter
 from tspc.passes.rewrite.masks import recognise_masks
 from tspc.passes.rewrite.normalize import normalize
 from tspc.passes.runner import Pass, run
-from tspc.passes.unit import Unit
 
 
 def rewrite(unit: Unit) -> Unit:
@@ -94,24 +94,9 @@ def _bodies(u: Unit) -> Unit:
     """Layers of one structure share a body."""
     by_key, bodies = dict[str, Body](), dict[str, Body]()
     for n in u.folds:
-        body = _body(n, u)
+        body = make_body(n, u, _saves(n, u.program))
         bodies[n.kwargs["fold"].name] = by_key.setdefault(body.key, body)
     return replace(u, bodies=bodies)
-
-
-def _body(n: Node, u: Unit) -> Body:
-    saves = _saves(n, u.program)
-    return make_body(
-        n.kwargs["fold"],
-        u.typed,
-        n.args,
-        u.symbols,
-        u.ranks,
-        u.choice.leaves,
-        u.hardware,
-        saves,
-        u.options.reduce_dtype,
-    )
 
 
 def _keep(u: Unit) -> Unit:
@@ -162,7 +147,7 @@ PIPELINE = (
 def _saves(fold: Node, program: Program) -> bool:
     """In a checkpointed part only what the backward runs again anyway keeps its products for it."""
     group = fold.recompute
-    if not group or any(n.op in ATTENTIONS for n in fold.kwargs["fold"].body):
+    if not group or any(n.op == ATTENTION for n in fold.kwargs["fold"].body):
         return True
     after = {fold.name}
     for n in program.nodes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tspc.ir.program import Node
 from tspc.passes.ladder import at_hand
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 from tspc.passes.verify import check_program, check_typed
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tspc.base.state import CODE, remembered
-from tspc.ir.body import BODIES, Body
-from tspc.ir.layout import Layout
+from tspc.ir.body import BODIES
+from tspc.ir.layout import Along, Layout, Span
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.ops import sequence as ops  # noqa: F401  defines them
-from tspc.ops.library import LIB
+from tspc.ops.library import LIB, FoldCall
 from tspc.runtime.attention import kernels as attn
 from tspc.runtime.comm import exchange
 from tspc.runtime.comm import halo as along
@@ -88,39 +89,42 @@ LIB.impl("whole_weight_backward", _whole_weight_backward, "CompositeExplicitAuto
 
 @_steps("whole")
 @_steps("local_backward")
-def _whole(axis, x, dim, lead, trail, rows, length, order, name):
-    return exchange.whole(axis, Layout(axis.size, order), x, dim, lead, rows, length)
+def _whole(axis, x, *others):
+    at = Along(*others)
+    return exchange.whole(at.span(axis.size), x, at.dim, at.lead)
 
 
 @_steps("local")
-def _local(axis, x, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return _nothing(exchange.take(layout, axis.rank, x, dim, lead, rows, length))
+def _local(axis, x, *others):
+    at = Along(*others)
+    return _nothing(exchange.take(at.span(axis.size), axis.rank, x, at.dim, at.lead))
 
 
 @_steps("whole_backward")
-def _whole_backward(axis, g, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    local = exchange.take(layout, axis.rank, g, dim, lead, rows, length)
-    return _nothing(exchange.clear(layout, axis.rank, local, dim, lead, rows, length))
+def _whole_backward(axis, g, *others):
+    at = Along(*others)
+    local = exchange.take(at.span(axis.size), axis.rank, g, at.dim, at.lead)
+    return _nothing(exchange.clear(at.span(axis.size), axis.rank, local, at.dim, at.lead))
 
 
 @_steps("clear_pads")
-def _clear_pads(axis, x, dim, lead, trail, rows, length, order, name):
-    layout = Layout(axis.size, order)
-    return _nothing(exchange.clear(layout, axis.rank, x, dim, lead, rows, length))
+def _clear_pads(axis, x, *others):
+    at = Along(*others)
+    return _nothing(exchange.clear(at.span(axis.size), axis.rank, x, at.dim, at.lead))
 
 
 @_steps("extend")
-def _extend(axis, x, left, right, way, dim, lead, trail, rows, length, order, name):
-    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.moved(axis, x, dim, along.plan(tiles, left, right, way))
+def _extend(axis, x, left, right, way, *others):
+    at = Along(*others)
+    tiles = along.Tiles(at.span(axis.size), at.lead, at.trail)
+    return along.moved(axis, x, at.dim, along.plan(tiles, left, right, way))
 
 
 @_steps("extend_backward")
-def _extend_backward(axis, g, left, right, way, dim, lead, trail, rows, length, order, name):
-    tiles = along.Tiles(Layout(axis.size, order), lead, trail, rows, length)
-    return along.moved(axis, g, dim, along.plan(tiles, left, right, way).back())
+def _extend_backward(axis, g, left, right, way, *others):
+    at = Along(*others)
+    tiles = along.Tiles(at.span(axis.size), at.lead, at.trail)
+    return along.moved(axis, g, at.dim, along.plan(tiles, left, right, way).back())
 
 
 @_steps("carry")
@@ -129,13 +133,13 @@ def _carry(axis, x, dim, lead, after, order, name):
 
 
 @_steps("tile_conv")
-def _tile_conv(axis, x, weight, bias, dilation, groups, tiles, name):
-    return _nothing(along.convolution(x, weight, bias, dilation, groups, tiles))
+def _tile_conv(axis, *others):
+    return _nothing(along.convolution(*others[:-1]))
 
 
 @_steps("tile_conv_backward")
-def _tile_conv_backward(axis, g, x, weight, dilation, groups, tiles, wanted, name):
-    return _nothing(along.convolution_backward(g, x, weight, dilation, groups, tiles, wanted))
+def _tile_conv_backward(axis, *others):
+    return _nothing(along.convolution_backward(*others[:-1]))
 
 
 @_steps("all_reduce")
@@ -154,71 +158,75 @@ def _vary_backward(axis, gs, reduce, name):
 
 
 @_steps("gather_weight")
-def _gather_weight(axis, shard, dim, size, partial, dtype, reduce, name):
+def _gather_weight(axis, shard, dim, size, partial, dtype, *_):
     return exchange.gather_weight(axis, shard.to(dtype), dim, size)
 
 
 @_steps("gather_weight_backward")
-def _gather_weight_backward(axis, g, dim, units, partial, dtype, reduce, name):
-    return exchange.gather_weight_backward(axis, g, dim, units, partial, dtype, reduce)
+def _gather_weight_backward(axis, *others):
+    return exchange.gather_weight_backward(axis, *others[:-1])
 
 
 @_steps("embed")
-def _embed(axis, shard, ids, padding, scaled, dtype, rows, length, order, name):
-    return exchange.embed(axis, Layout(axis.size, order), shard, ids, dtype, rows, length)
+def _embed(axis, shard, ids, padding, scaled, dtype, *layout):
+    return exchange.embed(axis, _span(axis, layout), shard, ids, dtype)
 
 
 @_steps("embed_backward")
-def _embed_backward(axis, g, ids, units, padding, scaled, dtype, rows, length, order, name):
-    layout, rest = Layout(axis.size, order), (padding, scaled, dtype, rows, length)
-    return exchange.embed_backward(axis, layout, g, ids, units, *rest)
+def _embed_backward(axis, g, ids, *others):
+    units, padding, scaled, dtype, *layout = others
+    span = _span(axis, layout)
+    total = yield from exchange.embed_backward(axis, span, g, ids, units, padding, scaled)
+    return total.to(dtype)
 
 
-def _attends(axis, causal, scale, dropout, predicate, sizes, fill, score, rows, lengths, orders):
-    """The spans of queries and keys, and what the attention is."""
-    spans = [
-        attn.Span(Layout(axis.size, order), c, n) for order, c, n in zip(orders, rows, lengths)
-    ]
-    told = (predicate, tuple(sizes), fill, score)
-    return spans, attn.Spec(causal, scale, rows[0], lengths[0], dropout, *told, lengths[1])
+def _span(axis: Axis, layout: Sequence[Any]) -> Span:
+    rows, length, order, _ = layout
+    return Span(Layout(axis.size, order), rows, length)
+
+
+def _meeting(axis: Axis, others: Sequence[Any]) -> attn.Meeting:
+    """Of what the op has after its tensors."""
+    *fields, sizes, rows, lengths, orders, _ = others
+    layouts = (Layout(axis.size, order) for order in orders)
+    queries, keys = map(Span, layouts, rows, lengths)
+    return attn.Meeting(AttentionSpec(*fields, sizes=tuple(sizes)), queries, keys)
 
 
 @_steps("attention")
-def _attention(axis, q, k, v, mask, states, data, *rest):
-    spans, spec = _attends(axis, *rest[:-1])
-    return attn.attention(axis.rank, spans, q, k, v, attn.Given(mask, states, data), spec)
+def _attention(axis, *args):
+    return attn.attention(axis.rank, Operands(*args[:6]), _meeting(axis, args[6:]))
 
 
 @_steps("attention_backward")
-def _attention_backward(axis, g, q, k, v, mask, states, data, out, lse, biased, *rest):
-    spans, spec = _attends(axis, *rest[:-1])
-    done = (attn.Given(mask, states, data), out, lse)
-    return attn.attention_backward(axis.rank, spans, g, q, k, v, *done, biased, spec)
+def _attention_backward(axis, g, *args):
+    x, (out, lse, biased, *others) = Operands(*args[:6]), args[6:]
+    return attn.attention_backward(axis.rank, g, x, (out, lse), _meeting(axis, others), biased)
 
 
 @_steps("fold")
-def _fold(axis, tokens, invariants, shards, sizes, rows, lengths, region, key, name):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
+def _fold(axis, *args):
+    f = FoldCall(*args)
+    call = _call(axis, f)
     try:
         outs, saved = yield from schedules.forward(call)
     except Lost as e:
-        e.places.append(_where(region, call))
+        e.places.append(_where(f.region, call))
         raise
-    return _apart([*outs, *saved], [*tokens, *invariants, *shards])
+    return _apart([*outs, *saved], [*f.tokens, *f.invariants, *f.shards])
 
 
 @_steps("fold_backward")
-def _fold_backward(
-    axis, gs, tokens, invariants, shards, saved, sizes, rows, lengths, region, key, name
-):
-    call = _call(axis, BODIES[key], tokens, invariants, shards, sizes, rows, lengths)
+def _fold_backward(axis, gs, saved, *args):
+    f = FoldCall(*args)
+    call = _call(axis, f)
     try:
         grads = yield from schedules.backward(call, saved, gs)
     except Lost as e:
-        e.places.append(_where(region, call))
+        e.places.append(_where(f.region, call))
         raise
-    given = [g for g in (*gs, *tokens, *invariants, *shards, *saved) if g is not None]
-    return _apart([g for part in grads for g in part if g is not None], given)
+    read = [g for g in (*gs, *f.tokens, *f.invariants, *f.shards, *saved) if g is not None]
+    return _apart([g for part in grads for g in part if g is not None], read)
 
 
 def _where(region: str, call: Call) -> str:
@@ -239,17 +247,10 @@ def _apart(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> li
     return out
 
 
-def _call(
-    axis: Axis,
-    body: Body,
-    tokens: Sequence[torch.Tensor],
-    invariants: Sequence[torch.Tensor],
-    shards: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    rows: Sequence[int],
-    lengths: Sequence[int],
-) -> Call:
+def _call(axis: Axis, f: FoldCall) -> Call:
+    body = BODIES[f.key]
     pieces = body.compiled.get("pieces") or EagerPieces(body)
-    schedule = schedules.choose(body, axis.size, sizes, rows)
-    tokens = [t.contiguous() for t in tokens]
-    return Call(axis, body, pieces, schedule, tokens, invariants, shards, sizes, rows, lengths)
+    schedule = schedules.choose(body, axis.size, f.sizes, f.rows)
+    tokens = [t.contiguous() for t in f.tokens]
+    values = (tokens, f.invariants, f.shards, f.sizes, f.rows, f.lengths)
+    return Call(axis, body, pieces, schedule, *values)

@@ -26,8 +26,8 @@ from tspc.backend.brute import check, check_meaning, traced
 from tspc.base.errors import RuleError
 from tspc.factors.notation import ROLES, Op, Rule
 from tspc.factors.registry import ONCE
-from tspc.ir.program import OUTPUT
-from tspc.ops.counter import ATTENTIONS
+from tspc.ir.program import OUTPUT, SDPA
+from tspc.ops.attention import ATTENTION
 
 APPLIED = (factorize, language, *(getattr(rules, m) for m in rules.__all__))
 Samples = list[tuple[Any, samples.Sample, int]]
@@ -145,7 +145,7 @@ def needed(op: Any, needs: list[tuple[str, samples.Sample, set[Any]]]) -> bool:
             records = [r for r in traced(fn, *tensors)[0].records if r.node.op == op]
             if not any(role == x[0] for r in records for roles in r.roles.values() for x in roles):
                 return False
-    attentions = samples.attentions() if op in ATTENTIONS else []
+    attentions = samples.attentions() if op in (SDPA, ATTENTION) else []
     return all(samples.roles_of(sample, [op]) in (set(), roles) for sample, roles in attentions)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tspc.ops.attention import ATTENTION
 from tspc.ops.sequence import SEQUENCE_CONV
-from tspc.ops.sinks import SINK_ATTENTION
 
 aten = torch.ops.aten
 Sample = tuple[Callable[..., Any], Sequence[torch.Tensor]]
@@ -127,11 +127,11 @@ def sinks() -> list[Sample]:
     q, k, v = x(3, 4, 5, 6), x(3, 4, 7, 6), x(3, 4, 7, 11)
     grouped = x(3, 6, 5, 7), x(3, 2, 5, 7), x(3, 2, 5, 7)
     return [
-        of(SINK_ATTENTION, q, k, v, None, 0.0, False, x(4)),
-        of(SINK_ATTENTION, q, k, v, None, 0.0, True, x(4)),
-        of(SINK_ATTENTION, q, k, v, x(3, 1, 5, 7), 0.0, False, x(4)),
-        of(SINK_ATTENTION, q, k, v, x(5, 7), 0.0, False, x(4)),
-        of(SINK_ATTENTION, *grouped, x(6, 5, 5), 0.0, True, x(6), enable_gqa=True),
+        of(ATTENTION, q, k, v, None, None, None, x(4)),
+        of(ATTENTION, q, k, v, None, None, None, x(4), causal=True),
+        of(ATTENTION, q, k, v, x(3, 1, 5, 7), None, None, x(4)),
+        of(ATTENTION, q, k, v, x(5, 7), None, None, x(4)),
+        of(ATTENTION, *grouped, x(6, 5, 5), None, None, x(6), causal=True, grouped=True),
     ]
 
 
@@ -154,6 +154,6 @@ def more_forbidden() -> list[tuple[str, Sample]]:
         ("select", of(aten.index_select.default, a, 1, ids(5, 4))),
         (
             "exchange",
-            of(SINK_ATTENTION, *(x(3, 4, 7, 6) for _ in range(3)), None, 0.0, False, x(4)),
+            of(ATTENTION, *(x(3, 4, 7, 6) for _ in range(3)), None, None, None, x(4)),
         ),
     ]

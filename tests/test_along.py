@@ -15,8 +15,8 @@ from torch import Tensor
 import tspc
 from tspc.backend.simulated import Simulated, simulated_backend
 from tspc.ir.kinds import WHOLE
-from tspc.ir.layout import Layout
-from tspc.passes.unit import Unit
+from tspc.ir.layout import Layout, Span
+from tspc.passes.lower.unit import Unit
 from tspc.runtime.comm import halo as along
 from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.requests import Axis
@@ -253,7 +253,7 @@ def test_other_forms_run_whole(form: Callable, given: dict, op: str) -> None:
 
 def cut(tiles: along.Tiles, rank: int, x: Tensor) -> Tensor:
     """A rank's part of [lead * length * trail, n], with numbers in the pads."""
-    width = tiles.rows * tiles.trail
+    width = tiles.span.rows * tiles.trail
     parts = [(first, count) for _, first, count in tiles.of(rank)]
     pads = (x.new_full((width - count, x.shape[1]), 99.0) for _, count in parts)
     return torch.cat([t for (i, n), p in zip(parts, pads) for t in (x[i : i + n], p)])
@@ -272,7 +272,7 @@ LAYOUTS = [
 def test_exchanged_rows(layout: Layout, lead: int, trail: int, length: int) -> None:
     """Against the whole dim; the backward is the adjoint."""
     rows = layout.chunk_rows(length)
-    tiles, ranks = along.Tiles(layout, lead, trail, rows, length), layout.ranks
+    tiles, ranks = along.Tiles(Span(layout, rows, length), lead, trail), layout.ranks
     draw = torch.Generator().manual_seed(length)
     x = torch.randn(tiles.size, 1, generator=draw, dtype=torch.float64)
     width, axes = rows * trail, [Axis("tsp", ranks, r) for r in range(ranks)]

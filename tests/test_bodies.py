@@ -47,5 +47,5 @@ def test_queries_and_keys_have_a_gradient(name: str) -> None:
     bodies = [b for b in made[0].rewritten.bodies.values() if b.attentions]
     assert bodies
     for body in bodies:
-        wanted = {n for a in body.attentions for n in (a.q, a.k, a.v)}
+        wanted = {n for a in body.attentions for n in a.operands.all[:3]}
         assert wanted <= set(cotangent_names(body, 0))

@@ -68,7 +68,6 @@ TO_RENAME: frozenset[str] = frozenset(
         "tspc/factors/factor.py",
         "tspc/frontend/autograd_grad.py",
         "tspc/ops/lookup.py",
-        "tspc/ops/masked.py",
         "tspc/frontend/overwritten.py",
         "tspc/frontend/autocast.py",
         "tspc/ir/program.py",

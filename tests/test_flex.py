@@ -112,7 +112,7 @@ def test_equals_one_device(
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=n: n + m)
     if text is not None:
         (graph,) = (g for g in made if g.rewritten.folds)
-        assert {a.predicate for a in attentions(graph)} == {text} and not squares(graph)
+        assert {a.spec.predicate for a in attentions(graph)} == {text} and not squares(graph)
 
 
 def test_its_log_sum_exp_is_refused() -> None:
@@ -202,8 +202,8 @@ def test_library_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [a for g in made for a in attentions(g)]
     documents = "((d0[k] == d0[q]) & (d1[q] >= d1[k]))"
     texts = {"gemma3": ["(k + 6 >= q)", ""], "packed": [documents] * 2, "deepseek_v3": ["", ""]}
-    assert [a.predicate for a in found] == texts[name]
-    assert all(a.mask is None for a in found) and not any(
+    assert [a.spec.predicate for a in found] == texts[name]
+    assert all(a.operands.mask is None for a in found) and not any(
         squares(g) for g in made if g.rewritten.folds
     )
     regions = sum(len(g.rewritten.choice.regions) for g in made)

@@ -23,7 +23,7 @@ FOLDERS = {
     "rules": "base factors ir masks ops",
     "passes.rewrite": "base ir masks ops rules seams",
     "passes.analyse": "base factors ir ops rules seams",
-    "passes.lower": "base factors ir masks ops passes.analyse passes.rewrite seams",
+    "passes.lower": "base cost factors ir masks ops passes.analyse seams",
     "passes": "base cost factors ir ops passes.analyse passes.lower passes.rewrite seams",
     "runtime.comm": "base ir seams",
     "runtime.attention": "base ir masks ops runtime.comm",
@@ -32,12 +32,12 @@ FOLDERS = {
     "runtime.call": "base ir ops runtime.comm seams",
     "runtime.params": "base ir runtime.call runtime.comm seams",
     "runtime": "base ir ops runtime.attention runtime.comm runtime.fold seams",
-    "frontend": "base ir masks ops passes passes.analyse seams",
-    "explain": "base cost ir masks ops passes passes.analyse passes.rewrite runtime.attention",
+    "frontend": "base ir masks ops passes passes.analyse passes.lower seams",
+    "explain": "base cost ir masks ops passes passes.analyse passes.lower runtime.attention",
     "backend": "base explain factors frontend ir passes passes.analyse passes.lower runtime "
     "runtime.call runtime.comm runtime.fold runtime.lowering runtime.params seams",
-    "tspc": "backend base cost explain factors frontend passes runtime runtime.comm runtime.fold "
-    "runtime.params seams",
+    "tspc": "backend base cost explain factors frontend passes.lower runtime runtime.comm "
+    "runtime.fold runtime.params seams",
 }
 FLOORS = 10  # folders in the longest chain of imports
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)

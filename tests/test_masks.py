@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, make
 from tests.wide import each_once
 from tests.widen import Widen
 from tspc.backend.simulated import Simulated
-from tspc.passes.rewrite.masks import SDPA
+from tspc.ops.attention import ATTENTION, bound
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 
@@ -120,7 +120,7 @@ def inputs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def decision(graph: Simulated) -> set[tuple[bool, bool]]:
     """(causal, has a mask operand) of every attention in the folds."""
     bodies = list(graph.rewritten.bodies.values())
-    return {(a.causal, a.mask is not None) for b in bodies for a in b.attentions}
+    return {(a.spec.causal, a.operands.mask is not None) for b in bodies for a in b.attentions}
 
 
 MASKS = [
@@ -194,8 +194,6 @@ def test_an_unknown_mask_is_left_alone() -> None:
     model = Attention(scattered).double()
     plan = tspc.plan(model, inputs(13), ranks=2)
     program = plan.rewritten.analysis.program
-    assert all(
-        n.args[3] is not None or "attn_mask" in n.kwargs for n in program.nodes if n.op == SDPA
-    )
+    assert all(bound(n)[0].mask is not None for n in program.nodes if n.op == ATTENTION)
     with Widen():
         tspc.verify(model, inputs(13), {}, 2, {}, 1e-9)

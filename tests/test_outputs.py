@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 import tspc
 from tests.models import call, make, tokens_of, whole
 from tspc.backend.simulated import relative_errors
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Layout, Span
 from tspc.runtime.call.outputs import from_chunks, to_chunks
 from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.exchange import clear, take
@@ -27,16 +27,15 @@ def test_rows_become_chunks_and_back(order: str, ranks: int, length: int, trail:
     rows = int(layout.chunk_rows(length))
     x = torch.randn(2, length * trail, 3)
     axes = [Axis("", ranks, r) for r in range(ranks)]
-    local = [take(layout, r, x, 1, 1, rows, length) for r in range(ranks)]
-    chunks = lockstep([to_chunks(a, layout, l, 1, rows, length) for a, l in zip(axes, local)])
+    span = Span(layout, rows, length)
+    local = [take(span, r, x, 1, 1) for r in range(ranks)]
+    chunks = lockstep([to_chunks(a, span, l, 1) for a, l in zip(axes, local)])
     wanted = list(x.chunk(ranks, 1))
     for mine, one in zip(chunks, wanted + [x[:, :0]] * (ranks - len(wanted))):
         assert torch.equal(mine, one)
-    back = lockstep(
-        [from_chunks(a, layout, c, 1, rows, length, trail) for a, c in zip(axes, chunks)]
-    )
+    back = lockstep([from_chunks(a, span, c, 1, trail) for a, c in zip(axes, chunks)])
     for r, mine in enumerate(back):
-        assert torch.equal(mine, clear(layout, r, local[r], 1, 1, rows, length))
+        assert torch.equal(mine, clear(span, r, local[r], 1, 1))
 
 
 @pytest.mark.parametrize("model,length", [("llama_like", 11), ("hf_qwen3", 3)])
@@ -111,8 +110,7 @@ def test_a_whole_value_is_laid_out_as_on_one_device(ranks: int, length: int) -> 
     layout = Layout(ranks)
     rows = int(layout.chunk_rows(length))
     x = torch.randn(2, length, 3)
-    axes = [Axis("", ranks, r) for r in range(ranks)]
-    local = [take(layout, r, x, 1, 1, rows, length) for r in range(ranks)]
-    steps = [gathered(a, layout, l, 1, 1, rows, length) for a, l in zip(axes, local)]
-    for mine in lockstep(steps):
+    span = Span(layout, rows, length)
+    local = [take(span, r, x, 1, 1) for r in range(ranks)]
+    for mine in lockstep([gathered(span, l, 1, 1) for l in local]):
         assert torch.equal(mine.view(-1), x.view(-1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tspc
 from tests.wide import each_once
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 

@@ -11,6 +11,8 @@ from torch import Tensor
 import tspc
 from tests.test_shapes import HEADS, MLP, VOCABULARY, WIDTH, Base
 from tspc.backend.simulated import Simulated
+from tspc.ir.layout import Layout, Span
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.runtime.attention import kernels as attention
 
 
@@ -77,9 +79,10 @@ def test_unfused_attention_rounds_as_one_device_does() -> None:
         torch.manual_seed(seed)
         given = [torch.randn(2, 4, 24, n).bfloat16() for n in (8, 8, 10)]
         g = torch.randn(2, 4, 24, 10).bfloat16()
-        spec = attention.Spec(False, 8**-0.5, 24, 24)
-        out, lse = attention.attend(*given, [0], spec)
-        grads = attention.attend_backward(g, *given, out, lse, [0], spec)
+        span, x = Span(Layout(1), 24, 24), Operands(*given)
+        meeting = attention.Meeting(AttentionSpec(), span, span)
+        out, lse = attention.attend(x, meeting, [0])
+        grads = attention.attend_backward(g, x, (out, lse), meeting, [0])
         found = {"mine": [out, *grads]}
         for kind, dtype in (("one", torch.bfloat16), ("exact", torch.float64)):
             leaves = [x.to(dtype).requires_grad_() for x in given]

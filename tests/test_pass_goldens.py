@@ -14,9 +14,9 @@ from tests.zoo import build
 from tspc.base import state
 from tspc.ir.program import Program
 from tspc.passes import pipeline
+from tspc.passes.lower.unit import Unit
 from tspc.passes.pipeline import PIPELINE
 from tspc.passes.runner import run
-from tspc.passes.unit import Unit
 from tspc.seams.tensors import TorchDispatchMode, no_modes
 
 FOLDER = Path(__file__).parent / "golden" / "passes"

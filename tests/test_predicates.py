@@ -16,7 +16,8 @@ from tests.models import VOCABULARY
 from tests.wide import each_once
 from tests.widen import Widen
 from tspc.backend.simulated import Simulated, simulated_backend
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Layout, Span
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.index import held
 from tspc.runtime.attention import blocks, keys
 
@@ -191,8 +192,8 @@ def test_kinds(
     with Widen():
         found = tspc.verify(model, inputs(), {}, ranks, options, 1e-9)
     (graph,) = found.graphs
-    assert {a.predicate for a in attentions(graph)} == {KINDS[mask]}
-    assert all(a.mask is None for a in attentions(graph))
+    assert {a.spec.predicate for a in attentions(graph)} == {KINDS[mask]}
+    assert all(a.operands.mask is None for a in attentions(graph))
     assert not squares(graph)
     with torch.no_grad():  # and it matters
         masked = model(*inputs())
@@ -217,21 +218,24 @@ def test_rows_without_a_key_are_the_models(
             mine, one = compiled(*given), model(*given)
         assert torch.isnan(one).any()
         assert torch.allclose(mine, one, rtol=1e-9, atol=1e-9, equal_nan=True)
-        assert {a.fill for a in attentions(made[0])} == {fill}
+        assert {a.spec.fill for a in attentions(made[0])} == {fill}
         return
     with Widen():
         found = tspc.verify(model, inputs(), {}, 3, {}, 1e-9)
     (graph,) = found.graphs
     safe = mask is window
-    assert {a.fill for a in attentions(graph)} == {0.0 if safe else fill}
+    assert {a.spec.fill for a in attentions(graph)} == {0.0 if safe else fill}
     assert not squares(graph)
 
 
 def test_a_window_sends_what_it_needs() -> None:
     """To the next rank the three rows before its own; a chunk that ends inside a rank none."""
-    layout = Layout(4)
-    spec = blocks.Spec(True, 1.0, 4, 15, 0.0, "(k + 3 >= q)")
-    found = keys.needed(layout, spec)
+
+    def meeting(predicate: str, order: str = "contiguous") -> blocks.Meeting:
+        span = Span(Layout(4, order), 4, 15)
+        return blocks.Meeting(AttentionSpec(True, predicate=predicate), span, span)
+
+    found = keys.needed(meeting("(k + 3 >= q)"))
     assert found is not None
     assert [[list(r) for r in row] for row in found] == [
         [[(0, 4, 0)], [], [], []],
@@ -239,8 +243,7 @@ def test_a_window_sends_what_it_needs() -> None:
         [[], [(1, 4, 5)], [(0, 4, 8)], []],
         [[], [], [(1, 4, 9)], [(0, 3, 12)]],
     ]
-    chunks = blocks.Spec(True, 1.0, 4, 15, 0.0, "((k // 8) == (q // 8))")
-    found = keys.needed(layout, chunks)
+    found = keys.needed(meeting("((k // 8) == (q // 8))"))
     assert found is not None
     assert [[len(r) for r in row] for row in found] == [
         [1, 0, 0, 0],
@@ -248,8 +251,7 @@ def test_a_window_sends_what_it_needs() -> None:
         [0, 0, 1, 0],
         [0, 0, 1, 1],
     ]
-    causal = blocks.Spec(True, 1.0, 4, 15, 0.0, "(d0[k] == d0[q])")
-    assert keys.needed(Layout(4, "zigzag"), causal) is None
+    assert keys.needed(meeting("(d0[k] == d0[q])", "zigzag")) is None
 
 
 def test_the_plan_tells_predicates_and_blocks() -> None:
@@ -278,16 +280,17 @@ def test_one_graph_for_all_lengths(small_blocks: None) -> None:
             mine, one = compiled(*inputs(length)), model(*inputs(length))
             assert torch.allclose(mine, one, rtol=1e-9, atol=1e-9)
     (graph,) = (g for g in made if g.rewritten.folds)
-    assert {a.predicate for a in attentions(graph)} == {"(((s0 // 2) >= k + 1) | (q >= k))"}
+    assert {a.spec.predicate for a in attentions(graph)} == {"(((s0 // 2) >= k + 1) | (q >= k))"}
 
 
 def test_data_tells_which_blocks_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of whole blocks: no query's block meets another's."""
     monkeypatch.setattr(blocks, "EDGE", 128)
     data = (torch.arange(1024) // 256).view(1, 1, -1)
-    spec = blocks.Spec(True, 1.0, 512, 1024, 0.0, "(d0[k] == d0[q])")
-    given = blocks.Given(data=data)
-    runs = list(blocks.Blocks(spec, given, (1,), data.device).runs())
+    span = Span(Layout(2), 512, 1024)
+    meeting = blocks.Meeting(AttentionSpec(True, predicate="(d0[k] == d0[q])"), span, span)
+    q = torch.zeros(1, 1, 512, 1)
+    runs = list(blocks.Blocks(meeting, Operands(q, q, q, data=data), (1,)).runs())
     assert [(b.k0, b.k1) for run, _ in runs for b in run.blocks] == [
         (512, 640),
         (512, 640),

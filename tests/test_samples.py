@@ -16,7 +16,8 @@ from tests.rules_table import DOC, table
 from tests.samples import MORE, Sample, ids, more_forbidden, of, x
 from tspc.backend.brute import check, check_cut, check_meaning, traced
 from tspc.factors.registry import COMPUTED, RULES
-from tspc.ops.counter import ATTENTIONS
+from tspc.ir.program import SDPA
+from tspc.ops.attention import ATTENTION
 from tspc.passes.analyse.factorize import EXTRA_POINTWISE, VANISHED, Analysis
 
 aten, pick = torch.ops.aten, torch.ops.tspc.pick.default
@@ -159,8 +160,8 @@ def random_samples() -> list[Sample]:
     def attend(causal: bool) -> Sample:
         def fn(*given: torch.Tensor) -> Any:
             qkv, (m, s) = given[:3], given[3:]
-            op = tspc.dropout_attention.default
-            return op(*qkv, None if causal else m, 0.5, causal, s, enable_gqa=True)
+            m = None if causal else m
+            return ATTENTION(*qkv, m, s, dropout=0.5, causal=causal, grouped=True)
 
         return fn, (q, k, v, mask, states)
 
@@ -179,8 +180,8 @@ def random_samples() -> list[Sample]:
 
 
 def under_a_predicate(text: str, *given: torch.Tensor) -> torch.Tensor:
-    op, (*qkv, rows) = torch.ops.tspc.masked_attention.default, given
-    return op(*qkv, None, 0.0, False, rows=rows, predicate=text, enable_gqa=True)
+    *qkv, data = given
+    return ATTENTION(*qkv, data=data, predicate=text, grouped=True)
 
 
 GROUPS = {
@@ -255,7 +256,7 @@ def test_the_table_of_rules_is_up_to_date(
 
 def attentions() -> list[tuple[Sample, set[tuple[str, int, int]]]]:
     """Attention with every kind of mask; (role, operand, size) of all its roles."""
-    attend, dropped = aten.scaled_dot_product_attention.default, torch.ops.tspc.dropout_attention
+    attend = aten.scaled_dot_product_attention.default
     q, k, v, states = x(3, 6, 5, 4), x(3, 2, 7, 4), x(3, 2, 7, 11), ids(2**62, 3, 6, 5)
     plain = {("whole", 0, 4), ("whole", 1, 4), ("exchange", 1, 7), ("exchange", 2, 7)}
     masked, causal = plain | {("exchange", 3, 7)}, plain | {("at", 0, 5)}
@@ -265,7 +266,8 @@ def attentions() -> list[tuple[Sample, set[tuple[str, int, int]]]]:
     def dropping(mask: torch.Tensor | None) -> Sample:
         def fn(*given: torch.Tensor) -> Any:
             m = given[4] if mask is not None else None
-            return dropped.default(*given[:3], m, 0.5, mask is None, given[3], enable_gqa=True)
+            told = {"dropout": 0.5, "causal": mask is None, "grouped": True}
+            return ATTENTION(*given[:3], m, given[3], **told)
 
         return fn, [q, k, v, states, *([mask] if mask is not None else [])]
 
@@ -299,7 +301,7 @@ def roles_of(sample: Sample, ops: Sequence[Any]) -> set[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("sample,roles", attentions())
 def test_what_attention_needs(sample: Sample, roles: set[tuple[str, int, int]]) -> None:
-    assert roles_of(sample, ATTENTIONS) == roles
+    assert roles_of(sample, [SDPA, ATTENTION]) == roles
 
 
 def forbidden() -> list[tuple[str, Sample]]:

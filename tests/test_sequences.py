@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tspc
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 HIDDEN, HEADS = 12, 3

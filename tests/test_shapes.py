@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tspc
 from tspc.explain.report import reports
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 

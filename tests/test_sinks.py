@@ -15,7 +15,7 @@ import tspc
 from tests.models import VOCABULARY
 from tests.test_masks import inputs
 from tspc.backend.simulated import Simulated
-from tspc.ops.sinks import sink_attention, sinks_gradient, sunk
+from tspc.ops.attention import ATTENTION, sinks_gradient, sunk
 from tspc.runtime.fold.pieces import cotangent_names
 
 HEADS, DIM = 3, 4
@@ -79,9 +79,11 @@ def test_equals_one_device(attend: Attend, ranks: int, schedule: str) -> None:
     )
     (body,) = graph.rewritten.bodies.values()
     (attention,) = body.attentions
-    assert attention.sinks and not graph.rewritten.typed.fallbacks
-    made = [i for i, s in enumerate(body.steps) if attention.sinks in getattr(s, "writes", ())]
-    assert all(attention.sinks in cotangent_names(body, i) for i in made) and made
+    assert attention.operands.sinks and not graph.rewritten.typed.fallbacks
+    made = [
+        i for i, s in enumerate(body.steps) if attention.operands.sinks in getattr(s, "writes", ())
+    ]
+    assert all(attention.operands.sinks in cotangent_names(body, i) for i in made) and made
 
 
 def first_column(scores: Tensor, sinks: Tensor, v: Tensor) -> Tensor:
@@ -105,14 +107,14 @@ def test_what_only_looks_like_it_is_right(attend: Attend) -> None:
     torch.manual_seed(0)
     graph = run(Model(attend), 3)
     attentions = [a for b in graph.rewritten.bodies.values() for a in b.attentions]
-    assert not any(a.sinks for a in attentions)
+    assert not any(a.operands.sinks for a in attentions)
 
 
 def test_the_gradient_of_a_sink() -> None:
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, HEADS, 5, DIM).double() for _ in range(4))
     sinks = torch.randn(HEADS).double().requires_grad_()
-    expected = sink_attention(q, k, v, None, 0.0, True, sinks)
+    expected = ATTENTION(q, k, v, sinks=sinks, causal=True)
     (gradient,) = torch.autograd.grad(expected, sinks, g)
     scores = (q @ k.mT * DIM**-0.5).masked_fill(~torch.ones(5, 5).bool().tril(), -torch.inf)
     out, lse = sunk(scores.softmax(-1) @ v, scores.logsumexp(-1), sinks.detach())

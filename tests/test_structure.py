@@ -14,7 +14,7 @@ from torch import Tensor
 import tspc
 from examples.llama_like import LlamaLike
 from tspc.ir.program import APART
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 pytestmark = pytest.mark.sampled(2)
 
@@ -115,7 +115,7 @@ def test_one_key_head_in_the_weight_of_the_queries(
     (body,) = (b for b in rewritten.bodies.values() if b.attentions)
     (attention,) = body.attentions
     exchanged_once = {t.name for t in body.tokens}
-    assert len(apart.types) == 2 and {attention.k, attention.v} <= exchanged_once
+    assert len(apart.types) == 2 and {attention.operands.k, attention.operands.v} <= exchanged_once
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -139,7 +139,7 @@ def test_key_heads_fewer_than_ranks(heads: int, kv_heads: int, ranks: int) -> No
     (body,) = (b for b in rewritten.bodies.values() if b.attentions)
     assert body.size == body.units * ranks == heads // kv_heads
     (attention,) = body.attentions
-    assert {attention.k, attention.v} <= {t.name for t in body.tokens}
+    assert {attention.operands.k, attention.operands.v} <= {t.name for t in body.tokens}
 
 
 class Gated(nn.Module):

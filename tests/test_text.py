@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import sympy
 import torch
-from torch.utils._sympy import functions as F
 
 import tests.test_samples as samples
 import tspc
 from examples.gpt2_like import GPT2Like
 from tests.zoo import ZOO, build
 from tspc.backend.brute import traced
-from tspc.ir.program import Node, Program, Ref, Type
+from tspc.ir.program import INPUT, OUTPUT, SDPA, Node, Program, Ref, Type
+from tspc.ir.spec import AttentionSpec, Operands
+from tspc.ops.attention import ATTENTION, bound, spelled
 from tspc.passes import pipeline
+from tspc.passes.lower.unit import Unit
 from tspc.passes.runner import Pass
-from tspc.passes.unit import Unit
+from tspc.seams.sizes import sympy_functions as F
 
 
 def check(program: Program) -> None:
@@ -106,6 +109,24 @@ def test_of_values(value: Any) -> None:
 def test_what_is_no_program_is_told_with_its_line(line: int, text: str) -> None:
     with pytest.raises(ValueError, match=f"line {line}: "):
         Program.parse(text)
+
+
+def test_an_attention_of_all_fields() -> None:
+    """The ops have the fields of the spec, in its order; a node that is read gives it again."""
+    names = [f.name for f in (*fields(Operands), *fields(AttentionSpec))]
+    on_ranks = torch.ops.tspc.attention.default._schema.arguments
+    assert [a.name for a in ATTENTION._schema.arguments] == names
+    assert [a.name for a in on_ranks[: len(names) - 1]] == [n for n in names if n != "sinks"]
+    x = Operands(*map(Ref, ("q", "k", "v", "mask", "states", "data", "sinks")))
+    size = sympy.Symbol("s0", positive=True, integer=True)
+    a = AttentionSpec(True, 0.5, 0.1, "(k + s0 >= q)", -math.inf, "aten.tanh(s)", True, (size,))
+    assert len(a.kwargs) == len(a.all)
+    t = Type((2, 4, size, 8), torch.float32)
+    inputs = [Node(r.name, INPUT, types=(t,)) for r in x.all if r is not None]
+    node = spelled(Node("y", SDPA, types=(t,)), x, a)
+    program = Program("attention", (*inputs, node, Node("output", OUTPUT, (Ref("y"),))))
+    check(program)
+    assert bound(Program.parse(str(program)).node("y")) == (x, a)
 
 
 def test_comments_are_left_out() -> None:

@@ -13,7 +13,7 @@ import tspc
 from examples.llama_like import LlamaLike
 from tests.wide import each_once
 from tspc.ir.kinds import WHOLE
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 

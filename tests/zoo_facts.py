@@ -25,9 +25,9 @@ from tspc.explain.report import reports
 from tspc.ir.body import evaluate
 from tspc.ir.kinds import WHOLE
 from tspc.ir.program import PARAM
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION
 from tspc.passes.analyse.regions import VIEWS, weight_values
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 aten = torch.ops.aten
 CASES = ((2, 24), (3, 24), (4, 24), (4, 23))  # ranks, length
@@ -84,8 +84,8 @@ def decided(name: str, ranks: int = 4) -> Facts:
 def structure(rewritten: Unit) -> dict[str, list[Any]]:
     """What a graph folds, gathers and runs replicated."""
     choice = rewritten.choice
-    folded = [n for f in rewritten.folds for n in f.kwargs["fold"].body if n.op in ATTENTIONS]
-    outside = [n.source for n in rewritten.typed.program.nodes if n.op in ATTENTIONS]
+    folded = [n for f in rewritten.folds for n in f.kwargs["fold"].body if n.op == ATTENTION]
+    outside = [n.source for n in rewritten.typed.program.nodes if n.op == ATTENTION]
     return {
         "folds": [name for name, _, _ in choice.regions],
         "refused": [[", ".join(sorted(g.weights)), why] for g, why in choice.refused],

@@ -38,7 +38,7 @@ from tspc.explain.origin import origin
 from tspc.explain.report import reports
 from tspc.explain.show import show
 from tspc.frontend.capture import capture
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 from tspc.runtime.comm.place import Place
 from tspc.runtime.comm.requests import Axis
 from tspc.runtime.fold.schedules import choose

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from tspc.factors.factor import Factor
 from tspc.ir.program import Ref
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION
 from tspc.passes.analyse.factorize import Analysis, Record
 from tspc.passes.analyse.regions import Region
 
@@ -29,7 +29,7 @@ def is_independent(ref: Ref, makers: Mapping[str, Record], g: Region) -> bool:
     if r is None or (ref.item or 0) not in independent(r, f):
         return False
     for x in makers_of(ref, makers, f):
-        if x.node.op in ATTENTIONS or f in x.roles:
+        if x.node.op == ATTENTION or f in x.roles:
             return False
         for operand, carried in zip(x.refs, x.carried_in):
             is_inside = operand is None or operand.name in makers or operand.name in g.weights

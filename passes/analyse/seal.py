@@ -12,7 +12,7 @@ from collections.abc import Container
 
 from tspc.factors.factor import Factor
 from tspc.ir.program import OUTPUT, Program
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION
 from tspc.passes.analyse.factorize import Analysis, factorize
 
 Sealed = dict[str, tuple[tuple[int, int], ...]]
@@ -36,7 +36,7 @@ def _composed(a: Analysis) -> set[tuple[Factor, ...]]:
     """Dims of several factors along which queries and keys of one attention lie."""
     out = set()
     for r in a.records:
-        if r.node.op in ATTENTIONS and len(r.ins[0]) > 1:
+        if r.node.op == ATTENTION and len(r.ins[0]) > 1:
             q, k = (a.F.expand(d[-2]) for d in r.ins[:2])
             if q == k and (len(q) > 1 or (q and q[0].cat)):
                 out.add(q)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 from tspc.factors.factor import Factor, const
 from tspc.ir.program import OUTPUT, PARAM
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION
 from tspc.passes.analyse.factorize import Analysis, Record
 from tspc.passes.analyse.regions import weight_values
 
@@ -45,7 +45,7 @@ def sequences(a: Analysis) -> tuple[Factor, ...]:
 
 def _exchanged(a: Analysis, r: Record) -> set[Factor]:
     """Of keys and values, not of a mask."""
-    of = (1, 2) if r.node.op in ATTENTIONS else None
+    of = (1, 2) if r.node.op == ATTENTION else None
     return {
         _original(a, f)
         for f, roles in r.roles.items()
@@ -57,7 +57,7 @@ def _queries(a: Analysis) -> list[Factor]:
     """What attends but is not attended to."""
     out: dict[Factor, None] = {}
     for r in a.records:
-        if r.node.op in ATTENTIONS and len(r.ins[0]) == 4:
+        if r.node.op == ATTENTION and len(r.ins[0]) == 4:
             q = a.F.expand(tuple(r.ins[0][-2]))
             if len(q) == 1 and not q[0].cat:
                 out[q[0]] = None

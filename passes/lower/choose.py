@@ -19,14 +19,13 @@ from tspc.ir.body import Extent
 from tspc.ir.program import OUTPUT, PARAM, Node, casts_of_parameters
 from tspc.ir.shard import ShardMap, chunked
 from tspc.masks.predicate import ANY, truth
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION, bound
 from tspc.passes.analyse.cycles import entangled
 from tspc.passes.analyse.factorize import Analysis, Record, in_segment
 from tspc.passes.analyse.independent import is_independent, makers_in
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.analyse.regions import ENDS, Region, Regions, find_regions
 from tspc.passes.analyse.sequence import attends, masks_by_key, sequences
-from tspc.passes.rewrite.masks import bind
 
 aten = torch.ops.aten
 FAR = 10**12  # a distance beyond every window
@@ -117,7 +116,7 @@ def choose(
 
 def _order(a: Analysis, leaf: Factor) -> str:
     """Of the layout of a sequence."""
-    attentions = (r for r in a.records if r.node.op in ATTENTIONS and _is_uneven(r.node))
+    attentions = (r for r in a.records if r.node.op == ATTENTION and _is_uneven(r.node))
     return "zigzag" if any(leaf in r.carried_in[0] for r in attentions) else "contiguous"
 
 
@@ -143,15 +142,13 @@ def _outgrown(
 
 def _is_uneven(n: Node) -> bool:
     """Later queries see more keys: none that are far ahead of them, but some far behind."""
-    bound = bind(n)
-    text = bound["predicate"]
-    unknown = [ANY] * len(bound["sizes"])
+    _, a = bound(n)
+    unknown = [ANY] * len(a.sizes)
 
     def sees(q: int, k: int) -> bool:
-        return not text or truth(text, (q, q), (k, k), unknown) is not False
+        return all(truth(t, (q, q), (k, k), unknown) is not False for t in a.texts)
 
-    ahead = not bound["is_causal"] and sees(0, FAR)
-    return not ahead and sees(FAR, 0)
+    return not sees(0, FAR) and sees(FAR, 0)
 
 
 def _users(a: Analysis) -> dict[str, list[Record]]:
@@ -222,7 +219,7 @@ def _why_not(
         why = why or _reads_pieces(a, r, g, leaves, made)
         if why:
             return why
-        if r.node.op in ATTENTIONS and masks_by_key(a, r, leaves):
+        if r.node.op == ATTENTION and masks_by_key(a, r, leaves):
             return f"the mask of {r.node.name} is computed from its keys' tokens"
     return ""
 
@@ -244,7 +241,7 @@ def _needs_sequence(a: Analysis, r: Record, g: Region, leaves: Collection[Factor
     """What the op needs of other ranks' tokens, which only attention may."""
     met = set().union(*r.carried_in, *r.carried_out).intersection(leaves)
     roles = {role for leaf in met for role, *_ in r.roles.get(leaf, ())}
-    if r.node.op in ATTENTIONS:
+    if r.node.op == ATTENTION:
         if roles - {"at"} != {"exchange"} or not attends(a, r, leaves):
             return f"{r.node.name} does not attend along the sequence"
         if g.factor not in r.carried_in[0]:

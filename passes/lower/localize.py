@@ -37,7 +37,7 @@ from tspc.ir.program import (
     Size,
     Type,
 )
-from tspc.ops.counter import ATTENTIONS
+from tspc.ops.attention import ATTENTION, bound
 from tspc.ops.library import local_rows
 from tspc.ops.recompute import recomputed
 from tspc.passes.analyse.factorize import Record
@@ -48,7 +48,6 @@ from tspc.passes.analyse.typed import Typed
 from tspc.passes.lower.run_apart import run_apart
 from tspc.passes.lower.run_op import Results, call, constant
 from tspc.passes.lower.sequence_ops import Geometry, run, runs
-from tspc.passes.rewrite.masks import bind
 
 
 class LocalProgram(torch.nn.Module):
@@ -231,7 +230,7 @@ class _Run:
             _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
             return tspc.embed(table, ids, *n.kwargs.values(), n.type.dtype, *layout)
         record = self.typed.records.get(n.name)
-        if n.op in ATTENTIONS and record is not None and self.exchanges(record):
+        if n.op == ATTENTION and record is not None and self.exchanges(record):
             return self.attention(n, record)
         if self.typed.places[n.name, 0] == "S" and runs(
             self.typed.factors, record, self.typed.leaves
@@ -251,25 +250,15 @@ class _Run:
         here = self.typed.places[record.node.name, 0] == "S"
         return here and any(role == "exchange" for role, *_ in roles)
 
-    def attention(self, n: Node, record: Record) -> torch.Tensor:
-        bound = bind(n)
-        q, k, v = (self.get(bound[x]) for x in ("query", "key", "value"))
-        mask, more, states = (
-            None if bound[x] is None else self.get(bound[x])
-            for x in ("attn_mask", "rows", "states")
-        )
-        scale = bound["scale"]
-        scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    def attention(self, n: Node, record: Record) -> Any:
+        x, a = bound(n)
+        assert x.sinks is None, "its sinks are in no fold"
+        a = replace(a, sizes=tuple(self.sizes.value(s) for s in a.sizes))
         met = [self.index(d) for d in record.ins[:2]]
         every = self.rows, self.lengths, self.program.orders
-        rest = (*([x[i] for i in met] for x in every), self.program.axis)
-        dropout = float(bound["dropout_p"]) if states is not None else 0.0
-        sizes = [self.sizes.value(s) for s in bound["sizes"]]
-        told = (bound["predicate"], sizes, float(bound["fill"]), bound["score"])
-        causal = bool(bound["is_causal"])
-        out, _ = torch.ops.tspc.attention(
-            q, k, v, mask, states, more, causal, scale, dropout, *told, *rest
-        )
+        sequences = ([known[i] for i in met] for known in every)
+        tensors = x.map(self.get).all[:6]
+        out, _ = torch.ops.tspc.attention(*tensors, *a.all, *sequences, self.program.axis)
         return out
 
     def fold(self, n: Node) -> list[torch.Tensor]:

@@ -33,15 +33,15 @@ from tspc.ir.program import (
     OUTPUT,
     PARAM,
     PLACEHOLDERS,
+    SDPA,
     Node,
     Program,
     Ref,
     Type,
     casts_of_parameters,
 )
-from tspc.ops.counter import ATTENTIONS, DROPOUT_ATTENTION
+from tspc.ops.attention import ATTENTION, bound
 from tspc.ops.lookup import IN_RANGE
-from tspc.ops.sinks import SINK_ATTENTION
 from tspc.passes.analyse.factorize import REFUSED, Analysis, Record, in_segment
 from tspc.passes.analyse.fold import Fold, added_once, summand
 from tspc.passes.analyse.sequence import attends, masks_by_key
@@ -261,7 +261,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if whole or n.name in s.analysis.sealed:
         _fall_back(s, n, outs, REFUSED if whole else "it lays the sequence together")
         return
-    attention = n.op in ATTENTIONS and kinds - {"at"} == {"exchange"}
+    attention = n.op == ATTENTION and kinds - {"at"} == {"exchange"}
     if not touched or not any(s.place(r) == "S" or _is_param(s, r) for r in operands):
         _replicate(s, n, outs)
         return
@@ -303,7 +303,8 @@ def _is_param(s: _State, ref: Ref) -> bool:
 
 
 def _fall_back(s: _State, n: Node, outs: Sequence[Dims], why: str) -> None:
-    s.fallbacks.append(Fallback(n.name, str(n.op), why, n.type.shape, n.source))
+    op = SDPA if n.op == ATTENTION else n.op  # as the model has it
+    s.fallbacks.append(Fallback(n.name, str(op), why, n.type.shape, n.source))
     _replicate(s, n, outs)
 
 
@@ -325,32 +326,29 @@ def _lookup(s: _State, n: Node, outs: Sequence[Dims]) -> None:
 def _attention(
     s: _State, n: Node, record: Record, outs: Sequence[Dims], operands: dict[Ref, Dims]
 ) -> None:
-    if n.op == SINK_ATTENTION:
+    x, _ = bound(n)
+    if x.sinks is not None:
         _fall_back(s, n, outs, "its sinks are in no fold")
         return
-    if not all(s.carries(operands[r]) for r in n.args[:3]):
+    if not all(s.carries(operands[r]) for r in (x.q, x.k, x.v)):
         _fall_back(s, n, outs, "its queries are of another sequence")
         return
-    q, k, v = (s.sequence(r, n.source) for r in n.args[:3])
-    renamed = dict(zip(n.args[:3], (q, k, v)))
-    mask = mask_of(n)
-    if mask is not None:
+    renamed = {r: s.sequence(r, n.source) for r in (x.q, x.k, x.v)}
+    if (mask := x.mask) is not None:
         if s.carries(operands[mask]) and not masks_by_key(s.analysis, record, s.leaves):
             renamed[mask] = cut_mask(s, mask, operands[mask], n.source)
         else:
             renamed[mask] = s.varying(s.replicated(mask, n.source), n.source)
-    rows = n.kwargs.get("rows")
-    if rows is not None:
-        renamed[rows] = s.replicated(rows, n.source)
-    if n.op == DROPOUT_ATTENTION:
-        states = n.args[6]
-        renamed[states] = s.sequence(states, n.source, operands[states])
+    if x.data is not None:
+        renamed[x.data] = s.replicated(x.data, n.source)
+    if x.states is not None:
+        renamed[x.states] = s.sequence(x.states, n.source, operands[x.states])
     s.emit(n.map_refs(lambda r: renamed[r]), outs, "S")
 
 
 def mask_of(n: Node) -> Ref | None:
     """The mask operand of an attention."""
-    return n.argument(3, n.kwargs.get("attn_mask")) if n.op in ATTENTIONS else None
+    return bound(n)[0].mask if n.op == ATTENTION else None
 
 
 def cut_mask(s: _State, mask: Ref, dims: Dims, source: str) -> Ref:

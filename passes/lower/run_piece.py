@@ -42,7 +42,7 @@ class Maker:
     fold: Fold
     factors: Factors
     leaves: tuple[Factor, ...]  # its sequences
-    canonical: Mapping[Ref, str]
+    names: dict[Ref, str]  # canonical ones of values
     ranks: int
 
     def sizes(self, symbols: Mapping[sympy.Symbol, Length]) -> Sizes:
@@ -102,12 +102,11 @@ class _Kept(torch.autograd.Function):
 def runner(
     m: Maker,
     nodes: Sequence[Node],
-    names: Mapping[Ref, str],
     tables: Mapping[Ref, Table],
     copies: Mapping[str, str],
 ) -> Run:
     """copies: operand -> the name that its units of shard j are written under."""
-    sliced = {names[r]: t for r, t in tables.items()}
+    names, sliced = m.names, {m.names[r]: t for r, t in tables.items()}
 
     def run(
         symbols: Mapping[sympy.Symbol, Length],

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from tspc.base.context import Arguments, Keywords
-from tspc.ir.program import CASTS, SDPA, Node, Program, Ref, Size, Type
+from tspc.base.context import Keywords
+from tspc.ir.program import CASTS, Node, Program, Ref, Size, Type
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.index import negate
 from tspc.masks.score import Step, composed
-from tspc.ops.masked import MASKED_ATTENTION
-from tspc.ops.sinks import SINK_ATTENTION
+from tspc.ops.attention import ATTENTION
 from tspc.passes.rewrite.masks import ABSORBS, Known, expressions, known
 from tspc.passes.rewrite.reading import Reading
 from tspc.seams.tensors import OpOverload
@@ -85,16 +85,10 @@ class _Finder(Reading):
             return None
         mask = self._mask(scores.terms, self._type(q).dtype, 0 if heads else 1)
         shape = (*lead, self._type(q).shape[-2], self._type(v).shape[-1])
-        args: Arguments = (q, k, v, mask, dropout, False)
-        given: Keywords = {"scale": scores.scale}
-        op = SDPA
-        if scores.score:
-            given["score"] = scores.score
-        if sinks is not None:
-            op, args = SINK_ATTENTION, (*args, sinks)
-        elif mask is not None or scores.score:
-            op, given = MASKED_ATTENTION, {**given, "fill": -math.inf}
-        out = self._emit(op, args, shape, kinds.pop(), given)
+        fill = -math.inf if sinks is None and (mask is not None or scores.score) else 0.0
+        spec = AttentionSpec(scale=scores.scale, dropout=dropout, fill=fill, score=scores.score)
+        args = Operands(q, k, v, mask, sinks=sinks).args
+        out = self._emit(ATTENTION, args, shape, kinds.pop(), spec.kwargs)
         out = to_out(self._led(out, self._type(values).shape[:-2]))
         last = self.new[-1]
         if Ref(last.name) != out or last.types[0] is None or last.type.shape != n.type.shape:

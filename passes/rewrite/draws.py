@@ -14,9 +14,10 @@ import torch
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import UnsupportedError
-from tspc.ir.program import INPUT, PLACEHOLDERS, SDPA, SEED, Node, Program, Ref, Size, Type
+from tspc.ir.binding import bind
+from tspc.ir.program import INPUT, PLACEHOLDERS, SEED, Node, Program, Ref, Size, Type
 from tspc.ops import counter  # noqa: F401  defines the ops
-from tspc.ops.masked import MASKED_ATTENTION
+from tspc.ops.attention import ATTENTION, bound
 from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ class _Drawer:
 
     def start(self, n: Node) -> None:
         self.node, self.number = n, self.number + 1
-        self.args = _bind(n)
+        self.args, _ = bind(n)
 
     def type(self, ref: Ref) -> Type:
         t = self.types[ref.name][ref.item or 0]
@@ -107,16 +108,6 @@ def draw_by_counter(program: Program) -> Program:
     return replace(program, nodes=(*first, seed, *rest)).without_dead_nodes()
 
 
-def _bind(n: Node) -> Keywords:
-    """Arguments by schema name."""
-    return {
-        a.name: n.args[i]
-        if i < len(n.args)
-        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(n.op._schema.arguments)
-    }
-
-
 def _is_identity(n: Node) -> bool:
     """Dropout that drops nothing."""
     return n.op in _DROPOUTS and (not n.args[2] or n.args[1] == 0)
@@ -125,10 +116,11 @@ def _is_identity(n: Node) -> bool:
 def _is_random(n: Node) -> bool:
     if not n.is_call:
         return False
-    if n.op in (SDPA, MASKED_ATTENTION):
-        return bool(_bind(n)["dropout_p"])
+    if n.op == ATTENTION:
+        x, a = bound(n)
+        return bool(a.dropout) and x.states is None
     if n.op == aten.rrelu.default:
-        return bool(_bind(n)["training"])
+        return bool(bind(n)[0]["training"])
     return torch.Tag.nondeterministic_seeded in n.op.tags
 
 
@@ -138,16 +130,12 @@ def _dropout(d: _Drawer) -> None:
 
 
 def _attention(d: _Drawer) -> None:
-    a = d.args
-    q = a["query"]
-    shape = d.type(q).shape[:-1]
+    x, a = bound(d.node)
+    shape = d.type(x.q).shape[:-1]
     states = d.emit(
-        "states", tspc.query_states.default, (q, *d.state(shape)), Type(shape, torch.int64)
+        "states", tspc.query_states.default, (x.q, *d.state(shape)), Type(shape, torch.int64)
     )
-    args = (q, a["key"], a["value"], a["attn_mask"], a["dropout_p"], a["is_causal"], states)
-    names = ("rows", "predicate", "sizes", "fill", "score", "scale", "enable_gqa")
-    kwargs = {n: a[n] for n in names if n in a}
-    d.emit("", tspc.dropout_attention.default, args, d.node.type, **kwargs)
+    d.emit("", ATTENTION, replace(x, states=states).args, d.node.type, **a.kwargs)
 
 
 def _like(d: _Drawer) -> Ref | None:
@@ -232,8 +220,7 @@ def _permutation(d: _Drawer) -> None:
 
 _RULES: dict[OpOverload, Callable[[_Drawer], object]] = {
     aten.dropout.default: _dropout,
-    SDPA: _attention,
-    MASKED_ATTENTION: _attention,
+    ATTENTION: _attention,
     aten.rand.default: _plain(tspc.uniform.default),
     aten.rand_like.default: _plain(tspc.uniform.default),
     aten.randn.default: _plain(tspc.normal.default),

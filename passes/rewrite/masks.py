@@ -1,9 +1,9 @@
 """Recognise the masks of attention as predicates over (b, q, k).
 
-In: a normalized program. Out: the same with `is_causal=True`; for key padding `attn_mask` of one
-row [B, 1, 1, S]; for all else that index arithmetic and data per position tell, the text of the
-predicate and its data as rows [B, n, S]: `tspc.ops.masked`'s op. What is added to the scores
-besides stays the mask, and what is not recognised stays as it is.
+In: a normalized program. Out: the same with `causal=True`; for key padding a mask of one row
+[B, 1, 1, S]; for all else that index arithmetic and data per position tell, the text of the
+predicate and its data as rows [B, n, S]. What is added to the scores besides stays the mask, and
+what is not recognised stays as it is.
 """
 
 from __future__ import annotations
@@ -16,36 +16,31 @@ from typing import Any
 import sympy
 import torch
 
-from tspc.base.context import Keywords
-from tspc.ir.program import CONSTANT, PLACEHOLDERS, SDPA, SHAPE_ONLY, Node, Program, Ref, Type
+from tspc.ir.program import CONSTANT, PLACEHOLDERS, SHAPE_ONLY, Node, Program, Ref, Type
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.index import TRUE, At, Cases, clauses, index, is_predicate, substitute
 from tspc.masks.predicate import B, H, K, Q, Unprintable, printed
-from tspc.ops.counter import ATTENTIONS
-from tspc.ops.masked import MASKED_ATTENTION
-from tspc.ops.sinks import SINK_ATTENTION
+from tspc.ops.attention import ATTENTION, bound, spelled
 from tspc.passes.rewrite.mask_data import Rows
 from tspc.passes.rewrite.normalize import all_dims
 from tspc.rules.index import RULES, Reader
 
 aten = torch.ops.aten
-KNOWN = (SDPA, MASKED_ATTENTION, SINK_ATTENTION)  # their first six arguments are the same
 MAX_SIZE = 200  # nodes of an expression: beyond it the value is data
 LOWEST = -1e9  # a fill so low that a softmax beside a score without it gives zero
 ABSORBS = -1e30  # a fill so low that adding it to a score gives it, in any type
 SUMS = (aten.add.Tensor,)
-# what some of the ops of attention do not take, as if they were given nothing
-_LACKED = dict(rows=None, predicate="", sizes=(), fill=0.0, score="", states=None, sinks=None)
 BOTH = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor)
 
 
 def recognise_masks(program: Program, refused: Container[str] = ()) -> Program:
     """Masks that are known become flags and predicates; their nodes die."""
-    if not any(n.op in KNOWN for n in program.nodes):
+    if not any(n.op == ATTENTION for n in program.nodes):
         return program
     found = _Recogniser({n.name: n for n in program.nodes})
     expressions(program.nodes, found.env, found.types, refused)
     for n in program.nodes:
-        reads = n.op in KNOWN and n.name not in refused
+        reads = n.op == ATTENTION and n.name not in refused
         found.nodes.append(found.rewritten(n) if reads else n)
         found.known.add(n.name)
     return replace(program, nodes=tuple(found.nodes)).without_dead_nodes()
@@ -162,23 +157,24 @@ class _Recogniser:
 
     def rewritten(self, n: Node) -> Node:
         """The attention with what is recognised of its mask."""
-        bound = bind(n)
-        mask = bound["attn_mask"]
-        if mask is None or bound["predicate"]:
+        x, a = bound(n)
+        mask = x.mask
+        if mask is None or a.predicate:
             return n
         parts = self.parts(mask)
         rest = self.joined(parts.rest, n) if parts.known else mask
         if not parts.known or (parts.rest and rest is None):
             return n
         both = Known(sympy.And(*(k.predicate for k in parts.known)))
-        sunk = n.op == SINK_ATTENTION  # beside a sink nothing of a fill is left
-        fill = 0.0 if sunk else self.fill(parts, both, bound["fill"])
+        # beside a sink nothing of a fill is left
+        fill = self.fill(parts, both, a.fill) if x.sinks is None else 0.0
         if fill is None:
             return n
-        return self.carried(n, bound, both.predicate, rest, fill) or n
+        carried = self.carried(n, replace(x, mask=rest), replace(a, fill=fill), both.predicate)
+        return n if carried is None else spelled(n, *carried)
 
     def fill(self, parts: _Parts, both: Known, own: float) -> float | None:
-        """What rows without a key show of a fill, as in `tspc.ops.masked`; own: that of the op, for
+        """What rows without a key show of a fill, as in `tspc.ir.spec`; own: that of the op, for
         nothing but -inf."""
         fills = {k.fill or -math.inf for k in parts.known}
         added = any(self.types[r].is_float for r in parts.rest)
@@ -198,36 +194,25 @@ class _Recogniser:
         return Ref(made[-1].name) if made else rest[0]
 
     def carried(
-        self, n: Node, bound: Keywords, p: Any, rest: Ref | None, fill: float
-    ) -> Node | None:
-        """None where a clause is not one of data per position."""
-        q, k = (self.types[bound[x]].shape for x in ("query", "key"))
+        self, n: Node, x: Operands[Ref], a: AttentionSpec, p: Any
+    ) -> tuple[Operands[Ref], AttentionSpec] | None:
+        """The attention under the predicate too; None where a clause is not one of data per
+        position."""
+        q, k = (self.types[r].shape for r in (x.q, x.k))
         causal = Q - K
-        is_causal = bool(bound["is_causal"]) or any(_is(c, causal) for c in clauses(p))
         left = [c for c in clauses(p) if not _is(c, causal)]
-        mask, text, rows, sizes = rest, "", None, ()
+        a = replace(a, causal=a.causal or len(left) < len(clauses(p)))
         padding = all(not c.free_symbols & {Q, H} and c.free_symbols & {K} for c in left)
-        row = self.row(sympy.And(*left), k[-2]) if left and padding and rest is None else None
-        if row is not None and not fill:
-            mask = row
-        elif left:
-            if len(q) != 4 or q[-2] != k[-2]:
-                return None
-            told = self.told(sympy.And(*left), n, q)
-            if told is None:
-                return None
-            text, rows, sizes = told
-        given = {"scale": bound["scale"], "enable_gqa": bound["enable_gqa"]}
-        if score := bound["score"]:
-            given["score"] = score
-        args = (*n.args[:3], mask, bound["dropout_p"], is_causal, *n.args[6:])
-        if n.op == SINK_ATTENTION:
-            more = {"rows": rows, "predicate": text, "sizes": sizes}
-            return replace(n, args=args, kwargs={**more, **given})
-        if text or fill or score or (is_causal and mask is not None):
-            more = {"rows": rows, "predicate": text, "sizes": sizes, "fill": fill}
-            return replace(n, op=MASKED_ATTENTION, args=args, kwargs={**more, **given})
-        return replace(n, op=SDPA, args=args, kwargs=given)
+        row = self.row(sympy.And(*left), k[-2]) if left and padding and x.mask is None else None
+        if row is not None and not a.fill:
+            return replace(x, mask=row), a
+        if not left:
+            return x, a
+        told = self.told(sympy.And(*left), n, q) if len(q) == 4 and q[-2] == k[-2] else None
+        if told is None:
+            return None
+        text, data, sizes = told
+        return replace(x, data=data), replace(a, predicate=text, sizes=sizes)
 
     def told(self, p: Any, n: Node, q: Sequence[Any]) -> tuple[str, Ref | None, Any] | None:
         """(text, data, sizes) of a predicate."""
@@ -269,17 +254,6 @@ class _Recogniser:
                 if found is not None and found.predicate == padding:
                     return ref
         return None
-
-
-def bind(n: Node) -> Keywords:
-    """The arguments of an attention by name; those that its op lacks as well."""
-    assert n.op in ATTENTIONS
-    return _LACKED | {
-        a.name: n.args[i]
-        if i < len(n.args)
-        else n.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(n.op._schema.arguments)
-    }
 
 
 def _is(clause: Any, e: Any) -> bool:

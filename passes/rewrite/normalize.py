@@ -24,6 +24,7 @@ from tspc.ir.program import (
     Ref,
     Type,
 )
+from tspc.ops.attention import ATTENTION, bound, spelled
 from tspc.passes.rewrite.entropy import cross_entropy
 from tspc.passes.rewrite.sequence_ops import canonical
 from tspc.seams.tensors import OpOverload
@@ -76,6 +77,8 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
     b = _Builder()
     for n in program.nodes:
         n = n.map_refs(b.ref)
+        if n.op == SDPA:
+            n = spelled(n, *bound(n))
         b.recompute = n.recompute
         if n.name in refused:
             b.add(n.map_refs(b.cast_here))
@@ -323,7 +326,7 @@ REWRITES: dict[OpOverload, Callable[[_Builder, Node], Node]] = {
     aten.slice_scatter.default: _joined,
     aten.addmm.default: _scaled,
     aten.baddbmm.default: _scaled,
-    SDPA: _attended,
+    ATTENTION: _attended,
     aten.index.Tensor: _constant_index,
     **dict.fromkeys(CONVOLUTIONS, _padded),
     **dict.fromkeys(SHAPE_ONLY, _on_a_placeholder),

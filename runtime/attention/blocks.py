@@ -14,63 +14,23 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tspc.base.state import MODEL, remembered
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Span
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.predicate import Bounds, mask, truth
 from tspc.ops.counter import kept_keys
 
 Tensor = torch.Tensor
 EDGE = 512  # queries of a run, and keys of what is looked at as one
-CAUSAL = "(q >= k)"
 LOW = -5e8  # beyond what scores and biases are
 
 
 @dataclass(frozen=True)
-class Span:
-    """A sequence on the ranks: its layout and sizes."""
+class Meeting:
+    """What one attention is, and the sequences that meet in it."""
 
-    layout: Layout
-    rows: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What one attention is: the scale, causal or not, the sizes of the queries' layout, with which
-    probability a key is dropped; predicate, sizes, fill and score as in `tspc.ops.masked`.
-
-    keys: how many, where they are of another sequence.
-    """
-
-    causal: bool
-    scale: float
-    rows: int
-    length: int
-    dropout: float = 0.0
-    predicate: str = ""
-    sizes: tuple[int, ...] = ()
-    fill: float = 0.0
-    score: str = ""
-    keys: int | None = None
-
-    @property
-    def count(self) -> int:
-        """Of the keys."""
-        return self.length if self.keys is None else self.keys
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The predicates that hold together."""
-        return (*((CAUSAL,) if self.causal else ()), *((self.predicate,) if self.predicate else ()))
-
-
-@dataclass(frozen=True)
-class Given:
-    """mask: [b, h, local or 1, S], a bool or added; states: [b, h, local], from which the dropped
-    keys are drawn; data: rows of the predicate."""
-
-    mask: Tensor | None = None
-    states: Tensor | None = None
-    data: Tensor | None = None
+    spec: AttentionSpec
+    queries: Span
+    keys: Span
 
 
 @dataclass(frozen=True)
@@ -111,7 +71,7 @@ class View:
 
     factors: zero or 1 / (1 - p) for every weight. top: what is taken off the scores of each query
     after the mask is added, where they would be lost in it; zero for others. score: what is done to
-    the scores before, as `tspc.masks.score`'s text.
+    the scores before, as `tspc.masks.score`'s text. scale: of the products of queries and keys.
     """
 
     causal: bool = False
@@ -119,6 +79,7 @@ class View:
     factors: Tensor | None = None
     top: Tensor | None = None
     score: str = ""
+    scale: float = 1.0
 
     @property
     def is_plain(self) -> bool:
@@ -126,9 +87,9 @@ class View:
         return self.factors is None and self.top is None and not self.score
 
 
-def _segments(spec: Spec, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _segments(c: int, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(first local row, past the last, position of the first) of adjacent chunks."""
-    c, start = spec.rows, 0
+    start = 0
     for i in range(1, len(chunks) + 1):
         if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
             yield start * c, i * c, chunks[start] * c
@@ -136,51 +97,51 @@ def _segments(spec: Spec, chunks: Sequence[int]) -> Iterator[tuple[int, int, int
 
 
 @lru_cache(maxsize=256)
-def _plain(spec: Spec, chunks: tuple[int, ...]) -> list[Run]:
-    """All keys, or those before: as large as they come."""
-    s, runs = spec.count, []
-    for q0, q1, first in _segments(spec, chunks):
+def _plain(causal: bool, c: int, s: int, chunks: tuple[int, ...]) -> list[Run]:
+    """All of s keys, or those before: as large as they come."""
+    runs = []
+    for q0, q1, first in _segments(c, chunks):
         blocks = []
-        if not spec.causal:
+        if not causal:
             blocks.append(Block(q0, q1, 0, s))
         elif first:
             blocks.append(Block(q0, q1, 0, min(first, s)))
-        if spec.causal and first < s:
+        if causal and first < s:
             blocks.append(Block(q0, q1, first, min(first + q1 - q0, s), True))
         runs.append(Run(q0, q1, first, tuple(blocks)))
     return runs
 
 
-def _edge(spec: Spec) -> int:
-    return min(EDGE, max(spec.rows, 64))
+def _edge(m: Meeting) -> int:
+    return min(EDGE, max(m.queries.rows, 64))
 
 
-def counted(spec: Spec, chunks: tuple[int, ...]) -> tuple[int, int, int]:
+def counted(m: Meeting, chunks: tuple[int, ...]) -> tuple[int, int, int]:
     """(blocks that positions do not rule out, of how many, their edge)."""
-    edge = _edge(spec)
-    runs = _known(spec, chunks, edge)
+    edge = _edge(m)
+    runs = _known(m, chunks, edge)
     blocks = [-(-(b.k1 - b.k0) // edge) for run in runs for b in run.blocks]
-    return sum(blocks), len(runs) * -(-spec.length // edge), edge
+    return sum(blocks), len(runs) * -(-m.queries.length // edge), edge
 
 
 @lru_cache(maxsize=256)
-def _known(spec: Spec, chunks: tuple[int, ...], edge: int) -> list[Run]:
-    return list(_looked_at(spec, chunks, edge, None))
+def _known(m: Meeting, chunks: tuple[int, ...], edge: int) -> list[Run]:
+    return list(_looked_at(m, chunks, edge, None))
 
 
 def _looked_at(
-    spec: Spec, chunks: tuple[int, ...], edge: int, bounds: Bounds | None
+    m: Meeting, chunks: tuple[int, ...], edge: int, bounds: Bounds | None
 ) -> Iterator[Run]:
-    last = spec.length - 1
-    for start, stop, first in _segments(spec, chunks):
+    last = m.queries.length - 1
+    for start, stop, first in _segments(m.queries.rows, chunks):
         for q0 in range(start, stop, edge):
             q1 = min(q0 + edge, stop)
             at = first + q0 - start
             queries = min(at, last), min(at + q1 - q0 - 1, last)
             blocks: list[Block] = []
-            for k0 in range(0, spec.count, edge):
-                k1 = min(k0 + edge, spec.count)
-                checks = _checks(spec, queries, (k0, k1 - 1), bounds)
+            for k0 in range(0, m.keys.length, edge):
+                k1 = min(k0 + edge, m.keys.length)
+                checks = _checks(m, queries, (k0, k1 - 1), bounds)
                 if checks is None:
                     continue
                 before = blocks[-1] if blocks else None
@@ -191,12 +152,12 @@ def _looked_at(
 
 
 def _checks(
-    spec: Spec, queries: tuple[int, int], keys: tuple[int, int], bounds: Bounds | None
+    m: Meeting, queries: tuple[int, int], keys: tuple[int, int], bounds: Bounds | None
 ) -> tuple[str, ...] | None:
     """The predicates to evaluate on a block, None where it is empty."""
     out = []
-    for text in spec.texts:
-        answer = truth(text, queries, keys, spec.sizes, bounds)
+    for text in m.spec.texts:
+        answer = truth(text, queries, keys, m.spec.sizes, bounds)
         if answer is False:
             return None
         if answer is None:
@@ -220,27 +181,30 @@ def _bounds(data: Tensor) -> Bounds:
 class Blocks:
     """The runs of one attention on one rank."""
 
-    spec: Spec
-    masking: Given
+    meeting: Meeting
+    operands: Operands[Tensor]
     chunks: tuple[int, ...]
-    device: torch.device
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.meeting.spec
 
     def runs(self) -> Iterator[tuple[Run, Tensor | None]]:
         """Each run, and what is taken off its scores, if anything is."""
-        spec, masked = self.spec, self.masking.mask is not None
-        if not spec.predicate and not (spec.causal and masked) and not spec.fill:
-            runs = _plain(spec, self.chunks)
-        elif self.masking.data is not None:
-            runs = _looked_at(spec, self.chunks, _edge(spec), _bounds(self.masking.data))
+        m, spec, x = self.meeting, self.meeting.spec, self.operands
+        if not spec.predicate and not (spec.causal and x.mask is not None) and not spec.fill:
+            runs = _plain(spec.causal, m.queries.rows, m.keys.length, self.chunks)
+        elif x.data is not None:
+            runs = _looked_at(m, self.chunks, _edge(m), _bounds(x.data))
         else:
-            runs = _known(spec, self.chunks, _edge(spec))
+            runs = _known(m, self.chunks, _edge(m))
         for run in runs:
             top = self._top(run)
             yield (run if top is None else replace(run, blocks=(self._whole(run),))), top
 
     def view(self, run: Run, b: Block, top: Tensor | None, wide: torch.dtype) -> View:
         """Of one block."""
-        factors, states, p = None, self.masking.states, self.spec.dropout
+        factors, states, p = None, self.operands.states, self.spec.dropout
         if states is not None:
             kept = kept_keys(states[:, :, b.q0 : b.q1], b.k0, b.k1, p)
             factors = kept.to(wide) * (1.0 / (1.0 - p) if p < 1 else 0.0)
@@ -253,24 +217,25 @@ class Blocks:
             combined = keep & operand
         else:
             combined = operand.masked_fill(~keep, -torch.inf)
-        return View(b.causal, combined, factors, top, self.spec.score)
+        scale = self.spec.factor(self.operands.q.shape[-1])
+        return View(b.causal, combined, factors, top, self.spec.score, scale)
 
     def _whole(self, run: Run) -> Block:
-        return Block(run.q0, run.q1, 0, self.spec.count, False, self.spec.texts)
+        return Block(run.q0, run.q1, 0, self.meeting.keys.length, False, self.spec.texts)
 
     def _keep(self, run: Run, b: Block) -> Tensor | None:
         """[b or 1, 1, queries, keys]: the predicates that hold for some of the block only."""
         if not b.checks:
             return None
-        q = torch.arange(b.q0 - run.q0, b.q1 - run.q0, device=self.device) + run.first
-        q = q.clamp(max=self.spec.length - 1)
-        k = torch.arange(b.k0, b.k1, device=self.device)
-        parts = [mask(t, q, k, self.spec.sizes, self.masking.data) for t in b.checks]
+        q = torch.arange(b.q0 - run.q0, b.q1 - run.q0, device=self.operands.q.device) + run.first
+        q = q.clamp(max=self.meeting.queries.length - 1)
+        k = torch.arange(b.k0, b.k1, device=self.operands.q.device)
+        parts = [mask(t, q, k, self.spec.sizes, self.operands.data) for t in b.checks]
         return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
     def _operand(self, b: Block) -> Tensor | None:
         """The mask tensor on a block."""
-        whole = self.masking.mask
+        whole = self.operands.mask
         return None if whole is None else b.of(whole)
 
     def _total(self, keep: Tensor | None, operand: Tensor | None) -> Tensor:
@@ -287,7 +252,7 @@ class Blocks:
     @cached_property
     def _is_low(self) -> bool:
         """The mask tensor alone may be all that a query sees of a score."""
-        x = self.masking.mask
+        x = self.operands.mask
         if x is None or x.dtype == torch.bool:
             return x is not None
         return bool((x <= LOW).any())

@@ -6,15 +6,14 @@ window), only those: the others are zero, and no query sees them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
-from tspc.ir.layout import Layout
 from tspc.masks.predicate import truth
-from tspc.runtime.attention.blocks import Span, Spec
+from tspc.runtime.attention.blocks import Meeting
 from tspc.runtime.comm.requests import AllGather, Exchange, ReduceScatter, Steps
 
 Tensor = torch.Tensor
@@ -35,13 +34,10 @@ def _packed(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return both, keys, values
 
 
-def gather(rank: int, spans: Sequence[Span], k: Tensor, v: Tensor, spec: Spec) -> Steps:
-    """The whole sequence of keys and values, pads dropped: one communication.
-
-    spans: of queries and keys.
-    """
-    both, span = _packed(k, v)[0], spans[1]
-    layout, needs = span.layout, _needs(spans, spec)
+def gather(rank: int, m: Meeting, k: Tensor, v: Tensor) -> Steps:
+    """The whole sequence of keys and values, pads dropped: one communication."""
+    both, span = _packed(k, v)[0], m.keys
+    layout, needs = span.layout, _needs(m)
     if needs is None:
         handle = yield AllGather(both)
         whole = layout.whole(handle.wait().flatten(0, 1), 0, span.rows, span.length)
@@ -62,10 +58,10 @@ def gather(rank: int, spans: Sequence[Span], k: Tensor, v: Tensor, spec: Spec) -
     return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
 
 
-def scatter(rank: int, spans: Sequence[Span], dk: Tensor, dv: Tensor, spec: Spec) -> Steps:
+def scatter(rank: int, m: Meeting, dk: Tensor, dv: Tensor) -> Steps:
     """The transpose of `gather`: gradients of whole K and V, summed -> those of the local rows."""
-    both, span = _packed(dk, dv)[0], spans[1]
-    layout, needs = span.layout, _needs(spans, spec)
+    both, span = _packed(dk, dv)[0], m.keys
+    layout, needs = span.layout, _needs(m)
     if needs is None:
         blocks = layout.blocks(both, 0, span.rows)
         handle = yield ReduceScatter(blocks.unflatten(0, (layout.ranks, -1)))
@@ -103,24 +99,26 @@ def _counts(ranges: list[Ranges]) -> tuple[int, ...]:
     return tuple(sum(b - a for a, b, _ in rank) for rank in ranges)
 
 
-def _needs(spans: Sequence[Span], spec: Spec) -> Needs | None:
-    """None where queries and keys are of two sequences: all go to all."""
-    if spans[0] != spans[1]:
+def _needs(m: Meeting) -> Needs | None:
+    """None where nothing but sizes tells, or queries and keys are of two sequences: all go to
+    all."""
+    if not m.spec.predicate or m.queries != m.keys:
         return None
-    return needed(spans[1].layout, replace(spec, scale=1.0, dropout=0.0, score=""))
+    return needed(replace(m, spec=replace(m.spec, scale=1.0, dropout=0.0, score="")))
 
 
 @lru_cache(maxsize=256)
-def needed(layout: Layout, spec: Spec) -> Needs | None:
+def needed(m: Meeting) -> Needs | None:
     """By receiver and sender: the rows of the sender that some query of the receiver may see.
 
     None: all go to all. Positions and sizes alone tell, so all ranks find the same.
     """
-    if not spec.predicate or spec.fill:
+    if not m.spec.predicate or m.spec.fill:
         return None
+    layout = m.keys.layout
     out = tuple(
         tuple(
-            tuple(r for i in range(layout.chunks) if (r := _rows(layout, spec, to, source, i)))
+            tuple(r for i in range(layout.chunks) if (r := _rows(m, to, source, i)))
             for source in range(layout.ranks)
         )
         for to in range(layout.ranks)
@@ -132,16 +130,14 @@ def needed(layout: Layout, spec: Spec) -> Needs | None:
         if to != source
         for a, b, _ in ranges
     )
-    return out if sent <= FEW * spec.length * (layout.ranks - 1) else None
+    return out if sent <= FEW * m.keys.length * (layout.ranks - 1) else None
 
 
-def _rows(
-    layout: Layout, spec: Spec, to: int, source: int, chunk: int
-) -> tuple[int, int, int] | None:
+def _rows(m: Meeting, to: int, source: int, chunk: int) -> tuple[int, int, int] | None:
     """The range of a chunk of the sender; to itself all that is no pad."""
-    c, last = spec.rows, spec.length - 1
+    layout, c, last = m.keys.layout, m.keys.rows, m.keys.length - 1
     start = layout.chunk_ids(source)[chunk] * c
-    end = min(start + c, spec.length)
+    end = min(start + c, m.keys.length)
     if start >= end:
         return None
     if to == source:
@@ -152,7 +148,7 @@ def _rows(
 
         def empty(a: int, b: int, queries: tuple[int, int] = queries) -> bool:
             """No query sees one of the keys [a, b)."""
-            return any(truth(t, queries, (a, b - 1), spec.sizes) is False for t in spec.texts)
+            return any(truth(t, queries, (a, b - 1), m.spec.sizes) is False for t in m.spec.texts)
 
         if empty(start, end):
             continue

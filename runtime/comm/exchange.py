@@ -1,8 +1,7 @@
 """Conversions between placements, embedding and weight gathers, as generators (docs/design.md,
 "Types on the axis").
 
-A sequence dim is (dim, lead): the dim is lead * S * trail; rows (c) and length (S) tell the
-layout.
+A sequence dim is (dim, lead): the dim is lead * S * trail.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Span
 from tspc.runtime.comm.requests import (
     AllGather,
     AllReduce,
@@ -36,23 +35,19 @@ def _shape(x: torch.Tensor, dim: int, before: int, after: int) -> list[int]:
     return shape
 
 
-def take(
-    layout: Layout, rank: int, x: torch.Tensor, dim: int, lead: int, rows: int, length: int
-) -> torch.Tensor:
+def take(span: Span, rank: int, x: torch.Tensor, dim: int, lead: int) -> torch.Tensor:
     """The rows of `rank`; pads repeat the last real row."""
-    at = layout.positions(rank, rows, length).to(x.device)
-    local = _split(x, dim, lead, length).index_select(1, at)
-    return local.reshape(_shape(x, dim, length, layout.chunks * rows))
+    at = span.layout.positions(rank, span.rows, span.length).to(x.device)
+    local = _split(x, dim, lead, span.length).index_select(1, at)
+    return local.reshape(_shape(x, dim, span.length, span.local))
 
 
-def clear(
-    layout: Layout, rank: int, x: torch.Tensor, dim: int, lead: int, rows: int, length: int
-) -> torch.Tensor:
+def clear(span: Span, rank: int, x: torch.Tensor, dim: int, lead: int) -> torch.Tensor:
     """Zero in the pads."""
-    if layout.ranks * layout.chunks * rows == length:
+    if span.layout.ranks * span.local == span.length:
         return x.clone(memory_format=torch.contiguous_format)
-    valid = layout.valid(rank, rows, length).to(x.device)
-    parts = _split(x, dim, lead, layout.chunks * rows)
+    valid = span.layout.valid(rank, span.rows, span.length).to(x.device)
+    parts = _split(x, dim, lead, span.local)
     return torch.where(valid[None, :, None], parts, 0).reshape(x.shape).contiguous()
 
 
@@ -73,22 +68,13 @@ def part(x: torch.Tensor, ranks: int, dim: int, lead: int) -> torch.Tensor:
     return parts.movedim(dim + 1, 0).reshape(ranks, *shape)
 
 
-def whole(
-    axis: Axis,
-    layout: Layout,
-    x: torch.Tensor,
-    dim: int,
-    lead: int,
-    rows: int,
-    length: int,
-    link: str = "activations",
-) -> Steps[torch.Tensor]:
+def whole(span: Span, x: torch.Tensor, dim: int, lead: int, link: str = "activations") -> Steps:
     """S -> R: gather, undo the order, drop the pads."""
     handle = yield AllGather(x, link)
     joined = join(handle.wait(), dim, lead)
-    count = axis.size * layout.chunks * rows
-    parts = layout.whole(_split(joined, dim, lead, count), 1, rows, length)
-    return parts.reshape(_shape(joined, dim, count, length)).contiguous()
+    count = span.layout.ranks * span.local
+    parts = span.layout.whole(_split(joined, dim, lead, count), 1, span.rows, span.length)
+    return parts.reshape(_shape(joined, dim, count, span.length)).contiguous()
 
 
 def summing(dtype: torch.dtype, reduce: torch.dtype | None = None) -> torch.dtype:
@@ -149,13 +135,7 @@ def gather_weight_backward(
 
 
 def embed(
-    axis: Axis,
-    layout: Layout,
-    shard: torch.Tensor,
-    ids: torch.Tensor,
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
+    axis: Axis, span: Span, shard: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype
 ) -> Steps:
     """Look up rows of a table cut along its first dim, cast: the result of each rank's tokens goes
     round, each rank fills in the rows that it owns; it comes home last."""
@@ -163,7 +143,7 @@ def embed(
     width = shard.shape[1]
     for turn in range(axis.size):
         target = (axis.rank - 1 - turn) % axis.size
-        local = take(layout, target, ids, ids.dim() - 1, 1, rows, length)
+        local = take(span, target, ids, ids.dim() - 1, 1)
         places, index = _owned(local, axis.rank, shard.shape[0])
         looked_up = shard.index_select(0, index).to(dtype)
         shape = (*local.shape, width)
@@ -183,18 +163,15 @@ def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torc
 
 def embed_backward(
     axis: Axis,
-    layout: Layout,
+    span: Span,
     g: torch.Tensor,
     ids: torch.Tensor,
     units: int,
     padding: int,
     scaled: bool,
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-) -> Steps[torch.Tensor]:
-    """The gradient of this rank's rows: every rank's cotangents come by in turn; sums are in fp32
-    or wider.
+) -> Steps:
+    """The gradient of this rank's rows, in fp32 or wider: every rank's cotangents come by in
+    turn.
 
     padding: the row without a gradient, -1 for none. scaled: each row's is divided by how often it
     is taken.
@@ -204,7 +181,7 @@ def embed_backward(
     for turn in range(axis.size):
         handle = (yield Shift(g)) if turn + 1 < axis.size else None
         source = (axis.rank - turn) % axis.size
-        local = take(layout, source, ids, ids.dim() - 1, 1, rows, length)
+        local = take(span, source, ids, ids.dim() - 1, 1)
         places, index = _owned(local, axis.rank, units)
         total.index_add_(0, index, g.reshape(-1, g.shape[-1]).index_select(0, places).to(wide))
         g = g if handle is None else handle.wait()
@@ -213,4 +190,4 @@ def embed_backward(
         total /= torch.bincount(index, minlength=units).clamp(min=1)[:, None]
     if 0 <= padding - axis.rank * units < units:
         total[padding - axis.rank * units] = 0
-    return total.to(dtype)
+    return total

@@ -13,39 +13,38 @@ from functools import lru_cache
 
 import torch
 
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Layout, Span
 from tspc.runtime.comm.exchange import summing
 from tspc.runtime.comm.requests import AllGather, Axis, Exchange, Steps
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A dim of lead * length * trail elements of which each rank has, for each place of `lead`, its
-    chunks of `rows` rows."""
+    """A dim of lead * S * trail elements of which each rank has, for each place of `lead`, its
+    chunks."""
 
-    layout: Layout
+    span: Span
     lead: int
     trail: int
-    rows: int
-    length: int
 
     @property
     def size(self) -> int:
         """Elements of the whole dim."""
-        return self.lead * self.length * self.trail
+        return self.lead * self.span.length * self.trail
 
     @property
     def local(self) -> int:
         """Elements of a rank's part."""
-        return self.lead * self.layout.chunks * self.rows * self.trail
+        return self.lead * self.span.local * self.trail
 
     def of(self, rank: int) -> Iterator[tuple[int, int, int]]:
         """(number of the tile, first element in the whole dim, how many are no pads)."""
+        layout, rows, length = self.span.layout, self.span.rows, self.span.length
         for a in range(self.lead):
-            for k, g in enumerate(self.layout.chunk_ids(rank)):
-                real = max(0, min(self.rows, self.length - g * self.rows))
-                first = (a * self.length + g * self.rows) * self.trail
-                yield a * self.layout.chunks + k, first, real * self.trail
+            for k, g in enumerate(layout.chunk_ids(rank)):
+                real = max(0, min(rows, length - g * rows))
+                first = (a * length + g * rows) * self.trail
+                yield a * layout.chunks + k, first, real * self.trail
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _ranges(
     tiles: Tiles, target: int, left: int, right: int, way: str
 ) -> Iterator[tuple[int, int, int]]:
     """(first, end, place on the target) of the elements of the whole dim that it takes."""
-    width = tiles.rows * tiles.trail
+    width = tiles.span.rows * tiles.trail
     for n, first, count in tiles.of(target):
         base, lo, hi = n * (width + left + right), first - left, first + width + right
         if not count:
@@ -96,16 +95,16 @@ def _ranges(
 @lru_cache(64)
 def plan(tiles: Tiles, left: int, right: int, way: str) -> Plan:
     """What all ranks send and receive."""
-    layout, trail, rows = tiles.layout, tiles.trail, tiles.rows
+    layout, rows, length, trail = tiles.span.layout, tiles.span.rows, tiles.span.length, tiles.trail
     owner = {g: (r, k) for r in range(layout.ranks) for k, g in enumerate(layout.chunk_ids(r))}
     out = []
     for target in range(layout.ranks):
         moves = []
         for lo, hi, at in _ranges(tiles, target, left, right, way):
             while lo < hi:
-                a, row = divmod(lo // trail, tiles.length)
+                a, row = divmod(lo // trail, length)
                 source, k = owner[row // rows]
-                end = (a * tiles.length + min((row // rows + 1) * rows, tiles.length)) * trail
+                end = (a * length + min((row // rows + 1) * rows, length)) * trail
                 count = min(hi, end) - lo
                 start = (a * layout.chunks + k) * rows + row % rows
                 moves.append(Move(source, target, start * trail + lo % trail, count, at))

@@ -76,7 +76,7 @@ def cotangent_names(body: Body, index: int) -> tuple[str, ...]:
     assert isinstance(piece, Piece)
     wanted: set[str | None] = {o.name for o in body.outs if o.differentiable}
     for a in body.attentions:
-        wanted |= {a.q, a.k, a.v, a.mask, a.sinks}
+        wanted |= {*a.operands.all}
     for later in body.steps[index + 1 :]:
         if isinstance(later, Piece):
             wanted |= set(later.reads)

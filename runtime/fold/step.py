@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Protocol
 
@@ -11,9 +11,9 @@ import sympy
 import torch
 
 from tspc.ir.body import Attention, Body, Lengths, Piece, Token, evaluate, symbol_values
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Layout, Span
 from tspc.ir.program import Size
-from tspc.ops.sinks import sinks_gradient, sunk
+from tspc.ops.attention import sinks_gradient, sunk
 from tspc.runtime.attention import kernels as attn
 from tspc.runtime.comm.exchange import take
 from tspc.runtime.comm.requests import Axis, Steps
@@ -65,30 +65,24 @@ class Call:
     def lead(self, size: Size) -> int:
         return evaluate(size, self.symbols())
 
-    def span(self, i: int) -> attn.Span:
+    def span(self, i: int) -> Span:
         """Of a sequence."""
-        return attn.Span(self.layouts[i], self.rows[i], self.lengths[i])
+        return Span(self.layouts[i], self.rows[i], self.lengths[i])
 
-    def met(self, a: Attention) -> tuple[int, list[attn.Span]]:
-        """This rank, and the sequences of queries and keys."""
-        return self.axis.rank, [self.span(a.queries), self.span(a.keys)]
+    def meeting(self, a: Attention) -> attn.Meeting:
+        spec, sizes = a.spec, a.spec.sizes
+        if sizes:
+            spec = replace(spec, sizes=tuple(map(self.lead, sizes)))
+        return attn.Meeting(spec, self.span(a.queries), self.span(a.keys))
 
     def biased(self, a: Attention) -> bool:
         """The mask is added and wants a gradient."""
-        return a.mask is not None and self.body.values[a.mask].requires_grad
-
-    def spec(self, a: Attention) -> attn.Spec:
-        sizes = tuple(self.lead(s) for s in a.sizes)
-        queries, told = (
-            (self.rows[a.queries], self.lengths[a.queries]),
-            (a.predicate, sizes, a.fill, a.score),
-        )
-        return attn.Spec(a.causal, a.scale, *queries, a.dropout, *told, self.lengths[a.keys])
+        mask = a.operands.mask
+        return mask is not None and self.body.values[mask].requires_grad
 
     def rows_of(self, spec: Token, t: Tensor, lead: int, rank: int) -> Tensor:
         """The rows of a rank of a token that is given whole."""
-        i = spec.sequence
-        return take(self.layouts[i], rank, t, spec.dim, lead, self.rows[i], self.lengths[i])
+        return take(self.span(spec.sequence), rank, t, spec.dim, lead)
 
     def step(self, j: int) -> Tensor:
         return torch.tensor(j, device=self.shards[0].device)
@@ -172,11 +166,6 @@ class Sums(dict[str, Tensor]):
         return self.pop(name, None)
 
 
-def given(a: Attention, values: Values) -> attn.Given:
-    """What says which keys each query sees."""
-    return attn.Given(*(values[n] if n else None for n in (a.mask, a.states, a.rows)))
-
-
 @dataclass
 class Exchange:
     """How K and V meet the queries of a call, and their gradients go back: once per shard, or once
@@ -189,44 +178,48 @@ class Exchange:
     def start(self, fixed: Values) -> Steps:
         """fixed: the values that are equal for all shards."""
         for a in self.call.body.attentions:
-            if a.k in fixed and a.v in fixed:
+            if a.operands.k in fixed and a.operands.v in fixed:
                 self.given[a] = yield from self._gather(a, fixed)
 
     def _gather(self, a: Attention, values: Values) -> Steps:
-        call = self.call
-        return (yield from attn.gather(*call.met(a), values[a.k], values[a.v], call.spec(a)))
+        call, x = self.call, a.operands
+        keys = values[x.k], values[x.v]
+        return (yield from attn.gather(call.axis.rank, call.meeting(a), *keys))
+
+    def _whole(self, a: Attention, values: Values) -> Steps:
+        """(the operands against which all its queries are met, the chunks of the queries)."""
+        k, v = self.given.get(a) or (yield from self._gather(a, values))
+        chunks = self.call.layouts[a.queries].chunk_ids(self.call.axis.rank)
+        return replace(a.operands.map(values.__getitem__), k=k, v=v), chunks
 
     def forward(self, a: Attention, values: Values) -> Steps:
         """(out, lse) of one shard."""
-        k, v = self.given.get(a) or (yield from self._gather(a, values))
-        call = self.call
-        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
-        return attn.attend(values[a.q], k, v, chunks, call.spec(a), given(a, values))
+        x, chunks = yield from self._whole(a, values)
+        return attn.attend(x, self.call.meeting(a), chunks)
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
         """Gradients of what the attention of one shard reads, by name."""
-        call = self.call
-        k, v = self.given.get(a) or (yield from self._gather(a, values))
-        chunks = call.layouts[a.queries].chunk_ids(call.axis.rank)
+        call, names, m = self.call, a.operands, self.call.meeting(a)
+        x, chunks = yield from self._whole(a, values)
         done = values[a.out], values[a.lse]
-        rest = (chunks, call.spec(a), given(a, values), call.biased(a))
-        dq, dk, dv, *more = attn.attend_backward(g, values[a.q], k, v, *done, *rest)
-        own = {a.q: dq, **({a.mask: more[0]} if a.mask and more else {})}
+        dq, dk, dv, *more = attn.attend_backward(g, x, done, m, chunks, call.biased(a))
+        own = {names.q: dq, **({names.mask: more[0]} if names.mask and more else {})}
         if a in self.given:
             sums = self.sums.setdefault(a, Sums())
-            sums.add(a.k, dk)
-            sums.add(a.v, dv)
+            sums.add(names.k, dk)
+            sums.add(names.v, dv)
             return own
-        dk, dv = yield from attn.scatter(*call.met(a), dk, dv, call.spec(a))
-        return {**own, a.k: dk, a.v: dv}
+        dk, dv = yield from attn.scatter(call.axis.rank, m, dk, dv)
+        return {**own, names.k: dk, names.v: dv}
 
     def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
         call = self.call
         for a, sums in self.sums.items():
-            dk, dv = yield from attn.scatter(*call.met(a), sums[a.k], sums[a.v], call.spec(a))
-            total.add(a.k, dk)
-            total.add(a.v, dv)
+            k, v = a.operands.k, a.operands.v
+            dk, dv = yield from attn.scatter(call.axis.rank, call.meeting(a), sums[k], sums[v])
+            total.add(k, dk)
+            total.add(v, dv)
 
 
 @dataclass
@@ -240,58 +233,47 @@ class Resident(Exchange):
     def _ordered(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
         return self.call.layouts[sequence].in_order(x, dim, self.call.rows[sequence])
 
-    def _keys(self, a: Attention, x: Tensor) -> Tensor:
-        """In order, without pads."""
-        return self._ordered(x, a.keys)[:, :, : self.call.lengths[a.keys]]
-
     def _by_rank(self, x: Tensor, sequence: int, dim: int = 2) -> Tensor:
         return self.call.layouts[sequence].by_rank(x, dim, self.call.rows[sequence])
 
-    def _operands(
-        self, a: Attention, values: Values
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], attn.Given]:
-        """q, k, v in order, and what says which keys a query sees."""
-        q = self._ordered(values[a.q], a.queries)
-        qkv = q, self._keys(a, values[a.k]), self._keys(a, values[a.v])
-        found = given(a, values)
-        mask, states = found.mask, found.states
+    def _whole(self, a: Attention, values: Values) -> Steps:
+        """All in order, keys and values without pads."""
+        x, q = a.operands.map(values.__getitem__), a.queries
+        k, v = (self._ordered(y, a.keys)[:, :, : self.call.lengths[a.keys]] for y in (x.k, x.v))
+        mask, states = x.mask, x.states
         if mask is not None and mask.shape[-2] != 1:
-            mask = self._ordered(mask, a.queries, mask.dim() - 2)
-        states = self._ordered(states, a.queries) if states is not None else None
-        return qkv, attn.Given(mask, states, found.data)
-
-    def _chunks(self, a: Attention) -> list[int]:
-        return list(range(self.call.axis.size * self.call.layouts[a.queries].chunks))
+            mask = self._ordered(mask, q, mask.dim() - 2)
+        states = self._ordered(states, q) if states is not None else None
+        chunks = list(range(self.call.axis.size * self.call.layouts[q].chunks))
+        return replace(x, q=self._ordered(x.q, q), k=k, v=v, mask=mask, states=states), chunks
+        yield
 
     def forward(self, a: Attention, values: Values) -> Steps:
-        qkv, found = self._operands(a, values)
-        out, lse = attn.attend(*qkv, self._chunks(a), self.call.spec(a), found)
+        out, lse = yield from super().forward(a, values)
         return self._by_rank(out, a.queries), self._by_rank(lse, a.queries)
-        yield
 
     def backward(self, a: Attention, g: Tensor, values: Values) -> Steps:
-        qkv, found = self._operands(a, values)
-        done = (self._ordered(x, a.queries) for x in (g, values[a.out], values[a.lse]))
-        g, out, lse = done
-        spec = self.call.spec(a)
-        rest = (self._chunks(a), spec, found, self.call.biased(a))
-        grads = attn.attend_backward(g, *qkv, out, lse, *rest)
-        missing = values[a.k].shape[2] - self.call.lengths[a.keys]
+        x, chunks = yield from self._whole(a, values)
+        g, out, lse = (self._ordered(y, a.queries) for y in (g, values[a.out], values[a.lse]))
+        call, names = self.call, a.operands
+        m, biased = call.meeting(a), call.biased(a)
+        grads = attn.attend_backward(g, x, (out, lse), m, chunks, biased)
+        missing = values[names.k].shape[2] - call.lengths[a.keys]
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:3])
         made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
-        own = {n: self._by_rank(*x) for n, x in zip((a.q, a.k, a.v), made)}
-        if a.mask and len(grads) > 3:
+        own = {n: self._by_rank(*y) for n, y in zip((names.q, names.k, names.v), made)}
+        if names.mask and len(grads) > 3:
             d = grads[3]
             rows = d.dim() - 2
-            own[a.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
+            own[names.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
         return own
-        yield
 
 
 def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
     """(out, lse) of one shard, its sinks in both: the backward takes them as they are."""
     out, lse = yield from exchange.forward(a, values)
-    return (out, lse) if a.sinks is None else sunk(out, lse, values[a.sinks])
+    sinks = a.operands.sinks
+    return (out, lse) if sinks is None else sunk(out, lse, values[sinks])
 
 
 def step_backward(
@@ -321,8 +303,8 @@ def step_backward(
         g = torch.zeros_like(out) if g is None else g.to(out.dtype)
         for n, d in (yield from exchange.backward(s, g, values)).items():
             grads.add(n, d)
-        if s.sinks is not None:
-            grads.add(s.sinks, sinks_gradient(g, out, values[s.lse], values[s.sinks]))
+        if (sinks := s.operands.sinks) is not None:
+            grads.add(sinks, sinks_gradient(g, out, values[s.lse], values[sinks]))
     return grads
 
 

@@ -21,17 +21,16 @@ from tspc.frontend.autocast import off
 from tspc.frontend.capture import Captured, capture
 from tspc.frontend.overlap import before_writes, dense, overlap, written
 from tspc.ir.body import evaluate
-from tspc.ir.layout import Layout
+from tspc.ir.layout import Span
 from tspc.ir.program import PARAM, PLACEHOLDERS, Type
 from tspc.passes.analyse.outputs import Result
 from tspc.passes.analyse.refused import Refused
 from tspc.passes.ladder import climb
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 from tspc.runtime import simulate
 from tspc.runtime.call.lookups import Indices
 from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.exchange import clear, take, whole
-from tspc.runtime.comm.requests import Axis
 from tspc.runtime.comm.seed import draw
 from tspc.runtime.lowering.trace import Partitioned, local_fakes, partition
 from tspc.seams.compiler import outside_of_dynamo, plainly
@@ -57,11 +56,12 @@ class Simulated:
         """C of each sequence."""
         return [int(e.chunk_rows(self.ranks, self.sizes)) for e in self.rewritten.choice.extents]
 
-    def where(self, r: Result) -> tuple[Layout, tuple[int, int, int, int]]:
-        """The layout of an output, and (dim, lead, rows, length)."""
+    def where(self, r: Result) -> tuple[Span, tuple[int, int]]:
+        """The sequence of an output, and (dim, lead)."""
         extent = self.rewritten.choice.extents[r.sequence]
         lead, length = (int(evaluate(n, self.sizes)) for n in (r.lead, extent.length))
-        return extent.layout(self.ranks), (r.dim, lead, self.rows()[r.sequence], length)
+        span = Span(extent.layout(self.ranks), self.rows()[r.sequence], length)
+        return span, (r.dim, lead)
 
 
 def simulated_backend(
@@ -189,8 +189,8 @@ def _tangent(graph: Simulated, rank: int, index: int, g: torch.Tensor) -> torch.
     r = graph.rewritten.results[index]
     if r is None or r.kind == "whole":
         return g
-    layout, rest = graph.where(r)
-    return clear(layout, rank, take(layout, rank, g, *rest), *rest)
+    span, at = graph.where(r)
+    return clear(span, rank, take(span, rank, g, *at), *at)
 
 
 def _shards(graph: Simulated, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -240,9 +240,8 @@ def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[object]:
                 assert same, f"ranks differ in output {i}"
             result.append(mine[0])
             continue
-        layout, rest = graph.where(r)
-        steps = [whole(Axis(AXIS, graph.ranks, k), layout, x, *rest) for k, x in enumerate(mine)]
-        result.append(lockstep(steps)[0])
+        span, at = graph.where(r)
+        result.append(lockstep([whole(span, x, *at) for x in mine])[0])
     return result
 
 

@@ -32,12 +32,13 @@ from tspc.frontend.capture import Captured, capture
 from tspc.frontend.outside import only_shards
 from tspc.frontend.overlap import before_writes, dense, overlap, written
 from tspc.ir.body import Lengths, evaluate, rows_of
+from tspc.ir.layout import Span
 from tspc.ir.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
 from tspc.ir.shard import ShardMap
 from tspc.passes.analyse.outputs import Result
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.ladder import after
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 from tspc.runtime.call import frames as calls
 from tspc.runtime.call import inputs as input_check
 from tspc.runtime.call.deferred import defer
@@ -379,13 +380,13 @@ def _results(
             continue
         shape = tuple(evaluate(s, sizes) for s in r.shape)
         extent, rows = extents[r.sequence], rows_of_each[r.sequence]
-        layout, length = extent.layout(place.axis.size), int(evaluate(extent.length, sizes))
+        length = int(evaluate(extent.length, sizes))
+        span = Span(extent.layout(place.axis.size), rows, length)
         if r.kind == "sharded":
-            place_of_rows = (layout, r.dim, rows, length, shape)
-            out.append(sharded(x, place, place.mesh, *place_of_rows))
+            out.append(sharded(x, place, span, r.dim, shape))
             continue
 
-        steps = (place.axis, layout, x, r.dim, evaluate(r.lead, sizes), rows, length, "outputs")
+        steps = (span, x, r.dim, evaluate(r.lead, sizes), "outputs")
 
         def gather(steps=steps, r: Result = r) -> torch.Tensor:
             what = "the read of a deferred output"

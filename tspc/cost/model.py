@@ -80,11 +80,12 @@ def sizes(body: Body, symbols: Mapping[sympy.Symbol, Size], *rows: Size) -> Size
 
     keys = flops = 0
     for a in body.attentions:
-        once = a.k in {t.name for t in body.tokens}
-        keys += total([a.k, a.v]) * (1 if once else steps)
-        width = body.values[a.k].shape[-1] + body.values[a.v].shape[-1]
-        flops += 2 * numel(body.values[a.q].shape[:-1], values) * rows[a.keys] * width * steps
-        flops = flops / 2 if a.causal else flops
+        q, k, v = a.operands.q, a.operands.k, a.operands.v
+        once = k in {t.name for t in body.tokens}
+        keys += total([k, v]) * (1 if once else steps)
+        width = body.values[k].shape[-1] + body.values[v].shape[-1]
+        flops += 2 * numel(body.values[q].shape[:-1], values) * rows[a.keys] * width * steps
+        flops = flops / 2 if a.spec.causal else flops
     flops += evaluate(body.flops, values) * steps
     live = [t.name for t in body.tokens if body.values[t.name].requires_grad]
     return Sizes(

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import sympy
 import torch
 
 from tspc.ir.body import evaluate
-from tspc.ir.program import FOLD, Node, Ref, Size
+from tspc.ir.layout import Span
+from tspc.ir.program import FOLD, Node, Ref
+from tspc.ir.spec import CAUSAL, AttentionSpec
 from tspc.masks.score import shown as readable
-from tspc.ops.counter import ATTENTIONS
-from tspc.passes.rewrite.masks import bind
-from tspc.passes.unit import Unit
-from tspc.runtime.attention.blocks import CAUSAL, Spec, counted
+from tspc.ops.attention import ATTENTION, bound
+from tspc.passes.lower.unit import Unit
+from tspc.runtime.attention.blocks import Meeting, counted
 
 CAT = torch.ops.aten.cat.default
-# (causal, predicate, the same as a reader sees it, sizes)
-Predicate = tuple[bool, str, str, tuple[Size, ...]]
+Predicate = tuple[AttentionSpec, str]  # what says which blocks there are, and as a reader sees it
 
 
 def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
@@ -29,20 +30,20 @@ def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> lis
         fold = n.kwargs["fold"] if n.op == FOLD else None
         records = typed.records if fold is None else fold.records
         for a in (n,) if fold is None else fold.body:
-            i = typed.sequence(records[a.name].ins[0]) if a.op in ATTENTIONS else None
+            i = typed.sequence(records[a.name].ins[0]) if a.op == ATTENTION else None
             if i is not None:
                 name = a.name if fold is None else fold.name
                 groups.setdefault((i, _told(a, nodes)), []).append(name)
     out = []
-    for (i, (causal, text, shown, numbers)), names in groups.items():
+    for (i, (spec, shown)), names in groups.items():
         if not shown:
             continue
-        values = tuple(int(evaluate(s, sizes)) for s in numbers)
+        values = tuple(int(evaluate(s, sizes)) for s in spec.sizes)
         extent = rewritten.choice.extents[i]
         layout, rows = extent.layout(ranks), int(extent.chunk_rows(ranks, sizes))
-        length = int(evaluate(extent.length, sizes))
-        spec = Spec(causal, 1.0, rows, length, 0.0, text, values)
-        parts = [counted(spec, tuple(layout.chunk_ids(r))) for r in range(layout.ranks)]
+        span = Span(layout, rows, int(evaluate(extent.length, sizes)))
+        meeting = Meeting(replace(spec, sizes=values), span, span)
+        parts = [counted(meeting, tuple(layout.chunk_ids(r))) for r in range(layout.ranks)]
         by_rank = " ".join(str(n) for n, _, _ in parts)
         _, whole, edge = parts[0]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -53,18 +54,16 @@ def lines(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> lis
 
 
 def _told(n: Node, nodes: Mapping[str, Node]) -> Predicate:
-    bound = bind(n)
-    text, causal = bound["predicate"], bool(bound["is_causal"])
-    shown = text
-    sizes = tuple(bound["sizes"])
-    for i, s in enumerate(sizes):
+    x, a = bound(n)
+    shown = a.predicate
+    for i, s in enumerate(a.sizes):
         shown = shown.replace(f"s{i}", str(s))
-    for i, name in enumerate(_sources(bound["rows"], nodes)):
+    for i, name in enumerate(_sources(x.data, nodes)):
         shown = shown.replace(f"d{i}[", f"{name}[")
-    shown = " & ".join(t for t in (CAUSAL if causal else "", shown) if t)
-    if score := bound["score"]:
-        shown = "; ".join(t for t in (shown, f"score {readable(score)}") if t)
-    return causal, text, shown, sizes
+    shown = " & ".join(t for t in (CAUSAL if a.causal else "", shown) if t)
+    if a.score:
+        shown = "; ".join(t for t in (shown, f"score {readable(a.score)}") if t)
+    return AttentionSpec(a.causal, predicate=a.predicate, sizes=a.sizes), shown
 
 
 def _sources(rows: Ref | None, nodes: Mapping[str, Node]) -> list[str]:

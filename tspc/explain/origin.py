@@ -14,7 +14,7 @@ from tspc.cost.model import seconds
 from tspc.ir.kinds import CONVERSIONS
 from tspc.ir.program import FOLD, PARAM, Node, Ref
 from tspc.passes.analyse.fold import Fold
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 PLACED = {
     "R": "equal on all ranks",

@@ -12,7 +12,7 @@ from tspc.ir.body import evaluate
 from tspc.ir.kinds import WHOLE
 from tspc.ir.program import Ref, Type
 from tspc.passes.ladder import ADVICE as ADVISED
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 LARGE = 64 * 2**20  # bytes: outputs below it are gathered without a word
 ADVICE = {  # reason -> what to change

@@ -10,7 +10,7 @@ import sympy
 from tspc.ir.program import FOLD, OUTPUT, PLACEHOLDERS, Node, Ref, Type
 from tspc.ir.text import SHORT
 from tspc.passes.analyse.fold import Fold
-from tspc.passes.unit import Unit
+from tspc.passes.lower.unit import Unit
 
 
 def show(

@@ -48,8 +48,8 @@ from tspc.ir.program import (
 from tspc.ir.source import graph_break, source_line
 from tspc.masks.index import rounded_down
 from tspc.passes.analyse.refused import NOTHING, Refused
+from tspc.passes.lower.unit import Unit
 from tspc.passes.pipeline import rewrite
-from tspc.passes.unit import Unit
 from tspc.seams.compiler import source_name
 from tspc.seams.lowering import TracingContext, has_data_mutation
 from tspc.seams.sizes import FloorDiv

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tspc.base.errors import UnsupportedError
 from tspc.masks.score import SCORE, applied
-from tspc.ops.masked import MASKED_ATTENTION
+from tspc.ops.attention import ATTENTION
 from tspc.seams.compiler import FLEX, NESTING
 
 Tensor = torch.Tensor
@@ -52,7 +51,7 @@ def inlined(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
                 "flex_attention without return_lse or return_aux"
             )
         *blocks, mask = block_mask
-        args = (q, k, v, score, mask, scale, buffers, mask_buffers)
+        args = ((q, k, v), (score, *buffers), (mask, *mask_buffers), scale)
         with gm.graph.inserting_before(n):
             replacement = gm.graph.call_function(attend, args)
         replacement.meta = {**n.meta, "example_value": n.meta["example_value"][0]}
@@ -122,16 +121,14 @@ def _is_own(x: object, gone: set[torch.fx.Node]) -> bool:
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score_mod: torch.fx.GraphModule,
-    mask_mod: Callable[..., Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    score: tuple[Any, ...],
+    mask: tuple[Any, ...],
     scale: float,
-    score_buffers: Sequence[object],
-    mask_buffers: Sequence[object],
 ) -> Tensor:
-    """What FlexAttention computes; zeros for a query without a key."""
+    """What FlexAttention computes; zeros for a query without a key. score, mask: the modification
+    and what it reads."""
+    (q, k, v), (score_mod, *score_buffers), (mask_mod, *mask_buffers) = qkv, score, mask
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     at = [
         torch.arange(n, device=q.device).view([n if d == e else 1 for e in range(4)])
@@ -141,18 +138,15 @@ def attend(
     reading, grouped = _read(score_mod), q.shape[1] != k.shape[1]
     if reading is not None:
         text, last, adds = reading
-        mask = keep
+        masking = keep
         if adds:
             zero = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
             constants = {last: zero} if last.op != "placeholder" else None
             operands = (zero, *at, *score_buffers)
             bias = torch.fx.Interpreter(score_mod).run(*operands, initial_env=constants)
-            mask = bias.masked_fill(~keep, -torch.inf)
-        mask = mask.expand([*torch.broadcast_shapes(mask.shape, (1, 1, *sizes[2:]))])
-        if not text:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-        more = {"score": text, "scale": scale, "enable_gqa": grouped}
-        return MASKED_ATTENTION(q, k, v, mask, 0.0, False, **more)
+            masking = bias.masked_fill(~keep, -torch.inf)
+        masking = masking.expand([*torch.broadcast_shapes(masking.shape, (1, 1, *sizes[2:]))])
+        return ATTENTION(q, k, v, masking, scale=scale, score=text, grouped=grouped)
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = score_mod((q @ k.transpose(-1, -2)) * scale, *at, *score_buffers)

@@ -22,6 +22,7 @@ from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.state import MODEL, remembered
 from tspc.ir.layout import Layout
 from tspc.ir.program import Size, Type
+from tspc.ir.spec import AttentionSpec, Operands
 from tspc.ir.text import show, textual
 from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
@@ -95,29 +96,16 @@ class Piece:
 class Attention:
     """An attention between two pieces: keys and values meet the queries of all ranks.
 
-    The fields name values; mask and rows are operands, whole on every rank; states: of the queries,
-    where keys are dropped with probability `dropout`. predicate, sizes, fill, score: as in
-    `tspc.ops.masked`.
+    operands: names of values; mask and data are whole on every rank, sinks those of the heads of
+    one piece. queries, keys: their sequences.
     """
 
-    q: str
-    k: str
-    v: str
-    mask: str | None
+    operands: Operands[str]
     out: str
     lse: str
-    causal: bool
-    scale: float
-    states: str | None = None
-    dropout: float = 0.0
-    queries: int = 0  # the sequence of q
-    keys: int = 0  # that of k and v
-    rows: str | None = None
-    predicate: str = ""
-    sizes: tuple[Size, ...] = ()
-    fill: float = 0.0
-    score: str = ""
-    sinks: str | None = None  # of the heads
+    spec: AttentionSpec
+    queries: int = 0
+    keys: int = 0
 
 
 @textual

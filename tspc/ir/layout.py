@@ -81,3 +81,33 @@ class Layout:
             pad[dim] = n - whole.shape[dim]
             whole = torch.cat([whole, whole.new_zeros(pad)], dim)
         return self.by_rank(whole, dim, rows)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sequence on the ranks: its layout, c and S."""
+
+    layout: Layout
+    rows: int
+    length: int
+
+    @property
+    def local(self) -> int:
+        """Rows of a rank."""
+        return self.layout.chunks * self.rows
+
+
+@dataclass(frozen=True)
+class Along:
+    """A dim with a sequence, lead * S * trail, as ops are told it; any size may be a SymInt."""
+
+    dim: int
+    lead: int
+    trail: int
+    rows: int
+    length: int
+    order: str
+    axis: str
+
+    def span(self, ranks: int) -> Span:
+        return Span(Layout(ranks, self.order), self.rows, self.length)

@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from tspc.ir.program import SDPA
 from tspc.ops.library import LIB
-from tspc.ops.masked import MASKED_ATTENTION, weights
-from tspc.ops.sinks import SINK_ATTENTION
 
 Tensor = torch.Tensor
 State = tuple[Tensor, Tensor]
@@ -36,12 +33,6 @@ LIB.define("normal(Tensor? like, Tensor state, Tensor[] at, *, ScalarType dtype)
 LIB.define("dropout(Tensor x, Tensor state, Tensor[] at, float p) -> Tensor")
 # [*lead, n, d] -> [*lead, n]: the state of every query, from which attention draws for its keys
 LIB.define("query_states(Tensor query, Tensor state, Tensor[] at) -> Tensor")
-# torch's attention with the states of its queries; here on one device, `tspc::attention` on ranks
-LIB.define(
-    "dropout_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
-    "bool is_causal, Tensor states, *, Tensor? rows=None, str predicate='', SymInt[] sizes=[], "
-    "float fill=0.0, str score='', float? scale=None, bool enable_gqa=False) -> Tensor"
-)
 
 
 # One op for Inductor, which writes an expression out anew for each of its uses; not in tspc's
@@ -129,33 +120,6 @@ def kept_keys(states: Tensor, first: int, last: int, p: float) -> Tensor:
     return keeps(absorb(words, torch.arange(first, last, device=states.device)), p)
 
 
-def dropout_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    states: Tensor,
-    *,
-    rows: Tensor | None = None,
-    predicate: str = "",
-    sizes: Sequence[int] = (),
-    fill: float = 0.0,
-    score: str = "",
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`tspc::masked_attention` with keys dropped."""
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    masking = (attn_mask, is_causal, scale, rows, predicate, sizes)
-    shares = weights(query, key, *masking, fill=fill, score=score)
-    keep = kept_keys(states, 0, key.shape[-2], dropout_p)
-    factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
-    return torch.where(keep, shares * factor, 0.0).to(value.dtype) @ value
-
-
 def _positions(seed: Tensor, size: int, stride: int) -> Tensor:
     return torch.arange(size, device=seed.device) * stride
 
@@ -167,10 +131,5 @@ for _name, _fn in (
     ("normal", normal),
     ("dropout", dropout),
     ("query_states", query_states),
-    ("dropout_attention", dropout_attention),
 ):
     LIB.impl(_name, _fn, "CompositeImplicitAutograd")
-
-# their first six arguments are the same
-DROPOUT_ATTENTION = torch.ops.tspc.dropout_attention.default
-ATTENTIONS = (SDPA, DROPOUT_ATTENTION, MASKED_ATTENTION, SINK_ATTENTION)

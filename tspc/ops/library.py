@@ -7,17 +7,23 @@ layout's order, `axis` the name of the TSP axis. No op takes a rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from tspc.base.context import Arguments, Context
 from tspc.ir.body import BODIES, Body, evaluate, symbol_values
+from tspc.ir.layout import Along
+from tspc.ir.spec import FIELDS, OPERANDS
 
 LIB = torch.library.Library("tspc", "FRAGMENT")
 
 DIM = "int dim, SymInt lead, SymInt trail, SymInt rows, SymInt length, str order, str axis"
+FOLD = (
+    "Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt[] rows, "
+    "SymInt[] lengths, str region, str key, str axis"
+)
 
 # logits[..., labels] of the last dim, zero where a label lies outside [offset, offset + width)
 LIB.define("pick(Tensor logits, Tensor labels, Tensor? offset=None) -> Tensor")
@@ -58,27 +64,31 @@ LIB.define(
 # rows, lengths, orders: of the queries' sequence, and of the keys'. biased: the mask is added and
 # wants a gradient too
 LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, Tensor? data, "
-    "bool causal, float scale, float dropout, str predicate, SymInt[] sizes, float fill, "
-    "str score, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> (Tensor, Tensor)"
+    f"attention({OPERANDS}, {FIELDS}, SymInt[] rows, SymInt[] lengths, str[] orders, str axis) "
+    "-> (Tensor, Tensor)"
 )
 LIB.define(
-    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? states, "
-    "Tensor? data, Tensor out, Tensor lse, bool biased, bool causal, float scale, float dropout, "
-    "str predicate, SymInt[] sizes, float fill, str score, SymInt[] rows, SymInt[] lengths, "
-    "str[] orders, str axis) -> Tensor[]"
+    f"attention_backward(Tensor g, {OPERANDS}, Tensor out, Tensor lse, bool biased, {FIELDS}, "
+    "SymInt[] rows, SymInt[] lengths, str[] orders, str axis) -> Tensor[]"
 )
 # one region, D steps: `key` names its `Body`, which regions share; results: body.outs, then
 # body.saves
-LIB.define(
-    "fold(Tensor[] tokens, Tensor[] invariants, Tensor[] shards, SymInt[] sizes, SymInt[] rows, "
-    "SymInt[] lengths, str region, str key, str axis) -> Tensor[]"
-)
-LIB.define(
-    "fold_backward(Tensor?[] gs, Tensor[] tokens, Tensor[] invariants, Tensor[] shards, "
-    "Tensor[] saved, "
-    "SymInt[] sizes, SymInt[] rows, SymInt[] lengths, str region, str key, str axis) -> Tensor[]"
-)
+LIB.define(f"fold({FOLD}) -> Tensor[]")
+LIB.define(f"fold_backward(Tensor?[] gs, Tensor[] saved, {FOLD}) -> Tensor[]")
+
+
+class FoldCall(NamedTuple):
+    """The arguments of `fold`."""
+
+    tokens: Sequence[torch.Tensor]
+    invariants: Sequence[torch.Tensor]
+    shards: Sequence[torch.Tensor]
+    sizes: Sequence[Any]
+    rows: Sequence[Any]
+    lengths: Sequence[Any]
+    region: str
+    key: str
+    axis: str
 
 
 def pick(
@@ -102,7 +112,7 @@ def local_rows(rows: Any, order: str) -> Any:
     return _CHUNKS[order] * rows
 
 
-def _resized(x: torch.Tensor, dim: int, size: Any) -> torch.Tensor:
+def resized(x: torch.Tensor, dim: int, size: Any) -> torch.Tensor:
     shape = list(x.shape)
     shape[dim] = size
     return x.new_empty(shape)
@@ -114,24 +124,26 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_fake("whole_weight")
 def _whole_weight_fake(local, dim, size, cut, axis):
-    return torch.empty_like(local) if dim < 0 else _resized(local, dim, size)
+    return torch.empty_like(local) if dim < 0 else resized(local, dim, size)
 
 
 @_fake("whole_weight_backward")
 def _whole_weight_backward_fake(g, dim, size, cut, axis, rows):
-    return torch.empty_like(g) if dim < 0 else _resized(g, dim, rows)
+    return torch.empty_like(g) if dim < 0 else resized(g, dim, rows)
 
 
 @_fake("whole")
 @_fake("local_backward")
-def _whole_fake(x, dim, lead, trail, rows, length, order, axis):
-    return _resized(x, dim, lead * length * trail)
+def _whole_fake(x, *others):
+    at = Along(*others)
+    return resized(x, at.dim, at.lead * at.length * at.trail)
 
 
 @_fake("local")
 @_fake("whole_backward")
-def _local_fake(x, dim, lead, trail, rows, length, order, axis):
-    return _resized(x, dim, lead * local_rows(rows, order) * trail)
+def _local_fake(x, *others):
+    at = Along(*others)
+    return resized(x, at.dim, at.lead * local_rows(at.rows, at.order) * at.trail)
 
 
 @_fake("in_range")
@@ -153,22 +165,23 @@ def _vary_fake(xs, reduce, axis):
 
 @_fake("gather_weight")
 def _gather_weight_fake(shard, dim, size, partial, dtype, reduce, axis):
-    return _resized(shard, dim, size).to(dtype)
+    return resized(shard, dim, size).to(dtype)
 
 
 @_fake("gather_weight_backward")
 def _gather_weight_backward_fake(g, dim, units, partial, dtype, reduce, axis):
-    return _resized(g, dim, units).to(dtype)
+    return resized(g, dim, units).to(dtype)
 
 
 @_fake("embed")
-def _embed_fake(shard, ids, padding, scaled, dtype, rows, length, order, axis):
+def _embed_fake(shard, ids, padding, scaled, dtype, *layout):
+    rows, _, order, _ = layout
     shape = [*ids.shape[:-1], local_rows(rows, order), shard.shape[1]]
     return shard.new_empty(shape, dtype=dtype)
 
 
 @_fake("embed_backward")
-def _embed_backward_fake(g, ids, units, padding, scaled, dtype, rows, length, order, axis):
+def _embed_backward_fake(g, ids, units, padding, scaled, dtype, *_):
     return g.new_empty((units, g.shape[-1]), dtype=dtype)
 
 
@@ -179,8 +192,9 @@ def _attention_fake(q, k, v, *_):
 
 
 @_fake("attention_backward")
-def _attention_backward_fake(g, q, k, v, mask, states, data, out, lse, biased, *_):
-    return [x.new_empty(x.shape) for x in (q, k, v, *([mask] if biased else []))]
+def _attention_backward_fake(g, *others):
+    qkv, mask, biased = others[:3], others[3], others[8]
+    return [x.new_empty(x.shape) for x in (*qkv, *([mask] if biased else []))]
 
 
 def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -281,16 +295,17 @@ def _results(body: Body) -> list[tuple[str, bool]]:
 
 
 @_fake("fold")
-def _fold_fake(tokens, invariants, shards, sizes, rows, lengths, region, key, axis):
-    body = BODIES[key]
-    local = [local_rows(c, e.order) for c, e in zip(rows, body.extents)]
-    symbols = symbol_values(body, sizes, local)
+def _fold_fake(*args):
+    f = FoldCall(*args)
+    body = BODIES[f.key]
+    local = [local_rows(c, e.order) for c, e in zip(f.rows, body.extents)]
+    symbols = symbol_values(body, f.sizes, local)
     out = []
     for name, stacked in _results(body):
         value = body.values[name]
         shape = [evaluate(s, symbols) for s in value.shape]
         out.append(
-            shards[0].new_empty([body.ranks, *shape] if stacked else shape, dtype=value.dtype)
+            f.shards[0].new_empty([body.ranks, *shape] if stacked else shape, dtype=value.dtype)
         )
     return out
 
@@ -300,11 +315,10 @@ def _operands(body: Body) -> list[str]:
 
 
 @_fake("fold_backward")
-def _fold_backward_fake(
-    gs, tokens, invariants, shards, saved, sizes, rows, lengths, region, key, axis
-):
-    body = BODIES[key]
-    operands = zip(_operands(body), [*tokens, *invariants, *shards])
+def _fold_backward_fake(gs, saved, *args):
+    f = FoldCall(*args)
+    body = BODIES[f.key]
+    operands = zip(_operands(body), [*f.tokens, *f.invariants, *f.shards])
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for n, x in operands
@@ -331,7 +345,7 @@ def _fold_grad(ctx: Context, gs: list[torch.Tensor | None]) -> object:
         operand_values = operand_values[n:]
     context = (ctx.sizes, *ctx.rest)
     got = iter(
-        torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), *operands, operand_values, *context)
+        torch.ops.tspc.fold_backward(list(gs[: ctx.outs]), operand_values, *operands, *context)
     )
     flat = [next(got) if body.values[n].requires_grad else None for n in _operands(body)]
     grads = []

@@ -7,11 +7,11 @@ what a rank asks the others for. `runtime.execute` registers what they do on ran
 from __future__ import annotations
 
 import torch
-from torch.types import IntLikeType
 
 from tspc.base.context import Arguments, Context
 from tspc.ir.kinds import ALONG
-from tspc.ops.library import DIM, LIB, local_rows
+from tspc.ir.layout import Along
+from tspc.ops.library import DIM, LIB, local_rows, resized
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -55,20 +55,16 @@ SEQUENCE_CONV = torch.ops.tspc.sequence_conv.default
 ALONG["halo"].add(SEQUENCE_CONV)
 
 
-def _sized(x: Tensor, dim: int, size: IntLikeType) -> Tensor:
-    shape: list[IntLikeType] = list(x.shape)
-    shape[dim] = size
-    return x.new_empty(shape)
-
-
 @torch.library.register_fake("tspc::extend", lib=LIB)
-def _extend_fake(x, left, right, way, dim, lead, trail, rows, length, order, axis):
-    return _sized(x, dim, lead * local_rows(rows * trail + left + right, order))
+def _extend_fake(x, left, right, way, *others):
+    at = Along(*others)
+    return resized(x, at.dim, at.lead * local_rows(at.rows * at.trail + left + right, at.order))
 
 
 @torch.library.register_fake("tspc::extend_backward", lib=LIB)
-def _extend_backward_fake(g, left, right, way, dim, lead, trail, rows, length, order, axis):
-    return _sized(g, dim, lead * local_rows(rows, order) * trail)
+def _extend_backward_fake(g, left, right, way, *others):
+    at = Along(*others)
+    return resized(g, at.dim, at.lead * local_rows(at.rows, at.order) * at.trail)
 
 
 @torch.library.register_fake("tspc::carry", lib=LIB)
@@ -87,7 +83,8 @@ def _tile_conv_fake(x, weight, bias, dilation, groups, tiles, axis):
 
 
 @torch.library.register_fake("tspc::tile_conv_backward", lib=LIB)
-def _tile_conv_backward_fake(g, x, weight, dilation, groups, tiles, wanted, axis):
+def _tile_conv_backward_fake(g, x, weight, *others):
+    wanted = others[3]
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return [g.new_empty(s) for s, w in zip(shapes, wanted) if w]
 

@@ -10,10 +10,12 @@ import torch
 from tspc.factors.factor import Dims
 from tspc.factors.notation import Op, Rule, apply, fallback
 from tspc.factors.registry import computed, rule
+from tspc.ir.program import SDPA
 from tspc.ops import counter  # noqa: F401  defines the ops
+from tspc.ops.attention import ATTENTION, bound
 from tspc.ops.sequence import SEQUENCE_CONV
 
-aten, tspc = torch.ops.aten, torch.ops.tspc
+aten = torch.ops.aten
 
 rule(aten.linear.default, "... i, o i, o -> ... o", reduce="i", once=2)
 rule(aten.mm.default, "m k, k n -> m n", reduce="k")
@@ -61,29 +63,25 @@ def sequence_conv(op: Op) -> Sequence[Dims]:
     return apply(Rule.parse(text, halo="s", **roles), op)
 
 
-@computed(
-    aten.scaled_dot_product_attention.default,
-    tspc.dropout_attention.default,
-    tspc.masked_attention.default,
-    tspc.sink_attention.default,
-)
+@computed(SDPA, ATTENTION)
 def attention(op: Op) -> Sequence[Dims]:
     """States go with the queries, a sink with its head, the data of a predicate with neither."""
-    h = "(k g)" if op.args["enable_gqa"] else "k"
+    x, a = bound(op.node)
+    h = "(k g)" if a.grouped else "k"
     n = len(op.ins[0])
     lead = [f"b{i}" for i in range(n - 3)]
     kv, query = ([*lead, k] if n > 2 else [] for k in ("k", h))
     mask = [*query, "q", "t"][-len(op.ins[3] or op.ins[0]) :]
     kv, query, mask = map(" ".join, (kv, query, mask))
-    more = f", {query} q" if "states" in op.args else ""
-    more += f", {h}" if "sinks" in op.args else ""
-    more += f", {' '.join(lead[:1])} n p" if op.args.get("rows") is not None else ""
+    states = f"{query} q" if x.states is not None else ""
+    data = f"{' '.join(lead[:1])} n p" if x.data is not None else ""
+    ins = f"{query} q d, {kv} t d, {kv} t e, {mask}, {states}, {data}"
     return apply(
         Rule.parse(
-            f"{query} q d, {kv} t d, {kv} t e, {mask}{more} -> {query} q e",
+            f"{ins}, {h if x.sinks is not None else ''} -> {query} q e",
             exchange="t",
-            whole="d n p" if op.args.get("rows") is not None else "d",
-            at="q" if op.args["is_causal"] or op.args.get("predicate") else "",
+            whole="d n p" if x.data is not None else "d",
+            at="q" if a.causal or a.predicate else "",
         ),
         op,
     )
