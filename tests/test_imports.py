@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,8 @@ FOLDERS = {
     "runtime.fold runtime.params seams",
 }
 FLOORS = 10  # folders in the longest chain of imports
+LINES, ARGUMENTS = 60, 7  # of a function, at most
+UNTYPED = 317  # lines with `Any`, at most: half of what there were
 MODELS = re.compile(r"llama|qwen|gpt|mistral|gemma|bert|falcon|mixtral|deepseek", re.I)
 
 
@@ -113,3 +116,22 @@ def test_files_are_short_and_name_no_model(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     assert not MODELS.search(text), MODELS.search(text)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_functions_are_short_and_take_few_arguments(path: Path) -> None:
+    for f in functions(path):
+        assert f.end_lineno and f.end_lineno - f.lineno < LINES, f.name
+        names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+        assert len([n for n in names if n not in ("self", "cls")]) <= ARGUMENTS, f.name
+
+
+def test_few_lines_leave_open_what_a_value_is() -> None:
+    lines = [line for path in FILES for line in path.read_text().splitlines()]
+    assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) <= UNTYPED

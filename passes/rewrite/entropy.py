@@ -5,12 +5,14 @@ In: the node, and what takes the nodes that stand for it. Out: the value of the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import sympy
 import torch
 
 from tspc.base.context import Arguments
+from tspc.ir.binding import bind
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.ops import library as ops  # noqa: F401  defines tspc::pick
 from tspc.seams.tensors import OpOverload
@@ -30,84 +32,81 @@ class Builder(Protocol):
         ...
 
 
-def cross_entropy(b: Builder, n: Node) -> Ref:
-    """-log softmax(logits)[label] = logsumexp(logits) - logits[label], then torch's reductions."""
-    names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-    defaults = (None, None, None, 1, -100, 0.0)
-    bound = {
-        k: n.args[i] if i < len(n.args) else n.kwargs.get(k, d)
-        for i, (k, d) in enumerate(zip(names, defaults))
-    }
-    logits, labels, weight = bound["self"], bound["target"], bound["weight"]
-    t, count = b.type(logits), 0
+@dataclass
+class _Writer:
+    """Nodes in the place of one."""
+
+    builder: Builder
+    node: Node
+    count: int = 0
 
     def emit(
-        op: OpOverload,
-        args: Arguments,
-        shape: tuple[Size, ...],
-        dtype: torch.dtype,
-        **kw: object,
+        self, op: OpOverload, args: Arguments, shape: tuple[Size, ...], dtype: torch.dtype
     ) -> Ref:
-        nonlocal count
-        count += 1
-        grad = dtype.is_floating_point and any(
-            b.type(r).requires_grad for r in Node("", op, args).refs()
-        )
-        kind = Type(shape, dtype, grad)
-        return b.add(Node(f"{n.name}.{count}", op, args, kw, (kind,), n.source))
+        self.count += 1
+        operands = Node("", op, args).refs()
+        grad = dtype.is_floating_point and any(self.builder.type(r).requires_grad for r in operands)
+        name, kind = f"{self.node.name}.{self.count}", Type(shape, dtype, grad)
+        return self.builder.add(Node(name, op, args, {}, (kind,), self.node.source))
 
-    if b.type(labels).dtype.is_floating_point:
-        return b.add(n)  # class probabilities: no rule, runs replicated
-    rank = len(t.shape)
-    if rank > 2:  # [N, V, ...]: classes last
+    def classes_last(self, logits: Ref) -> Ref:
+        """From [N, V, ...]."""
+        t = self.builder.type(logits)
+        rank = len(t.shape)
+        if rank <= 2:
+            return logits
         order = (0, *range(2, rank), 1)
-        logits = emit(
-            aten.permute.default, (logits, order), tuple(t.shape[k] for k in order), t.dtype
-        )
-        t = b.type(logits)
+        shape = tuple(t.shape[k] for k in order)
+        return self.emit(aten.permute.default, (logits, order), shape, t.dtype)
+
+    def cleared(self, x: Ref, ignored: Ref) -> Ref:
+        t = self.builder.type(x)
+        return self.emit(aten.masked_fill.Scalar, (x, ignored, 0), t.shape, t.dtype)
+
+    def summed(self, x: Ref) -> Ref:
+        dtype = self.builder.type(x).dtype
+        return self.emit(aten.sum.default, (x,), (), torch.int64 if dtype == torch.bool else dtype)
+
+    def binary(self, op: OpOverload, x: Ref, y: object) -> Ref:
+        """Of the shape and type of the first."""
+        t = self.builder.type(x)
+        return self.emit(op, (x, y), t.shape, t.dtype)
+
+
+def cross_entropy(b: Builder, n: Node) -> Ref:
+    """-log softmax(logits)[label] = logsumexp(logits) - logits[label], then torch's reductions."""
+    bound, _ = bind(n)
+    labels, weight, smoothing = bound["target"], bound["weight"], bound["label_smoothing"]
+    if b.type(labels).dtype.is_floating_point or (smoothing and weight is not None):
+        return b.add(n)  # no rule, runs replicated
+    w = _Writer(b, n)
+    logits = w.classes_last(bound["self"])
+    t = b.type(logits)
     rows, classes, dtype = t.shape[:-1], t.shape[-1], t.dtype
-    boolean, index = torch.bool, b.type(labels).dtype
-    kept = emit(aten.ne.Scalar, (labels, bound["ignore_index"]), rows, boolean)
-    ignored = emit(aten.logical_not.default, (kept,), rows, boolean)
-    safe = emit(aten.masked_fill.Scalar, (labels, ignored, 0), rows, index)
-    lse = emit(aten.logsumexp.default, (logits, (len(rows),)), rows, dtype)
-    picked = emit(torch.ops.tspc.pick.default, (logits, safe), rows, dtype)
-    nll = emit(aten.sub.Tensor, (lse, picked), rows, dtype)
-    factor = None
+    kept = w.emit(aten.ne.Scalar, (labels, bound["ignore_index"]), rows, torch.bool)
+    ignored = w.emit(aten.logical_not.default, (kept,), rows, torch.bool)
+    safe = w.cleared(labels, ignored)
+    lse = w.emit(aten.logsumexp.default, (logits, (len(rows),)), rows, dtype)
+    picked = w.emit(torch.ops.tspc.pick.default, (logits, safe), rows, dtype)
+    terms, factor = [w.binary(aten.sub.Tensor, lse, picked)], None
     if weight is not None:
-        factor = emit(aten.index.Tensor, (weight, (safe,)), rows, dtype)
-        nll = emit(aten.mul.Tensor, (nll, factor), rows, dtype)
-    nll = emit(aten.masked_fill.Scalar, (nll, ignored, 0), rows, dtype)
-    smoothing = bound["label_smoothing"]
-    smooth = None
+        factor = w.emit(aten.index.Tensor, (weight, (safe,)), rows, dtype)
+        terms = [w.binary(aten.mul.Tensor, terms[0], factor)]
+    terms[0] = w.cleared(terms[0], ignored)
     if smoothing:
-        if weight is not None:
-            raise_unsupported = Node(n.name, n.op, n.args, n.kwargs, n.types, n.source)
-            return b.add(raise_unsupported)
-        summed = emit(aten.sum.dim_IntList, (logits, (len(rows),)), rows, dtype)
-        scaled = emit(aten.mul.Scalar, (lse, classes), rows, dtype)
-        smooth = emit(aten.sub.Tensor, (scaled, summed), rows, dtype)
-        smooth = emit(aten.masked_fill.Scalar, (smooth, ignored, 0), rows, dtype)
-    if bound["reduction"] == 0:
-        total, extra = nll, smooth
-        shape = rows
-    else:
-        shape = ()
-        total = emit(aten.sum.default, (nll,), (), dtype)
-        extra = emit(aten.sum.default, (smooth,), (), dtype) if smooth else None
+        every_class = w.emit(aten.sum.dim_IntList, (logits, (len(rows),)), rows, dtype)
+        scaled = w.binary(aten.mul.Scalar, lse, classes)
+        terms.append(w.cleared(w.binary(aten.sub.Tensor, scaled, every_class), ignored))
+    if bound["reduction"] != 0:
+        terms = [w.summed(x) for x in terms]
     if bound["reduction"] == 1:
-        if factor is not None:
-            factor = emit(aten.masked_fill.Scalar, (factor, ignored, 0), rows, dtype)
-            denominator = emit(aten.sum.default, (factor,), (), dtype)
-        else:
-            denominator = emit(aten.sum.default, (kept,), (), torch.int64)
-        total = emit(aten.div.Tensor, (total, denominator), (), dtype)
-        extra = emit(aten.div.Tensor, (extra, denominator), (), dtype) if extra else None
-    if extra is not None:
-        total = emit(aten.mul.Scalar, (total, 1 - smoothing), shape, dtype)
-        extra = emit(aten.mul.Scalar, (extra, _ratio(smoothing, classes)), shape, dtype)
-        total = emit(aten.add.Tensor, (total, extra), shape, dtype)
-    return total
+        counted = w.summed(kept if factor is None else w.cleared(factor, ignored))
+        terms = [w.binary(aten.div.Tensor, x, counted) for x in terms]
+    if not smoothing:
+        return terms[0]
+    total = w.binary(aten.mul.Scalar, terms[0], 1 - smoothing)
+    extra = w.binary(aten.mul.Scalar, terms[1], _ratio(smoothing, classes))
+    return w.binary(aten.add.Tensor, total, extra)
 
 
 def _ratio(smoothing: float, classes: Size) -> float | sympy.Expr:

@@ -1,13 +1,17 @@
-"""Whether a model is the one that was planned: the same parameters, with their shapes and
-types."""
+"""Whether what was chosen goes with the ranks, and the model is the one that was planned: the same
+parameters, with their shapes and types."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn as nn
 
-from tspc.base.errors import PlanError
+from tspc.base.errors import OptionError, PlanError
+from tspc.base.options import Options
+from tspc.runtime.comm.place import Place
+from tspc.seams.compiler import compiled_roots
 
 LISTED = 3  # parameters that a message names
 
@@ -42,3 +46,19 @@ def check_planned(where: str, planned: Mapping[str, str], module: nn.Module) -> 
         f"{where}: the plan is of another model than {type(module).__name__}: {'; '.join(unlike)}"
         f"{more}: plan this model"
     )
+
+
+def check_chosen(chosen: Options, mode: str | None, place: Place, gm: torch.fx.GraphModule) -> None:
+    """What does not go with more than one rank, or with this model, is an error."""
+    if mode is not None:
+        raise OptionError(
+            f"mode={mode!r} is Inductor's and works on one rank only; on {place.axis.size} ranks "
+            "leave it out (tspc's own options: options={...})"
+        )
+    if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
+        raise PlanError(
+            f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
+        )
+    if chosen.plan is not None:
+        for root in compiled_roots(gm)[:1]:
+            check_planned("options", chosen.plan.parameters, root)

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.types import IntLikeType
 
 from tspc.backend.mode import mode_options
-from tspc.backend.planned import check_planned
+from tspc.backend.planned import check_chosen
 from tspc.backend.progress import Compiling, stage
-from tspc.base.errors import InternalError, OptionError, PlanError, TspcError, UnsupportedError
+from tspc.base.errors import InternalError, PlanError, TspcError, UnsupportedError
 from tspc.base.hardware import device_name
 from tspc.base.journal import log
 from tspc.base.options import Options, parse
@@ -119,18 +119,7 @@ def tsp(
         calls.given()
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
         return compiled
-    if mode is not None:
-        raise OptionError(
-            f"mode={mode!r} is Inductor's and works on one rank only; on {place.axis.size} ranks "
-            "leave it out (tspc's own options: options={...})"
-        )
-    if chosen.plan is not None and chosen.plan.ranks != place.axis.size:
-        raise PlanError(
-            f"the plan is for {chosen.plan.ranks} ranks, the axis has {place.axis.size}: plan again"
-        )
-    if chosen.plan is not None:
-        for root in compiled_roots(gm)[:1]:
-            check_planned("options", chosen.plan.parameters, root)
+    check_chosen(chosen, mode, place, gm)
     if only_shards(gm, example_inputs):
         calls.given()
         return gm
@@ -272,19 +261,27 @@ def _require(guard: sympy.Expr | Boolean, bind: Lengths) -> None:
         raise InternalError(f"the local program assumes {guard}, which does not hold")
 
 
-def _function(
-    compiled: Compiled, options: Options, example_inputs: Sequence[object], gm: torch.fx.GraphModule
-) -> Callable[..., object]:
-    captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
+def _lowered(
+    compiled: Compiled, options: Options, example_inputs: Sequence[object]
+) -> Callable[..., Sequence[Any]]:
+    """One rank's program and the pieces of its folds, compiled."""
     fakes = _fakes(compiled, example_inputs)
     stage("compiles its folds")
     if options.compiler == "inductor":
         _compile_bodies(compiled, _device(example_inputs))
     bind = _dynamos(compiled, fakes)
     stage("compiles the rest")
-    run_local = compile_local(rewritten.local, fakes, options.compiler)
+    run_local = compile_local(compiled.rewritten.local, fakes, options.compiler)
     for guard in fakes.env.guards:  # what tracing and lowering assumed of the local sizes
         _require(guard.expr, bind)
+    return run_local
+
+
+def _function(
+    compiled: Compiled, options: Options, example_inputs: Sequence[object], gm: torch.fx.GraphModule
+) -> Callable[..., object]:
+    captured, rewritten, place = compiled.captured, compiled.rewritten, compiled.place
+    run_local = _lowered(compiled, options, example_inputs)
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     device = _device(example_inputs)
     examples = captured.given(nodes, example_inputs, None)
@@ -299,14 +296,8 @@ def _function(
     positions = [None if n.name == SEED else captured.positions[n.name] for n in nodes]
     inputs = [nodes[i].name for i in plain]
     lasting = frozenset(nodes[i].name for i in plain if nodes[i].op == BUFFER)
-    facts = (
-        inputs,
-        lasting,
-        input_check.facts(captured.program),
-        input_check.graph_in_words(captured.program),
-        names,
-    )
-    check = input_check.Checker(place, options.check_inputs, *facts)
+    same = input_check.facts(captured.program), input_check.graph_in_words(captured.program)
+    check = input_check.Checker(place, options.check_inputs, inputs, lasting, *same, names)
     numbers = [s for s, (_, dim) in captured.symbols.items() if dim is None]
     indices = Indices(rewritten.lookups, device)
 
