@@ -64,20 +64,20 @@ def after(refused: Refused, e: Exception, program: Program, strict: bool) -> Ref
         ) from e
     log.debug("%s: %s", where, cause, exc_info=e)
     if len(refused.nodes) + len(refused.regions) < RETRIES:
-        for found in at_hand(e):
-            if isinstance(found, Node):
-                name = _next(refused, found.name, program)
+        for culprit in at_hand(e):
+            if isinstance(culprit, Node):
+                name = _next(refused, culprit.name, program)
                 if name:
                     return replace(refused, nodes={**refused.nodes, name: cause})
-            elif found and found not in refused.regions:
-                return replace(refused, regions={**refused.regions, found: cause})
+            elif culprit and culprit not in refused.regions:
+                return replace(refused, regions={**refused.regions, culprit: cause})
     return replace(refused, everything=cause, source=where)
 
 
 def _next(refused: Refused, name: str, program: Program) -> str:
     """The node, or where it is refused already, the one of which a pass made it."""
-    made = {n.name for n in program.nodes if n.is_call}
-    while name and (name in refused.nodes or not any(_made_of(name, m) for m in made)):
+    names = {n.name for n in program.nodes if n.is_call}
+    while name and (name in refused.nodes or not any(_made_of(name, m) for m in names)):
         name = name.rpartition(".")[0]
     return name
 
@@ -100,9 +100,9 @@ def at_hand(e: BaseException) -> Iterator[Node | frozenset[str]]:
     for frame in reversed(frames):
         if str(frame.f_globals.get("__name__", "")).startswith("tspc."):
             for value in list(frame.f_locals.values()):
-                found = _held(value)
-                if found is not None:
-                    yield found
+                culprit = _held(value)
+                if culprit is not None:
+                    yield culprit
 
 
 def _held(value: object) -> Node | frozenset[str] | None:

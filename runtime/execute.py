@@ -79,8 +79,8 @@ def _whole_weight_backward(
         axis = place.axis
         start = min(axis.rank * -(-size // axis.size), size)
         g = g.narrow(dim, start, chunk_rows(axis, size))
-    (mine,) = place.mean([g], [dim if cut else None])
-    return mine.clone(memory_format=torch.contiguous_format)
+    (mean,) = place.mean([g], [dim if cut else None])
+    return mean.clone(memory_format=torch.contiguous_format)
 
 
 LIB.impl("whole_weight", _whole_weight, "CompositeExplicitAutograd")
@@ -234,9 +234,9 @@ def _where(region: str, call: Call) -> str:
     return f"region {region!r} ({call.schedule}{step})"
 
 
-def _apart(results: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _apart(results: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each contiguous in memory of its own, as an op must give it; copied only where it is not."""
-    taken = {x.untyped_storage().data_ptr() for x in given}
+    taken = {x.untyped_storage().data_ptr() for x in operands}
     out = []
     for x in results:
         held = x.untyped_storage()

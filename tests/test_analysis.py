@@ -17,6 +17,7 @@ from tspc.frontend.capture import convert
 from tspc.ir.program import INPUT, PARAM, Program, Ref
 from tspc.passes.analyse.factorize import factorize
 from tspc.passes.lower.choose import choose
+from tspc.passes.rewrite.normalize import normalize
 
 WIDTH, HEADS, FFN, LENGTH = 12, 3, 20, 7
 SHAPES = ((WIDTH,), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (FFN, WIDTH), (WIDTH, FFN))
@@ -52,7 +53,7 @@ def program_of(layers: int) -> Program:
 
 def counted(layers: int) -> Counter[str]:
     """Rules applied, and calls of Python functions in the analysis and the choice of regions."""
-    program, counts = program_of(layers), Counter[str]()
+    program, counts = normalize(program_of(layers)), Counter[str]()
 
     def note(r: Rule, op: Op) -> Rule:
         counts["rules"] += 1

@@ -217,7 +217,7 @@ def test_rows_without_a_key_are_undefined_as_in_the_model() -> None:
     torch._dynamo.reset()
     with Widen(), torch.no_grad():
         expected = model(tokens, pad)
-        got = torch.compile(model, backend=simulated_backend(3, made=made))(tokens, pad)
+        got = torch.compile(model, backend=simulated_backend(3, graphs=made))(tokens, pad)
     assert len(decision(made[0])) == 1
     assert torch.equal(expected.isnan(), got.isnan()) and int(got.isnan().any(-1).sum()) == 4
     assert torch.allclose(expected.nan_to_num(), got.nan_to_num(), rtol=1e-12, atol=1e-12)

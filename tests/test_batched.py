@@ -64,7 +64,7 @@ def test_any_length_from_one_graph() -> None:
     made: list[Any] = []
     m = Mapping(by_entry_and_token).double()
     torch._dynamo.reset()
-    fn = torch.compile(m, backend=simulated_backend(2, made=made), dynamic=True)
+    fn = torch.compile(m, backend=simulated_backend(2, graphs=made), dynamic=True)
     for length in (5, 8, 11):
         x = torch.randn(2, length, 6, dtype=torch.float64)
         torch.testing.assert_close(fn(x), m(x), rtol=1e-9, atol=1e-12)

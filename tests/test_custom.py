@@ -197,7 +197,7 @@ def test_any_length_from_one_graph() -> None:
     mine, one, made = Model(inside).double(), Model(inside).double(), []
     one.load_state_dict(mine.state_dict())
     torch._dynamo.reset()
-    fn = torch.compile(mine, backend=simulated_backend(2, made=made), dynamic=True)
+    fn = torch.compile(mine, backend=simulated_backend(2, graphs=made), dynamic=True)
     for length in (5, 8, 11):
         for m, call in ((mine, fn), (one, one)):
             m.zero_grad()

@@ -78,7 +78,7 @@ def function() -> None:
 def uncompiled() -> None:
     m = Block()
     torch.compile(m, backend="tsp", options=EAGER)(X)
-    calls.EAGER.told.clear()
+    calls.EAGER.reported.clear()
     for _ in range(2):
         m(X)
 

@@ -23,61 +23,6 @@ PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 TESTS = [p for p in sorted((ROOT / "tests").rglob("*.py")) if p != Path(__file__)]
 FILLERS = set(["made", "given", "rest", "found", "every", "told", "met", "known", "mine", "own"])
-# not yet gone through: the list only shrinks
-TO_RENAME: frozenset[str] = frozenset(
-    (
-        "passes/rewrite/attend.py",
-        "passes/lower/choose.py",
-        "passes/lower/mask_rows.py",
-        "passes/rewrite/draws.py",
-        "passes/ladder.py",
-        "passes/lower/localize.py",
-        "passes/rewrite/masks.py",
-        "passes/rewrite/normalize.py",
-        "passes/analyse/outputs.py",
-        "passes/lower/run_piece.py",
-        "passes/lower/propagate.py",
-        "passes/analyse/regions.py",
-        "passes/rewrite/mask_data.py",
-        "passes/analyse/seal.py",
-        "passes/analyse/typed.py",
-        "passes/analyse/windows.py",
-        "runtime/params/accumulate.py",
-        "runtime/attention/kernels.py",
-        "runtime/params/convert.py",
-        "runtime/execute.py",
-        "runtime/params/gradients.py",
-        "runtime/params/handover.py",
-        "runtime/lowering/inductor.py",
-        "runtime/params/libraries.py",
-        "runtime/params/noise.py",
-        "runtime/call/outputs.py",
-        "runtime/fold/step.py",
-        "runtime/params/storage.py",
-        "runtime/params/stored.py",
-        "runtime/call/twice.py",
-        "runtime/params/values.py",
-        "runtime/params/whole.py",
-        "runtime/params/writing.py",
-        "tspc/api.py",
-        "runtime/call/frames.py",
-        "tspc/frontend/capture.py",
-        "tspc/backend/simulated.py",
-        "tspc/frontend/autograd_function.py",
-        "tspc/seams/dtensor.py",
-        "tspc/factors/factor.py",
-        "tspc/frontend/autograd_grad.py",
-        "tspc/ops/lookup.py",
-        "tspc/frontend/overwritten.py",
-        "tspc/frontend/autocast.py",
-        "tspc/ir/program.py",
-        "tspc/factors/notation.py",
-        "tspc/rules/place.py",
-        "tspc/rules/view.py",
-        "tspc/frontend/scalars.py",
-        "tspc/seams/compiler.py",
-    )
-)
 FOLDERS = "tspc|passes|runtime|tests|docs|bench|examples"
 PUBLIC = {n: getattr(tspc, n) for n in tspc.__all__}
 
@@ -199,10 +144,7 @@ def fillers(path: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name)
 def test_names_say_what_they_are(path: Path) -> None:
-    if name(path) in TO_RENAME:
-        assert fillers(path), f"{name(path)} is done: take it off the list"
-    else:
-        assert not fillers(path)
+    assert not fillers(path)
 
 
 def test_words_given_up_are_nowhere() -> None:

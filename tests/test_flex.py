@@ -100,7 +100,7 @@ def test_equals_one_device(
     plain.load_state_dict(mine.state_dict())
     made: list[Simulated] = []
     torch._dynamo.reset()
-    compiled = torch.compile(mine, backend=simulated_backend(3, made=made))
+    compiled = torch.compile(mine, backend=simulated_backend(3, graphs=made))
     with Widen():
         got, expected = compiled(*inputs()), plain(*inputs())
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_library_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Widen():
         losses = [
             fn(**call).loss
-            for fn in (torch.compile(mine, backend=simulated_backend(3, made=made)), plain)
+            for fn in (torch.compile(mine, backend=simulated_backend(3, graphs=made)), plain)
         ]
     for loss in losses:
         loss.backward()

@@ -87,7 +87,7 @@ def test_an_op_that_cannot_be_placed(ladder: pytest.MonkeyPatch) -> None:
 
 
 def test_a_region_that_cannot_be_made(ladder: pytest.MonkeyPatch) -> None:
-    fail_at(ladder, pieces, "_cut", lambda m, *_: "up.weight" in m.fold.weights)
+    fail_at(ladder, pieces._Builder, "steps", lambda b, *_: "up.weight" in b.maker.fold.weights)
     made = verified()
     assert list(made.refused.regions) == [{"up.weight", "down.weight"}]
     (line,) = [x for x in warnings(reports(made)) if "inside of tspc" in x]

@@ -98,6 +98,6 @@ def filled(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_what_an_index_is_made_of(fn: Any, constants: set[int] | None) -> None:
-    (found,) = tspc.plan(Looked(fn), (ids(),), ranks=2).rewritten.lookups.found
+    (found,) = tspc.plan(Looked(fn), (ids(),), ranks=2).rewritten.lookups.listed
     wanted = None if constants is None else Elements("ids", frozenset(constants))
     assert found.elements == wanted

@@ -214,7 +214,7 @@ def test_rows_without_a_key_are_the_models(
         torch._dynamo.reset()
         with torch.no_grad(), Widen():
             made: list[Simulated] = []
-            compiled = torch.compile(model, backend=simulated_backend(3, made=made))
+            compiled = torch.compile(model, backend=simulated_backend(3, graphs=made))
             mine, one = compiled(*given), model(*given)
         assert torch.isnan(one).any()
         assert torch.allclose(mine, one, rtol=1e-9, atol=1e-9, equal_nan=True)
@@ -274,7 +274,7 @@ def test_one_graph_for_all_lengths(small_blocks: None) -> None:
     model = Model(half, layers=1).double()
     made: list[Simulated] = []
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=simulated_backend(3, made=made), dynamic=True)
+    compiled = torch.compile(model, backend=simulated_backend(3, graphs=made), dynamic=True)
     with Widen():
         for length in (12, 15, 31):
             mine, one = compiled(*inputs(length)), model(*inputs(length))

@@ -83,7 +83,7 @@ def test_floats_stay_symbols(kind: type[Base], graphs: int) -> None:
     model = kind().double()
     made: list[Simulated] = []
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=simulated_backend(2, made=made))
+    compiled = torch.compile(model, backend=simulated_backend(2, graphs=made))
     for k, w in enumerate((0.3, 0.5, 0.75, 0.9)):
         model.t = 1 - k / 10
         ends = []

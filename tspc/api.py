@@ -154,11 +154,11 @@ class Verification:
         return max((e for kind in self.errors.values() for e in kind.values()), default=0.0)
 
 
-def _device(given: Sequence[object], mesh: DeviceMesh | None) -> torch.device:
+def _device(inputs: Sequence[object], mesh: DeviceMesh | None) -> torch.device:
     """Where the plan would run."""
     if mesh is not None:
         return torch.device(mesh.device_type)
-    return next((x.device for x in given if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    return next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
 
 class _Stop(Exception):
@@ -198,14 +198,14 @@ def plan(
     if ranks is None:
         raise PlanError("plan(...) needs ranks= or mesh=")
     check_ranks(where, ranks)
-    count, found, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
+    count, plans, device = ranks, [], _device(tree_leaves((args, kwargs)), mesh)
     named = parameters_of(model) if isinstance(model, nn.Module) else {}
 
     @plainly(TspcError)
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> object:
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
         rewritten = captured.rewritten(count, "tsp", chosen, device_name(device))
-        found.append(Plan(count, rewritten, dict(captured.program.hints), chosen, named))
+        plans.append(Plan(count, rewritten, dict(captured.program.hints), chosen, named))
         raise _Stop
 
     inputs = (tuple(args), dict(kwargs or {}))
@@ -215,14 +215,14 @@ def plan(
             torch._dynamo.config.patch(specialize_float=True),
             _fakes(model, inputs, device) as fake,
         ):
-            given = tree_map(fake, inputs)
-            torch.compile(model, backend=backend, dynamic=True)(*given[0], **given[1])
+            fakes = tree_map(fake, inputs)
+            torch.compile(model, backend=backend, dynamic=True)(*fakes[0], **fakes[1])
     except Exception:
-        if not found:
+        if not plans:
             raise
-    if not found:
+    if not plans:
         raise CaptureError("the model has no graph to plan")
-    return found[0]
+    return plans[0]
 
 
 @contextlib.contextmanager
@@ -239,18 +239,18 @@ def _fakes(
         return
     if device.type == "meta":
         device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
-    mode, made, kept = FakeTensorMode(), {}, [dict(t) for t in tables]
+    mode, by_id, kept = FakeTensorMode(), {}, [dict(t) for t in tables]
 
     def fake(x: object) -> object:
         if not isinstance(x, torch.Tensor):
             return x
-        if id(x) not in made:
+        if id(x) not in by_id:
             with mode:
                 like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
             parameter = isinstance(x, nn.Parameter)
-            made[id(x)] = nn.Parameter(like, x.requires_grad) if parameter else like
-            made[id(x)].requires_grad_(x.requires_grad)
-        return made[id(x)]
+            by_id[id(x)] = nn.Parameter(like, x.requires_grad) if parameter else like
+            by_id[id(x)].requires_grad_(x.requires_grad)
+        return by_id[id(x)]
 
     try:
         for t in tables:
@@ -302,8 +302,8 @@ def _text(rewritten: Unit, ranks: int, sizes: Mapping[sympy.Symbol, int]) -> str
                 schedules[n] = choose(body, ranks, values, rows)
         kept = lines(rewritten.keepings, sizes)
         kept += attended.lines(rewritten, ranks, sizes)
-    told = [str(r) for r in reports(rewritten, sizes or None)]
-    return show(rewritten, schedules=schedules, notes=[*kept, *told])
+    report_lines = [str(r) for r in reports(rewritten, sizes or None)]
+    return show(rewritten, schedules=schedules, notes=[*kept, *report_lines])
 
 
 def verify(
@@ -327,27 +327,27 @@ def verify(
     check_called(where, model, args, kwargs, module=True)
     check_ranks(where, ranks)
     check_tolerance(where, tolerance)
-    made: list[Simulated] = []
-    compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), made))
+    graphs: list[Simulated] = []
+    compiled = torch.compile(model, backend=simulated_backend(ranks, parse(options), graphs))
     start = {n: x.detach().clone() for n, x in (*model.named_parameters(), *model.named_buffers())}
     state = torch.random.get_rng_state()
     with isolated():
-        mine = _outcome(compiled, model, args, kwargs or {}, start)
+        outcome = _outcome(compiled, model, args, kwargs or {}, start)
     reference: Callable[..., object] = model
-    if any(g.rewritten.draws for g in made):
+    if any(g.rewritten.draws for g in graphs):
         reference = torch.compile(model, backend=reference_backend)
     torch.random.set_rng_state(state)
     with isolated():
         one = _outcome(reference, model, args, kwargs or {}, start)
-    errors = {kind: relative_errors(mine[kind], one[kind]) for kind in one}
-    found = Verification(errors, tuple(made))
+    errors = {kind: relative_errors(outcome[kind], one[kind]) for kind in one}
+    result = Verification(errors, tuple(graphs))
     wrong = {
         f"{kind} {n}": e for kind, es in errors.items() for n, e in es.items() if not e <= tolerance
     }
     if wrong:
         listed = ", ".join(f"{n}: {e:.2e}" for n, e in sorted(wrong.items()))
         raise ParityError(f"{ranks} ranks differ from one device beyond {tolerance}: {listed}")
-    return found
+    return result
 
 
 def _outcome(
@@ -378,7 +378,7 @@ def _outcome(
         noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in live]
         torch.autograd.backward(live, noise)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    given = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
+    input_grads = {str(i): x.grad.clone() for i, x in enumerate(leaves) if x.grad is not None}
     model.zero_grad()
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     after = [{n: x.detach().clone() for n, x in d.items()} for d in (params, buffers)]
@@ -388,7 +388,7 @@ def _outcome(
     return {
         "output": {str(i): x.detach() for i, x in enumerate(outs)},
         "gradient of": grads,
-        "input gradient": given,
+        "input gradient": input_grads,
         "parameter": after[0],
         "buffer": after[1],
     }

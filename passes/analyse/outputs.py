@@ -74,14 +74,14 @@ def hand_out(
     ranges: dict[int, tuple[Range, ...]] = {}
     args = list(out.args)
     for i, x in enumerate(args[:outputs]):
-        found: list[Range] = []
+        cuts: list[Range] = []
         kept = x
         while isinstance(x, Ref) and users[x.name] == 1 and by_name[x.name].op == SLICE:
             node = by_name[x.name]
-            found.insert(0, _range(node))
+            cuts.insert(0, _range(node))
             x = node.args[0]
             if node.name in trims:
-                ranges[i], kept = tuple(found), x
+                ranges[i], kept = tuple(cuts), x
         args[i] = kept
     if not ranges:
         return program, ranges
@@ -92,6 +92,6 @@ def hand_out(
 def _range(n: Node) -> Range:
     names = ("self", "dim", "start", "end", "step")
     defaults: Arguments = (None, 0, None, None, 1)
-    given = dict(zip(names, defaults)) | dict(zip(names, n.args)) | n.kwargs
-    bounds = (given["start"], given["end"], given["step"])
-    return Range(given["dim"] % len(n.type.shape), *bounds, tuple(n.type.shape))
+    arguments = dict(zip(names, defaults)) | dict(zip(names, n.args)) | n.kwargs
+    bounds = (arguments["start"], arguments["end"], arguments["step"])
+    return Range(arguments["dim"] % len(n.type.shape), *bounds, tuple(n.type.shape))

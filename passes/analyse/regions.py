@@ -71,9 +71,9 @@ def weight_values(a: Analysis) -> dict[str, str]:
     """Value -> the parameter that it is, through views and casts only."""
     out = {n.name: n.name for n in a.program.nodes if n.op == PARAM}
     for r in a.records:
-        given = [x.name for x in r.refs if x is not None]
-        if len(given) == 1 and given[0] in out and r.node.op != OUTPUT and is_view(r.node.op):
-            out[r.node.name] = out[given[0]]
+        operands = [x.name for x in r.refs if x is not None]
+        if len(operands) == 1 and operands[0] in out and r.node.op != OUTPUT and is_view(r.node.op):
+            out[r.node.name] = out[operands[0]]
     return out
 
 
@@ -88,14 +88,14 @@ def numel(t):
 class Regions:
     """All candidate regions of a program.
 
-    rejected: with the chosen regions that they clash with. rest: parameters outside of regions and
-    look-ups.
+    rejected: with the chosen regions that they clash with. others: parameters outside of regions
+    and look-ups.
     """
 
     chosen: list[Region]
     rejected: list[tuple[Region, list[Region]]]
     lookups: list[tuple[Factor, Record]]
-    rest: list[str]
+    others: list[str]
 
 
 class End(NamedTuple):
@@ -128,7 +128,7 @@ def find_regions(
             if x is not None:
                 readers[x.name].append(r)
     in_params = dict.fromkeys(f for n in params for d in a.env[n, 0] for f in a.F.leaves(d))
-    found: list[Region] = []
+    regions: list[Region] = []
     lookups: list[tuple[Factor, Record]] = []
     for f in in_params:
         if not const(f.size) or f.size < 2:
@@ -148,8 +148,8 @@ def find_regions(
             for part in parts:
                 part.is_open = g.is_open
                 describe(a, part, recs, weight_of, types)
-            found += parts or [g]
-    chosen, rejected = _chosen(found, recs, weight_of, refused)
+            regions += parts or [g]
+    chosen, rejected = _chosen(regions, recs, weight_of, refused)
     tables = {x.name for _, r in lookups if (x := r.refs[0]) is not None}
     covered = {n for g in chosen for n in g.weights} | {weight_of.get(t, t) for t in tables}
     return Regions(chosen, rejected, lookups, [n for n in params if n not in covered])
@@ -162,8 +162,8 @@ def _end(r: Record, f: Factor, weight_of: Mapping[str, str]) -> End | None:
     if r.node.op == OUTPUT:
         return End(r, "output")
     if kinds & LEAK:
-        told = sorted({f"{role} {why}".strip() for role, _, why in roles if role in LEAK})
-        return End(r, "leak", "; ".join(told))
+        reasons = sorted({f"{role} {why}".strip() for role, _, why in roles if role in LEAK})
+        return End(r, "leak", "; ".join(reasons))
     if "select" in kinds:
         picked = [r.refs[i] for role, i, _ in roles if role == "select" and i is not None]
         table = any(x is not None and x.name in weight_of for x in picked)
@@ -182,19 +182,19 @@ def _region(f: Factor, ops: set[int], ends: Sequence[End], recs: list[Record]) -
 
 
 def _chosen(
-    found: list[Region],
+    candidates: list[Region],
     recs: list[Record],
     weight_of: Mapping[str, str],
     refused: Container[tuple[Factor, int]],
 ) -> tuple[list[Region], list[tuple[Region, list[Region]]]]:
     """The regions that clash with none before them, and the others with those."""
-    found.sort(
+    candidates.sort(
         key=lambda g: (bool(g.leaks), g.phases > 2, g.is_open, -g.elements, g.phases, min(g.ops))
     )
     chosen: list[Region] = []
     taken: dict[tuple[int, str], Region] = {}
     rejected: list[tuple[Region, list[Region]]] = []
-    for g in found:
+    for g in candidates:
         uses = {
             (o, x.name)
             for o in g.ops
@@ -290,7 +290,7 @@ def opened(
 ) -> bool:
     """A value with the factor leaves the region but for its exits, or comes from elsewhere with the
     sequence."""
-    f, made = g.factor, {recs[o].node.name for o in g.ops}
+    f, results = g.factor, {recs[o].node.name for o in g.ops}
     for r in (recs[o] for o in g.ops):
         inside = not {role for role, *_ in r.roles.get(f, ())} & set(ENDS)
         if inside and any(
@@ -298,8 +298,8 @@ def opened(
         ):
             return True
         for x, carried in zip(r.refs, r.carried_in):
-            known = x is None or x.name in made or x.name in a.program.replicated
-            if not known and f in carried and carried.intersection(leaves):
+            replicated = x is None or x.name in results or x.name in a.program.replicated
+            if not replicated and f in carried and carried.intersection(leaves):
                 return True
     return False
 
@@ -328,17 +328,17 @@ def phases(g: Region, recs: list[Record], leaves: Collection[Factor]) -> list[Re
             if o is not None and o not in first:
                 first.add(o)
                 todo.append(o)
-    rest = g.ops - first
-    todo = list(rest)
+    later = g.ops - first
+    todo = list(later)
     while todo:  # what has no sequence cannot leave: it is recomputed
         for x in recs[todo.pop()].refs:
             o = makers.get(x.name) if x else None
             cut = o in first and set().union(*recs[o].carried_out).intersection(leaves)
-            if o in first and o not in rest and not cut:
-                rest.add(o)
+            if o in first and o not in later and not cut:
+                later.add(o)
                 todo.append(o)
     out = []
-    for ops in (first, rest):
+    for ops in (first, later):
         exits = [(i, kind) for i, kind in g.exits if kind == "output" or i in ops]
         out.append(Region(g.factor, exits, ops, outputs=g.outputs))
     return out

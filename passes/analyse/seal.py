@@ -28,8 +28,8 @@ def analyse(program: Program, refused: Container[str] = ()) -> Analysis:
         if not more:
             return a
         for n, at in more.items():
-            known: tuple[tuple[int, int], ...] = sealed.get(n, ())
-            sealed = {**sealed, n: (*known, *at)}
+            pairs: tuple[tuple[int, int], ...] = sealed.get(n, ())
+            sealed = {**sealed, n: (*pairs, *at)}
 
 
 def _composed(a: Analysis) -> set[tuple[Factor, ...]]:
@@ -49,14 +49,14 @@ def _makers(a: Analysis, composed: set[tuple[Factor, ...]]) -> Sealed:
     for r in a.records if composed else ():
         if r.node.op == OUTPUT:
             continue
-        given = {a.F.expand(tuple(d)) for dims in r.ins for d in dims}
-        made = [
+        operand_dims = {a.F.expand(tuple(d)) for dims in r.ins for d in dims}
+        new_dims = [
             (item, k)
             for item, dims in enumerate(r.outs)
             for k, d in enumerate(dims)
-            if (e := a.F.expand(tuple(d))) in composed and e not in given
+            if (e := a.F.expand(tuple(d))) in composed and e not in operand_dims
         ]
-        fresh = tuple(x for x in made if x not in a.sealed.get(r.node.name, ()))
+        fresh = tuple(x for x in new_dims if x not in a.sealed.get(r.node.name, ()))
         if fresh:
             out[r.node.name] = fresh
     return out

@@ -46,8 +46,8 @@ class Typed:
 
     def sequences_of(self, fold: Fold) -> list[int]:
         """Those of its results first, then in the order of its tokens."""
-        every = (*(e.dims for e in fold.exits), *(fold.dims[t] for t in fold.tokens))
-        return list(dict.fromkeys(i for d in every if (i := self.sequence(d)) is not None))
+        all_dims = (*(e.dims for e in fold.exits), *(fold.dims[t] for t in fold.tokens))
+        return list(dict.fromkeys(i for d in all_dims if (i := self.sequence(d)) is not None))
 
 
 def sequence_of(factors: Factors, leaves: Sequence[Factor], dims: Dims) -> int | None:

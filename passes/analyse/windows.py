@@ -53,19 +53,19 @@ def widen(a: Analysis, leaf: Factor | None) -> Program:
 def _windows(a: Analysis, leaf: Factor) -> list[Window]:
     """Ranges that leave out a fixed number of rows. Where unlike ones meet, those that start
     later are moved to the rows of the first."""
-    found: dict[Factor, set[tuple[Size, Size]]] = {}
+    windows: dict[Factor, set[tuple[Size, Size]]] = {}
     for r in a.records:
         if r.node.op != aten.slice.Tensor or not _is_trim(r, leaf):
             continue
         k, lo = _range(r)
-        w, *rest = a.F.expand(tuple(r.outs[0][k]))
-        if rest:  # cut further by a step
+        w, *others = a.F.expand(tuple(r.outs[0][k]))
+        if others:  # cut further by a step
             continue
         n = a.F.size((leaf,))
         lo = norm(n + lo) if const(lo) and lo < 0 else lo
-        found.setdefault(w, set()).add((lo, norm(n - w.size - lo)))
+        windows.setdefault(w, set()).add((lo, norm(n - w.size - lo)))
     out = []
-    for w, ranges in found.items():
+    for w, ranges in windows.items():
         few = {(m, n) for m, n in ranges if const(m) and const(n) and min(m, n) >= 0}
         if len(few) < len(ranges) or w.cat or w is leaf:
             continue
@@ -96,7 +96,7 @@ class _Widen:
     types: dict[str, tuple[Type | None, ...]] = field(default_factory=dict)
     wide: dict[Ref, Ref] = field(default_factory=dict)  # a value on a range -> on all rows
     of: dict[Ref, tuple[Window, Dims]] = field(default_factory=dict)  # its window and dims
-    made: dict[object, Ref] = field(default_factory=dict)
+    by_key: dict[object, Ref] = field(default_factory=dict)
 
     def run(self) -> Program:
         records = {r.node.name: r for r in self.a.records}
@@ -147,9 +147,9 @@ class _Widen:
         if roles - ({"reduce"} if sums else set()) or not plain or n.op in RESIZED:
             return False
         read = {x: d for x, d, c in zip(r.refs, r.ins, r.carried_in) if x is not None and f in c}
-        known = self.a.program.replicated
+        replicated = self.a.program.replicated
         if not any(x in self.wide for x in read) or any(
-            x not in self.wide and x.name not in known for x in read
+            x not in self.wide and x.name not in replicated for x in read
         ):
             return False
         operands = {x: self.wide.get(x) or self.extended(x, d, w, n) for x, d in read.items()}
@@ -195,8 +195,8 @@ class _Widen:
         return len(hits) <= 1 and all(f in F.expand(tuple(d)) for d in hits)
 
     def sizes(self, w: Window | None) -> Sizes:
-        every = {s: s for n in self.a.program.nodes for t in n.types if t for s in _symbols(t)}
-        return Sizes(self.a.F, every, {w.factor: self.leaf.size} if w else {})
+        symbols = {s: s for n in self.a.program.nodes for t in n.types if t for s in _symbols(t)}
+        return Sizes(self.a.F, symbols, {w.factor: self.leaf.size} if w else {})
 
     def mean(self, n: Node, r: Record, sizes: Sizes) -> None:
         """The sum over the rows of the window by their number."""
@@ -214,7 +214,7 @@ class _Widen:
         if ref not in self.wide:
             return ref
         w, dims = self.of[ref]
-        if ("narrow", ref) not in self.made:
+        if ("narrow", ref) not in self.by_key:
             full = self.wide[ref]
             t = self.type(full)
             like = next(n for n in self.nodes if n.name == full.name)
@@ -234,8 +234,8 @@ class _Widen:
                 kept = original.types[ref.item or 0]
                 assert kept is not None
                 x = self.viewed(x, kept.shape, t, like)
-            self.made["narrow", ref] = x
-        return self.made["narrow", ref]
+            self.by_key["narrow", ref] = x
+        return self.by_key["narrow", ref]
 
     def spread(
         self, dims: Dims, f: Factor, shape: Sequence[Size], size: Size
@@ -260,8 +260,8 @@ class _Widen:
         """A replicated value of the range on all rows: its ends are repeated."""
         t = self.type(ref)
         shape = t.shape
-        if ("extended", ref) in self.made:
-            return self.made["extended", ref]
+        if ("extended", ref) in self.by_key:
+            return self.by_key["extended", ref]
         k, spread, flat = self.spread(dims, w.factor, shape, w.factor.size)
         x = self.viewed(ref, spread, t, like) if flat else ref
 
@@ -284,7 +284,7 @@ class _Widen:
         if flat:
             sizes = self.sizes(w)
             joined = self.viewed(joined, tuple(norm(sizes.dim(d)) for d in dims), t, like)
-        self.made["extended", ref] = joined
+        self.by_key["extended", ref] = joined
         return joined
 
     def cleared(self, x: Ref, dims: Dims, f: Factor, keep: tuple[Size, Size], like: Node) -> Ref:
@@ -307,9 +307,9 @@ class _Widen:
 
     def outside(self, lo: Size, tail: Size, like: Node) -> Ref:
         """Bool per row: among the first `lo` or the last `tail`."""
-        if ("outside", lo, tail) not in self.made:
+        if ("outside", lo, tail) not in self.by_key:
             holders = [n for n in self.nodes if n.op in PLACEHOLDERS]
-            given = next((n for n in holders if n.op != PARAM), holders[0])
+            holder = next((n for n in holders if n.op != PARAM), holders[0])
             inner = norm(self.leaf.size - lo - tail)
             parts = []
             for size, value in ((lo, True), (inner, False), (tail, True)):
@@ -317,13 +317,13 @@ class _Widen:
                     continue
                 t = Type((size,), torch.bool)
                 op = aten.new_ones.default if value else aten.new_zeros.default
-                ref = self.make("outside", op, (Ref(given.name), (size,)), t, like)
+                ref = self.make("outside", op, (Ref(holder.name), (size,)), t, like)
                 self.nodes[-1] = replace(self.nodes[-1], kwargs={"dtype": torch.bool})
                 parts.append(ref)
             t = Type((self.leaf.size,), torch.bool)
             joined = self.make("outside", aten.cat.default, (tuple(parts), 0), t, like)
-            self.made["outside", lo, tail] = joined
-        return self.made["outside", lo, tail]
+            self.by_key["outside", lo, tail] = joined
+        return self.by_key["outside", lo, tail]
 
     # one row
     def is_row(self, r: Record) -> bool:

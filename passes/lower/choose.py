@@ -65,8 +65,8 @@ class Choice:
     @property
     def extents(self) -> tuple[Extent, ...]:
         """Of every sequence; of one row where there is none."""
-        found = tuple(Extent(f.size, order) for f, order in self.leaves.items())
-        return found or (Extent(1, "contiguous"),)
+        extents = tuple(Extent(f.size, order) for f, order in self.leaves.items())
+        return extents or (Extent(1, "contiguous"),)
 
 
 def choose(
@@ -74,7 +74,7 @@ def choose(
     ranks: int,
     schedule: str | Mapping[str, str] = "auto",
     layout: str = "auto",
-    told: Refused = NOTHING,
+    left_alone: Refused = NOTHING,
 ) -> Choice:
     """Decide which regions fold, on which schedule, and how parameters are stored.
 
@@ -85,16 +85,16 @@ def choose(
     refused: list[tuple[Region, str]] = []
 
     def why_not(g: Region, regions: Regions) -> str:
-        return told.region(g.weights) or _why_not(
+        return left_alone.region(g.weights) or _why_not(
             a, g, leaves, users, _lookups(a, regions, leaves), regions
         )
 
     while True:  # a refused region makes way for others, and may take some with it
         regions = find_regions(a, leaves, {g.key for g, _ in refused})
         lookups = _lookups(a, regions, leaves)
-        found = [(g, why_not(g, regions)) for g in regions.chosen]
-        refused += [(g, why) for g, why in found if why]
-        if any(why for _, why in found):
+        reasons = [(g, why_not(g, regions)) for g in regions.chosen]
+        refused += [(g, why) for g, why in reasons if why]
+        if any(why for _, why in reasons):
             continue
         few = _outgrown(regions, ranks, why_not)
         if few:
@@ -108,7 +108,7 @@ def choose(
     chosen = regions.chosen
     names = _names(chosen)
     storages = _storages(a, chosen, lookups, ranks)
-    schedules = _schedules(names, schedule, bool(told))
+    schedules = _schedules(names, schedule, bool(left_alone))
     orders = {f: layout if layout != "auto" else _order(a, f) for f in leaves}
     picked = tuple(zip(names, chosen, schedules))
     return Choice(orders, picked, tuple(refused), storages, frozenset(lookups))
@@ -196,7 +196,7 @@ def _why_not(
     if not leaves:
         return "the program has no sequence"
     params = {n.name: n for n in a.program.nodes if n.op == PARAM}
-    made = {a.records[i].node.name for i in g.ops}
+    results = {a.records[i].node.name for i in g.ops}
     if not any(len(params[w].type.shape) > 1 for w in g.weights):
         return "it has no weight of its own: it is computed from others"
     why = _used_elsewhere(a, g, users, lookups, regions)
@@ -216,7 +216,7 @@ def _why_not(
             if any(in_segment(a.F, dims, leaf) for leaf in leaves):
                 return f"the sequence is part of a dim of {r.node.name}"
         why = _needs_sequence(a, r, g, leaves) or _escapes(a, r, g, leaves, users, regions)
-        why = why or _reads_pieces(a, r, g, leaves, made)
+        why = why or _reads_pieces(a, r, g, leaves, results)
         if why:
             return why
         if r.node.op == ATTENTION and masks_by_key(a, r, leaves):
@@ -239,15 +239,15 @@ def _used_elsewhere(
 
 def _needs_sequence(a: Analysis, r: Record, g: Region, leaves: Collection[Factor]) -> str:
     """What the op needs of other ranks' tokens, which only attention may."""
-    met = set().union(*r.carried_in, *r.carried_out).intersection(leaves)
-    roles = {role for leaf in met for role, *_ in r.roles.get(leaf, ())}
+    sequences = set().union(*r.carried_in, *r.carried_out).intersection(leaves)
+    roles = {role for leaf in sequences for role, *_ in r.roles.get(leaf, ())}
     if r.node.op == ATTENTION:
         if roles - {"at"} != {"exchange"} or not attends(a, r, leaves):
             return f"{r.node.name} does not attend along the sequence"
         if g.factor not in r.carried_in[0]:
             return f"{r.node.name} would compute the same weights for every piece of its values"
         return ""
-    if len(met) > 1:
+    if len(sequences) > 1:
         return f"{r.node.name} meets two sequences"
     return f"{r.node.name} meets the sequence: {', '.join(sorted(roles))}" if roles else ""
 
@@ -271,23 +271,23 @@ def _escapes(
     if all(cut):
         return ""
     same = [x.ops for x in regions.chosen if x.factor is g.factor and r.index in x.ops]
-    made, makers = g.ops.union(*same), makers_in(a, g)
+    results, makers = g.ops.union(*same), makers_in(a, g)
     for user in users.get(r.node.name, []):
         read = [x for x in user.refs if x is not None and x.name == r.node.name]
         if all(is_independent(x, makers, g) for x in read):
             continue
-        if user.node.op != OUTPUT and user.index not in made:
+        if user.node.op != OUTPUT and user.index not in results:
             return f"{r.node.name} is also used by {user.node.name}"
     return ""
 
 
 def _reads_pieces(
-    a: Analysis, r: Record, g: Region, leaves: Collection[Factor], made: set[str]
+    a: Analysis, r: Record, g: Region, leaves: Collection[Factor], results: set[str]
 ) -> str:
     """An operand from outside with the sequence and the factor, of which no step can take its
     piece."""
     for ref, carried, dims in zip(r.refs, r.carried_in, r.ins):
-        if ref is None or ref.name in made or g.factor not in carried:
+        if ref is None or ref.name in results or g.factor not in carried:
             continue
         if carried.intersection(leaves) and not _apart(a, dims, g.factor):
             return f"{r.node.name} reads {ref.name}, which has the sequence and its columns"
@@ -386,10 +386,10 @@ def _marks(a: Analysis, dim: tuple[Factor, ...], f: Factor, real: list[bool]) ->
     out = [True]
     for g in a.F.expand(tuple(dim)):
         if g is f:
-            own = real
+            kept = real
         elif g.cat:
-            own = [m for d in a.F.flat(g.cat) for m in _marks(a, d, f, real)]
+            kept = [m for d in a.F.flat(g.cat) for m in _marks(a, d, f, real)]
         else:
-            own = [True] * int(g.size)
-        out = [x and y for x in out for y in own]
+            kept = [True] * int(g.size)
+        out = [x and y for x in out for y in kept]
     return out

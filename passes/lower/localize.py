@@ -77,9 +77,9 @@ class LocalProgram(torch.nn.Module):
         """Runs the nodes in order."""
         count = len(self.symbols)
         symbols = dict(zip(self.symbols, args[:count]))
-        given = count + len(self.orders)
-        run = _Run(self, symbols, args[count:given])
-        for name, value in zip(self.placeholders, args[given:]):
+        first = count + len(self.orders)
+        run = _Run(self, symbols, args[count:first])
+        for name, value in zip(self.placeholders, args[first:]):
             run.env[name, 0] = value
         run.vary_parameters()
         for node in self.typed.program.nodes:
@@ -174,15 +174,15 @@ class _Run:
     def sequence(self, dims: Dims) -> Geometry:
         i = self.index(dims)
         dim, lead, trail = self.sizes.where(dims, self.typed.leaves[i])
-        rest = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
-        return dim, lead, trail, *rest
+        layout = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
+        return dim, lead, trail, *layout
 
     def vary_parameters(self) -> None:
         """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
         nodes = [n for n in self.typed.program.nodes if n.op == VARY and self.is_given(n.args[0])]
         if nodes:
-            given = [self.get(n.args[0]) for n in nodes]
-            got = torch.ops.tspc.vary(given, self.program.reduce, self.program.axis)
+            params = [self.get(n.args[0]) for n in nodes]
+            got = torch.ops.tspc.vary(params, self.program.reduce, self.program.axis)
             for n, x in zip(nodes, got):
                 self.env[n.name, 0] = x
 
@@ -223,8 +223,8 @@ class _Run:
             return tspc.vary([self.get(n.args[0])], self.program.reduce, axis)[0]
         if n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
             dim, size = n.kwargs["dim"], int(n.type.shape[n.kwargs["dim"]])
-            rest = (n.op == GATHER_WEIGHT, n.type.dtype, self.program.reduce, axis)
-            return tspc.gather_weight(self.get(n.args[0]), dim, size, *rest)
+            flags = (n.op == GATHER_WEIGHT, n.type.dtype, self.program.reduce, axis)
+            return tspc.gather_weight(self.get(n.args[0]), dim, size, *flags)
         if n.op == EMBED:
             table, ids = map(self.get, n.args)
             _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
@@ -254,9 +254,9 @@ class _Run:
         x, a = bound(n)
         assert x.sinks is None, "its sinks are in no fold"
         a = replace(a, sizes=tuple(self.sizes.value(s) for s in a.sizes))
-        met = [self.index(d) for d in record.ins[:2]]
-        every = self.rows, self.lengths, self.program.orders
-        sequences = ([known[i] for i in met] for known in every)
+        pair = [self.index(d) for d in record.ins[:2]]
+        facts = self.rows, self.lengths, self.program.orders
+        sequences = ([fact[i] for i in pair] for fact in facts)
         tensors = x.map(self.get).all[:6]
         out, _ = torch.ops.tspc.attention(*tensors, *a.all, *sequences, self.program.axis)
         return out
@@ -266,10 +266,10 @@ class _Run:
         body = self.program.bodies[fold.name]
         tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
         values = [self.sizes.symbols[s] for s in body.symbols]
-        met = self.typed.sequences_of(fold)
-        every = ([x[i] for i in met] for x in (self.rows, self.lengths))
-        rest = (values, *every, fold.name, body.key, self.program.axis)
-        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *rest)
+        sequences = self.typed.sequences_of(fold)
+        sizes = ([x[i] for i in sequences] for x in (self.rows, self.lengths))
+        operands = (values, *sizes, fold.name, body.key, self.program.axis)
+        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *operands)
         out = []
         for e, x in zip(fold.exits, got):
             if e.kind == "lse":
@@ -297,8 +297,8 @@ class _Run:
             return self.sizes.value(a)
         x = self.get(a)
         if self.typed.places[a.name, a.item or 0] != "S":
-            made = self.typed.program.node(a.name)
-            held = made.op in PLACEHOLDERS or made.is_call and made.op.is_view
+            node = self.typed.program.node(a.name)
+            held = node.op in PLACEHOLDERS or node.is_call and node.op.is_view
             return x.clone() if held else x  # no output is an input or a view
         kind = self.program.kinds[index]
         if kind != "whole":

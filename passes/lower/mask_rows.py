@@ -52,10 +52,10 @@ class Cutter:
         if operands is None:
             return self.convert(ref, self._dims(self._type(ref), k))
         cut = {r: r if j is None else self.cut(r, j) for r, j in operands.items()}
-        made = replace(node.map_refs(lambda r: cut[r]), name=f"{node.name}.rows{k}")
+        rows = replace(node.map_refs(lambda r: cut[r]), name=f"{node.name}.rows{k}")
         ins = [self._dims(self._type(r), operands[r]) for r in node.refs()]
         outs = [self._dims(node.type, k)]
-        return self.emit(made, Record(0, made, [*made.refs()], ins, outs, []))
+        return self.emit(rows, Record(0, rows, [*rows.refs()], ins, outs, []))
 
     def _dims_of_operands(self, node: Node, k: int) -> dict[Ref, int | None] | None:
         """The dim of each operand that is dim k of the result, None where it is broadcast."""

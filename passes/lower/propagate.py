@@ -173,8 +173,8 @@ def propagate(
             if base in s.cut_weights:
                 s.cut_weights[n.name] = s.cut_weights[base]
         elif n.name in analysis.program.replicated:
-            every = [_dims_of(analysis, n.name, i, t) for i, t in enumerate(n.types)]
-            s.emit(n, every, "R")
+            result_dims = [_dims_of(analysis, n.name, i, t) for i, t in enumerate(n.types)]
+            s.emit(n, result_dims, "R")
         else:
             _call(s, n, records.get(n.name))
     return Typed(
@@ -227,8 +227,8 @@ def _is_map(s: _State, ref: Ref, dims: Dims) -> bool:
     """It has one element for each pair of tokens: no rank should hold it whole."""
     leaf = s.leaf_of(dims)
     others = [s.analysis.F.size(d) for d in dims if d != (leaf,)]
-    made = s.by_name[ref.name].is_call and ref.name in s.analysis.program.replicated
-    return made and leaf is not None and any(f.size in others for f in s.leaves)
+    replicated = s.by_name[ref.name].is_call and ref.name in s.analysis.program.replicated
+    return replicated and leaf is not None and any(f.size in others for f in s.leaves)
 
 
 def _rows(s: _State, ref: Ref, dims: Dims, source: str) -> Ref:
@@ -253,7 +253,7 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         read = {r: tuple(map(tuple, d)) for r, d in zip(record.refs, record.ins) if r}
         operands = {new: read.get(old, ()) for old, new in zip(record.node.refs(), n.refs())}
         roles = [x for leaf in s.leaves for x in record.roles.get(leaf, ())]
-    met = {leaf for d in (*operands.values(), *outs) if (leaf := s.leaf_of(d)) is not None}
+    leaves = {leaf for d in (*operands.values(), *outs) if (leaf := s.leaf_of(d)) is not None}
     kinds = {role for role, *_ in roles}
     cut = [r for r, d in operands.items() if s.carries(d)]
     touched = bool(cut) or any(map(s.carries, outs))
@@ -265,7 +265,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
     if not touched or not any(s.place(r) == "S" or _is_param(s, r) for r in operands):
         _replicate(s, n, outs)
         return
-    if any(in_segment(s.analysis.F, d, leaf) for d in (*operands.values(), *outs) for leaf in met):
+    if any(
+        in_segment(s.analysis.F, d, leaf) for d in (*operands.values(), *outs) for leaf in leaves
+    ):
         _fall_back(s, n, outs, "the sequence is part of a dim")
     elif n.name in s.lookups:
         _lookup(s, n, outs)
@@ -275,9 +277,9 @@ def _call(s: _State, n: Node, record: Record | None) -> None:
         _replicate(s, n, outs)
     elif attention and record is not None and attends(s.analysis, record, s.leaves):
         _attention(s, n, record, outs, operands)
-    elif len(met) > 1:
+    elif len(leaves) > 1:
         _fall_back(s, n, outs, "it meets two sequences")
-    elif not kinds or runs(s.analysis.F, record, met):
+    elif not kinds or runs(s.analysis.F, record, leaves):
         _in_step(s, n, outs, operands)
     elif kinds == {"reduce"} and (n.op in SUMS or n.op in MEANS or n.op in CONTRACTIONS):
         _reduce(s, n, outs, operands, cut)

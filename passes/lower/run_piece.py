@@ -111,11 +111,11 @@ def runner(
     def run(
         symbols: Mapping[sympy.Symbol, Length],
         step: torch.Tensor,
-        given: Named,
+        operands: Named,
         kept: Named,
     ) -> Named:
         sizes = m.sizes(symbols)
-        env = dict(given)
+        env = dict(operands)
         for name, table in sliced.items():
             if name in env:
                 at = table.tensor.to(step.device).index_select(0, step.view(1)).view(-1)
@@ -126,7 +126,7 @@ def runner(
             result = _one(m, n, record, sizes, step, lambda r: env[names[r]])
             for item, value in enumerate(result if isinstance(result, (list, tuple)) else [result]):
                 name = names[Ref(n.name, item)]
-                if name not in given:  # else it is made apart
+                if name not in operands:  # else it is made apart
                     env[name] = _Kept.apply(kept[name], value) if name in kept else value
         return env
 

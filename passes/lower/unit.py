@@ -81,7 +81,7 @@ class Unit:
         return replace(program, nodes=tuple(nodes))
 
     def _decided(self) -> list[str]:
-        lines = [f"{x.index}: {x.op} in {x.table}" for x in self.lookups.found]
+        lines = [f"{x.index}: {x.op} in {x.table}" for x in self.lookups.listed]
         if self.typed is not None:
             lines += [f"{Ref(n, i)}: {place}" for (n, i), place in self.typed.places.items()]
         elif self.analysis is not None:

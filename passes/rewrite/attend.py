@@ -21,7 +21,7 @@ from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.index import negate
 from tspc.masks.score import Step, composed
 from tspc.ops.attention import ATTENTION
-from tspc.passes.rewrite.masks import ABSORBS, Known, expressions, known
+from tspc.passes.rewrite.masks import ABSORBS, Known, as_known, expressions
 from tspc.passes.rewrite.reading import Reading
 from tspc.seams.tensors import OpOverload
 
@@ -94,8 +94,8 @@ class _Finder(Reading):
         if Ref(last.name) != out or last.types[0] is None or last.type.shape != n.type.shape:
             return None
         self.new[-1] = replace(last, name=n.name, types=n.types)
-        for made in self.new:
-            self.by_name[made.name] = made
+        for new in self.new:
+            self.by_name[new.name] = new
         return self.new
 
     def _with_sinks(self, r: Ref) -> tuple[Ref, Ref] | None:
@@ -157,13 +157,17 @@ class _Finder(Reading):
             return None
         a, b, out = letters
         *lead, q, t = a
-        rest = [x for x in b if x not in a]
-        if t not in b or q in b or len(rest) != 1 or set(out) != {*lead, q, *rest}:
+        heads = [x for x in b if x not in a]
+        if t not in b or q in b or len(heads) != 1 or set(out) != {*lead, q, *heads}:
             return None
         if not set(lead) <= set(b):
             return None
-        values = self._permuted(n.args[1][1], b, [*lead, t, *rest])
-        return n.args[1][0], values, lambda made: self._permuted(made, [*lead, q, *rest], out)
+        values = self._permuted(n.args[1][1], b, [*lead, t, *heads])
+        return (
+            n.args[1][0],
+            values,
+            lambda attended: self._permuted(attended, [*lead, q, *heads], out),
+        )
 
     def _softmax(self, weights: Ref) -> tuple[Ref, Ref | None, float, Sequence[Size]] | None:
         """(scores, sinks beside them, dropout, leading dims) of probabilities."""
@@ -178,10 +182,10 @@ class _Finder(Reading):
             node = self._inner(node.args[0])
         if node is None or node.args[1] % len(node.type.shape) != len(node.type.shape) - 1:
             return None
-        found = self._with_sinks(node.args[0]) if beside else (node.args[0], None)
-        if found is None or (beside and dropout):
+        pair = self._with_sinks(node.args[0]) if beside else (node.args[0], None)
+        if pair is None or (beside and dropout):
             return None
-        scores, sinks = found
+        scores, sinks = pair
         return scores, sinks, dropout, node.type.shape[:-2]
 
     def _scores(self, r: Ref) -> _Scores | None:
@@ -244,12 +248,16 @@ class _Finder(Reading):
                 return None
             a, b, out = letters
             *lead, q, t = out
-            rest = [x for x in a if x not in out]
-            if len(rest) != 1 or set(a) != {*lead, q, *rest} or set(b) != {*lead, t, *rest}:
+            reduced = [x for x in a if x not in out]
+            if (
+                len(reduced) != 1
+                or set(a) != {*lead, q, *reduced}
+                or set(b) != {*lead, t, *reduced}
+            ):
                 return None
             return (
-                self._permuted(n.args[1][0], a, [*lead, q, *rest]),
-                self._permuted(n.args[1][1], b, [*lead, t, *rest]),
+                self._permuted(n.args[1][0], a, [*lead, q, *reduced]),
+                self._permuted(n.args[1][1], b, [*lead, t, *reduced]),
             )
         a, b = n.args[:2]
         if len(self._type(a).shape) < 3 or self._type(a).shape[:-2] != self._type(b).shape[:-2]:
@@ -370,8 +378,8 @@ class _Finder(Reading):
             expressions(self.program.nodes, self.env, self.types, self.refused)
         expressions(self.new, self.env, self.types)
         e = self.env.get(gone)
-        found = known(e, self.types[gone]) if e is not None else None
-        return found is not None and Known(negate(found.predicate)).is_safe
+        mask = as_known(e, self.types[gone]) if e is not None else None
+        return mask is not None and Known(negate(mask.predicate)).is_safe
 
 
 def _dims(transposed: Node, rank: int) -> set[int]:

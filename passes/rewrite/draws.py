@@ -52,22 +52,22 @@ class _Drawer:
     def emit(self, suffix: str, op: OpOverload, args: Arguments, t: Type, **kwargs: object) -> Ref:
         """The node of no suffix is the one that stands for the random op."""
         name = f"{self.node.name}.{suffix}" if suffix else self.node.name
-        made = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
-        self.nodes.append(made)
-        self.types[name] = made.types
+        node = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
+        self.nodes.append(node)
+        self.types[name] = node.types
         return Ref(name)
 
     def state(self, shape: Sequence[Size]) -> tuple[Ref, tuple[Ref, ...]]:
         """The op's state and the positions of every dim."""
         seed = Ref(SEED)
         state = Type((2,), torch.int64)
-        own = self.emit("state", tspc.instance.default, (seed, self.number), state)
+        instance = self.emit("state", tspc.instance.default, (seed, self.number), state)
         at, stride = [], 1
         for k, n in reversed(list(enumerate(shape))):
             t = Type((n,), torch.int64)
             at.append(self.emit(f"at{k}", tspc.positions.default, (seed, n, stride), t))
             stride = stride * n
-        return own, tuple(reversed(at))
+        return instance, tuple(reversed(at))
 
     def draw(self, op: OpOverload, dtype: torch.dtype, suffix: str, like: Ref | None) -> Ref:
         """`op` of the node's shape, along the dims of `like`."""
@@ -91,8 +91,8 @@ def draw_by_counter(program: Program) -> Program:
         else:
             d.start(n)
             make = _RULES.get(n.op)
-            own = d.args.get("generator") is not None
-            if make is None or own or n.type.dtype.is_complex:
+            seeded = d.args.get("generator") is not None
+            if make is None or seeded or n.type.dtype.is_complex:
                 raise UnsupportedError(
                     f"{n.source}: {n.op} draws random numbers that the ranks cannot share; "
                     "make them of torch.rand, torch.randn or torch.bernoulli without a generator, "
@@ -104,8 +104,8 @@ def draw_by_counter(program: Program) -> Program:
         return replace(program, nodes=tuple(d.nodes)).without_dead_nodes()
     seed = Node(SEED, INPUT, types=(Type((), torch.int64),))
     first = [n for n in d.nodes if n.op in PLACEHOLDERS]
-    rest = [n for n in d.nodes if n.op not in PLACEHOLDERS]
-    return replace(program, nodes=(*first, seed, *rest)).without_dead_nodes()
+    calls = [n for n in d.nodes if n.op not in PLACEHOLDERS]
+    return replace(program, nodes=(*first, seed, *calls)).without_dead_nodes()
 
 
 def _is_identity(n: Node) -> bool:
@@ -149,10 +149,10 @@ def _plain(op: OpOverload) -> Callable[[_Drawer], object]:
     return lambda d: d.draw(op, d.node.type.dtype, "", _like(d))
 
 
-def _done(d: _Drawer, made: Ref) -> None:
+def _done(d: _Drawer, drawn: Ref) -> None:
     """The last node takes the name and the dtype of the random op; nothing differentiates it."""
     t = replace(d.node.type, requires_grad=False)
-    d.emit("", aten._to_copy.default, (made,), t, dtype=t.dtype)
+    d.emit("", aten._to_copy.default, (drawn,), t, dtype=t.dtype)
 
 
 def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]:
@@ -160,13 +160,13 @@ def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]
 
     def make(d: _Drawer) -> None:
         dtype = d.node.type.dtype
-        made = d.draw(op, dtype, "drawn", _like(d))
+        drawn = d.draw(op, dtype, "drawn", _like(d))
         t = replace(d.node.type, requires_grad=False)
         a, b = d.args[scale], d.args[shift]
         times = aten.mul.Tensor if isinstance(a, Ref) else aten.mul.Scalar
         plus = aten.add.Tensor if isinstance(b, Ref) else aten.add.Scalar
-        made = d.emit("scaled", times, (made, a), t)
-        d.emit("", plus, (made, b), t)
+        drawn = d.emit("scaled", times, (drawn, a), t)
+        d.emit("", plus, (drawn, b), t)
 
     return make
 
@@ -182,40 +182,40 @@ def _bernoulli(d: _Drawer) -> None:
     p = d.args["p"] if "p" in d.args else d.args["self" if "self" in d.args else "input"]
     wide = torch.float64 if isinstance(p, Ref) and d.type(p).dtype == torch.float64 else None
     dtype = wide or torch.float32
-    made = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
+    drawn = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
     less = aten.lt.Tensor if isinstance(p, Ref) else aten.lt.Scalar
-    made = d.emit("less", less, (made, p), Type(d.node.type.shape, torch.bool))
-    _done(d, made)
+    drawn = d.emit("less", less, (drawn, p), Type(d.node.type.shape, torch.bool))
+    _done(d, drawn)
 
 
 def _exponential(d: _Drawer) -> None:
     """-log(1 - u) / rate, never zero: its logarithm is taken."""
     dtype = torch.promote_types(d.node.type.dtype, torch.float32)
     t = Type(d.node.type.shape, dtype)
-    made = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
-    made = d.emit("negative", aten.neg.default, (made,), t)
-    made = d.emit("log", aten.log1p.default, (made,), t)
-    made = d.emit("positive", aten.neg.default, (made,), t)
-    made = d.emit("least", aten.clamp_min.default, (made, torch.finfo(dtype).eps / 4), t)
-    _done(d, d.emit("scaled", aten.mul.Scalar, (made, 1.0 / d.args["lambd"]), t))
+    drawn = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
+    drawn = d.emit("negative", aten.neg.default, (drawn,), t)
+    drawn = d.emit("log", aten.log1p.default, (drawn,), t)
+    drawn = d.emit("positive", aten.neg.default, (drawn,), t)
+    drawn = d.emit("least", aten.clamp_min.default, (drawn, torch.finfo(dtype).eps / 4), t)
+    _done(d, d.emit("scaled", aten.mul.Scalar, (drawn, 1.0 / d.args["lambd"]), t))
 
 
 def _integers(d: _Drawer) -> None:
     """floor(u * (high - low)) + low."""
     low, high = d.args.get("low") or 0, d.args["high"]
     wide = Type(d.node.type.shape, torch.float64)
-    made = d.draw(tspc.uniform.default, wide.dtype, "drawn", _like(d))
-    made = d.emit("scaled", aten.mul.Scalar, (made, high - low), wide)
-    made = d.emit("floor", aten.floor.default, (made,), wide)
-    made = d.emit("shifted", aten.add.Scalar, (made, low), wide)
-    _done(d, made)
+    drawn = d.draw(tspc.uniform.default, wide.dtype, "drawn", _like(d))
+    drawn = d.emit("scaled", aten.mul.Scalar, (drawn, high - low), wide)
+    drawn = d.emit("floor", aten.floor.default, (drawn,), wide)
+    drawn = d.emit("shifted", aten.add.Scalar, (drawn, low), wide)
+    _done(d, drawn)
 
 
 def _permutation(d: _Drawer) -> None:
     """The order of uniform numbers."""
-    made = d.draw(tspc.uniform.default, torch.float64, "drawn", None)
-    made = d.emit("order", aten.argsort.default, (made,), Type(d.node.type.shape, torch.int64))
-    _done(d, made)
+    drawn = d.draw(tspc.uniform.default, torch.float64, "drawn", None)
+    drawn = d.emit("order", aten.argsort.default, (drawn,), Type(d.node.type.shape, torch.int64))
+    _done(d, drawn)
 
 
 _RULES: dict[OpOverload, Callable[[_Drawer], object]] = {

@@ -66,8 +66,8 @@ class Rows:
 
     def position(self, at: Any) -> Any:
         """Where in its row an element is."""
-        rest = [e for e in at.args[1:] if e.free_symbols & {Q, K}]
-        return rest[0] if rest else sympy.Integer(0)
+        others = [e for e in at.args[1:] if e.free_symbols & {Q, K}]
+        return others[0] if others else sympy.Integer(0)
 
     def made(
         self, n: Node, by_name: Mapping[str, Node], batch: Size, length: Size

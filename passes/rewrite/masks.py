@@ -37,13 +37,13 @@ def recognise_masks(program: Program, refused: Container[str] = ()) -> Program:
     """Masks that are known become flags and predicates; their nodes die."""
     if not any(n.op == ATTENTION for n in program.nodes):
         return program
-    found = _Recogniser({n.name: n for n in program.nodes})
-    expressions(program.nodes, found.env, found.types, refused)
+    recogniser = _Recogniser({n.name: n for n in program.nodes})
+    expressions(program.nodes, recogniser.env, recogniser.types, refused)
     for n in program.nodes:
         reads = n.op == ATTENTION and n.name not in refused
-        found.nodes.append(found.rewritten(n) if reads else n)
-        found.known.add(n.name)
-    return replace(program, nodes=tuple(found.nodes)).without_dead_nodes()
+        recogniser.nodes.append(recogniser.rewritten(n) if reads else n)
+        recogniser.seen.add(n.name)
+    return replace(program, nodes=tuple(recogniser.nodes)).without_dead_nodes()
 
 
 def expressions(
@@ -111,7 +111,7 @@ class Known:
         return substitute(self.predicate, {K: Q}) == TRUE
 
 
-def known(e: Any, t: Type) -> Known | None:
+def as_known(e: Any, t: Type) -> Known | None:
     """None if it is not a predicate."""
     rank = len(t.shape)
     names = {index(rank - 1 - j): s for j, s in enumerate((K, Q, H, B)) if rank - 1 - j >= 0}
@@ -120,8 +120,8 @@ def known(e: Any, t: Type) -> Known | None:
         lowest = min(values)
         if any(map(math.isnan, values)) or not set(values) <= {0.0, lowest} or 0.0 not in values:
             return None
-        found = Known(substitute(values[0.0], names), lowest)
-        return found if lowest <= LOWEST or lowest == 0 else None
+        mask = Known(substitute(values[0.0], names), lowest)
+        return mask if lowest <= LOWEST or lowest == 0 else None
     return Known(substitute(e, names)) if is_predicate(e) else None
 
 
@@ -129,30 +129,30 @@ def known(e: Any, t: Type) -> Known | None:
 class _Parts:
     """A mask as a conjunction of predicates and what is left of it."""
 
-    known: list[Known] = field(default_factory=list)
-    rest: list[Ref] = field(default_factory=list)
+    read: list[Known] = field(default_factory=list)
+    unread: list[Ref] = field(default_factory=list)
 
 
 @dataclass
 class _Recogniser:
-    """known: the nodes before the one that is rewritten."""
+    """seen: the nodes before the one that is rewritten."""
 
     by_name: dict[str, Node]
     env: dict[Ref, Any] = field(default_factory=dict)
     types: dict[Ref, Type] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
-    known: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
     rows: Rows = field(default_factory=Rows)
 
     def parts(self, mask: Ref) -> _Parts:
         """A sum of masks, or a conjunction, by what of it is known."""
-        found = known(self.env[mask], self.types[mask]) if mask in self.env else None
-        if found is not None and not _is_opaque(found.predicate):
-            return _Parts([found])
+        mask_read = as_known(self.env[mask], self.types[mask]) if mask in self.env else None
+        if mask_read is not None and not _is_opaque(mask_read.predicate):
+            return _Parts([mask_read])
         n = self.by_name[mask.name]
         if n.op in (*SUMS, *BOTH) and all(isinstance(a, Ref) for a in n.args) and not n.kwargs:
             both = [self.parts(a) for a in n.args]
-            return _Parts(both[0].known + both[1].known, both[0].rest + both[1].rest)
+            return _Parts(both[0].read + both[1].read, both[0].unread + both[1].unread)
         return _Parts([], [mask])
 
     def rewritten(self, n: Node) -> Node:
@@ -162,36 +162,36 @@ class _Recogniser:
         if mask is None or a.predicate:
             return n
         parts = self.parts(mask)
-        rest = self.joined(parts.rest, n) if parts.known else mask
-        if not parts.known or (parts.rest and rest is None):
+        added = self.joined(parts.unread, n) if parts.read else mask
+        if not parts.read or (parts.unread and added is None):
             return n
-        both = Known(sympy.And(*(k.predicate for k in parts.known)))
+        both = Known(sympy.And(*(k.predicate for k in parts.read)))
         # beside a sink nothing of a fill is left
         fill = self.fill(parts, both, a.fill) if x.sinks is None else 0.0
         if fill is None:
             return n
-        carried = self.carried(n, replace(x, mask=rest), replace(a, fill=fill), both.predicate)
+        carried = self.carried(n, replace(x, mask=added), replace(a, fill=fill), both.predicate)
         return n if carried is None else spelled(n, *carried)
 
-    def fill(self, parts: _Parts, both: Known, own: float) -> float | None:
+    def fill(self, parts: _Parts, both: Known, default: float) -> float | None:
         """What rows without a key show of a fill, as in `tspc.ir.spec`; own: that of the op, for
         nothing but -inf."""
-        fills = {k.fill or -math.inf for k in parts.known}
-        added = any(self.types[r].is_float for r in parts.rest)
+        fills = {k.fill or -math.inf for k in parts.read}
+        added = any(self.types[r].is_float for r in parts.unread)
         if both.is_safe and not added:
-            return own if parts.rest else 0.0
+            return default if parts.unread else 0.0
         if fills == {-math.inf}:
-            return own
+            return default
         # of several finite ones the sum would show
-        return fills.pop() if len(parts.known) == 1 else None
+        return fills.pop() if len(parts.read) == 1 else None
 
-    def joined(self, rest: Sequence[Ref], n: Node) -> Ref | None:
+    def joined(self, added: Sequence[Ref], n: Node) -> Ref | None:
         """The one value that is left; None for none, or for several."""
-        if len(rest) != 1:
+        if len(added) != 1:
             return None
-        made = all_dims(rest[0], self.types[rest[0]], n)
-        self.nodes += made
-        return Ref(made[-1].name) if made else rest[0]
+        nodes = all_dims(added[0], self.types[added[0]], n)
+        self.nodes += nodes
+        return Ref(nodes[-1].name) if nodes else added[0]
 
     def carried(
         self, n: Node, x: Operands[Ref], a: AttentionSpec, p: Any
@@ -208,10 +208,10 @@ class _Recogniser:
             return replace(x, mask=row), a
         if not left:
             return x, a
-        told = self.told(sympy.And(*left), n, q) if len(q) == 4 and q[-2] == k[-2] else None
-        if told is None:
+        carried = self.told(sympy.And(*left), n, q) if len(q) == 4 and q[-2] == k[-2] else None
+        if carried is None:
             return None
-        text, data, sizes = told
+        text, data, sizes = carried
         return replace(x, data=data), replace(a, predicate=text, sizes=sizes)
 
     def told(self, p: Any, n: Node, q: Sequence[Any]) -> tuple[str, Ref | None, Any] | None:
@@ -236,9 +236,9 @@ class _Recogniser:
             text = printed(p, element, size)
         except Unprintable:
             return None
-        made, rows = self.rows.made(n, self.by_name, q[0], q[-2])
-        self.nodes += made
-        for m in made:
+        nodes, rows = self.rows.made(n, self.by_name, q[0], q[-2])
+        self.nodes += nodes
+        for m in nodes:
             self.by_name[m.name] = m
             self.types[Ref(m.name)] = m.type
         return text, rows, tuple(symbols)
@@ -247,11 +247,11 @@ class _Recogniser:
         """A value of the program [B or 1, 1, 1, keys] that is the padding predicate."""
         for ref, e in self.env.items():
             t = self.types[ref]
-            if t.dtype != torch.bool or len(t.shape) != 4 or ref.name not in self.known:
+            if t.dtype != torch.bool or len(t.shape) != 4 or ref.name not in self.seen:
                 continue
             if t.shape[1:3] == (1, 1) and t.shape[3] == keys:
-                found = known(e, t)
-                if found is not None and found.predicate == padding:
+                mask = as_known(e, t)
+                if mask is not None and mask.predicate == padding:
                     return ref
         return None
 

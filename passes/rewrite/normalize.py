@@ -44,7 +44,7 @@ WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 class _Builder:
     nodes: list[Node] = field(default_factory=list)
     renamed: dict[Ref, Ref] = field(default_factory=dict)
-    made: dict[str, Node] = field(default_factory=dict)
+    by_name: dict[str, Node] = field(default_factory=dict)
     recompute: int = 0  # of the node at hand
     casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
     cast: dict[object, Ref] = field(default_factory=dict)
@@ -54,20 +54,20 @@ class _Builder:
         if r.name not in self.casts:
             return r
         node, k = self.casts[r.name], len(self.nodes)
-        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.made else r.name))
+        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.by_name else r.name))
 
     def ref(self, r: Ref) -> Ref:
         return self.renamed.get(r, r)
 
     def type(self, r: Ref) -> Type:
-        t = self.made[r.name].types[r.item or 0]
+        t = self.by_name[r.name].types[r.item or 0]
         assert t is not None
         return t
 
     def add(self, node: Node) -> Ref:
         node = replace(node, recompute=self.recompute)
         self.nodes.append(node)
-        self.made[node.name] = node
+        self.by_name[node.name] = node
         return Ref(node.name)
 
 
@@ -93,7 +93,7 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
             continue
         if n.op in REWRITES:
             n = REWRITES[n.op](b, n)
-        *before, n = canonical(n, b.made)
+        *before, n = canonical(n, b.by_name)
         for m in before:
             b.add(m)
         same = _identity(b, n)
@@ -111,7 +111,7 @@ def _cast(b: _Builder, n: Node) -> bool:
     key = (n.args[0], n.types, n.recompute)
     if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
         b.renamed[Ref(n.name)] = n.args[0]
-    elif n.args[0].name in b.made and b.made[n.args[0].name].op == PARAM:
+    elif n.args[0].name in b.by_name and b.by_name[n.args[0].name].op == PARAM:
         b.casts[n.name] = n
     elif key in b.cast:
         b.renamed[Ref(n.name)] = b.cast[key]
@@ -130,8 +130,8 @@ def _widened(b: _Builder, n: Node) -> Node:
 
     args = (cast(f"{n.name}.logits", n.args[0], torch.float32), *n.args[1:])
     t = replace(n.type, dtype=torch.float32)
-    made = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
-    result = cross_entropy(b, made) if n.op == aten.cross_entropy_loss.default else b.add(made)
+    wide = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
+    result = cross_entropy(b, wide) if n.op == aten.cross_entropy_loss.default else b.add(wide)
     return replace(n, op=aten.to.dtype, args=(result, n.type.dtype), kwargs={})
 
 
@@ -181,17 +181,22 @@ def _joined(b: _Builder, n: Node) -> Node:
     node, dim, size = n, None, 0
     while node.op == aten.slice_scatter.default:
         defaults: Arguments = (None, None, 0, None, None, 1)
-        given = dict(zip(names, defaults)) | dict(zip(names, node.args)) | node.kwargs
-        dim = given["dim"] % len(n.type.shape) if dim is None else dim
-        size, lo = n.type.shape[dim], given["start"] or 0
-        hi = size if given["end"] is None else given["end"]
+        arguments = dict(zip(names, defaults)) | dict(zip(names, node.args)) | node.kwargs
+        dim = arguments["dim"] % len(n.type.shape) if dim is None else dim
+        size, lo = n.type.shape[dim], arguments["start"] or 0
+        hi = size if arguments["end"] is None else arguments["end"]
         numbers = all(isinstance(x, int) for x in (size, lo, hi))
-        if given["dim"] % len(n.type.shape) != dim or given["step"] != 1 or not numbers or lo < 0:
+        if (
+            arguments["dim"] % len(n.type.shape) != dim
+            or arguments["step"] != 1
+            or not numbers
+            or lo < 0
+        ):
             return n
-        if lo in parts or b.type(given["src"]).dtype != n.type.dtype:
+        if lo in parts or b.type(arguments["src"]).dtype != n.type.dtype:
             return n
-        parts[lo] = min(hi, size), given["src"]
-        node = next((m for m in b.nodes if m.name == given["self"].name), n)
+        parts[lo] = min(hi, size), arguments["src"]
+        node = next((m for m in b.nodes if m.name == arguments["self"].name), n)
         if node is n:
             return n
         at = 0
@@ -217,11 +222,11 @@ def _scaled(b: _Builder, n: Node) -> Node:
         ("bias", aten.mul.Scalar, (bias, beta), 1),
     ):
         t = n.type if name == "product" else b.type(bias)
-        made = b.add(Node(f"{n.name}.{name}", op, args, {}, (t,), n.source))
+        scaled = b.add(Node(f"{n.name}.{name}", op, args, {}, (t,), n.source))
         if scale != 1:
-            times = Node(f"{n.name}.scaled", aten.mul.Scalar, (made, scale), {}, (t,), n.source)
-            made = b.add(times)
-        terms.append(made)
+            times = Node(f"{n.name}.scaled", aten.mul.Scalar, (scaled, scale), {}, (t,), n.source)
+            scaled = b.add(times)
+        terms.append(scaled)
     return replace(n, op=aten.add.Tensor, args=tuple(terms), kwargs={})
 
 
@@ -239,8 +244,8 @@ def _chosen(b: _Builder, n: Node) -> Node:
         return n
     mask = where[0]
     while len(t.shape) < len(n.type.shape):
-        made = _unsqueezed(f"{n.name}.{len(t.shape)}", mask, t, n, len(t.shape))
-        mask, t = b.add(made), made.type
+        nodes = _unsqueezed(f"{n.name}.{len(t.shape)}", mask, t, n, len(t.shape))
+        mask, t = b.add(nodes), nodes.type
     return replace(n, op=aten.where.self, args=(mask, value, x))
 
 
@@ -263,18 +268,18 @@ def _with_a_head(b: _Builder, n: Node) -> Node:
         if args[k] is not None and len(b.type(args[k]).shape) == 3:
             args[k] = b.add(_unsqueezed(f"{n.name}.{k}", args[k], b.type(args[k]), n, 1))
     t = replace(n.type, shape=(n.type.shape[0], 1, *n.type.shape[1:]))
-    made = b.add(Node(f"{n.name}.head", n.op, tuple(args), n.kwargs, (t,), n.source))
-    return replace(n, op=aten.squeeze.dim, args=(made, 1), kwargs={})
+    headed = b.add(Node(f"{n.name}.head", n.op, tuple(args), n.kwargs, (t,), n.source))
+    return replace(n, op=aten.squeeze.dim, args=(headed, 1), kwargs={})
 
 
 def all_dims(mask: Ref, t: Type, n: Node) -> list[Node]:
     """What gives a mask of attention dims of queries and keys, and if it has one of heads, of all
     that is before."""
-    made: list[Node] = []
+    nodes: list[Node] = []
     while len(t.shape) < 2 or 2 < len(t.shape) < len(n.type.shape):
-        made.append(_unsqueezed(f"{n.name}.mask{len(made)}", mask, t, n, 0))
-        mask, t = Ref(made[-1].name), made[-1].type
-    return made
+        nodes.append(_unsqueezed(f"{n.name}.mask{len(nodes)}", mask, t, n, 0))
+        mask, t = Ref(nodes[-1].name), nodes[-1].type
+    return nodes
 
 
 def _unsqueezed(name: str, x: Ref, t: Type, n: Node, dim: int) -> Node:

@@ -217,12 +217,12 @@ def attend_backward(
         for b in run.blocks:
             keys = slice(b.k0, b.k1)
             k_b, v_b = k[:, :, keys], v[:, :, keys]
-            rest = out_r, lse_r, blocks.view(run, b, top, wide)
+            state = out_r, lse_r, blocks.view(run, b, top, wide)
             if dmask is None:
-                dq_b, dk_b, dv_b = _kernel_backward(g_r, q_r, k_b, v_b, *rest)
+                dq_b, dk_b, dv_b = _kernel_backward(g_r, q_r, k_b, v_b, *state)
             else:
                 k_b, v_b = _repeated(k_b, groups), _repeated(v_b, groups)
-                dq_b, dk_b, dv_b, ds = _written_out_backward(g_r, q_r, k_b, v_b, *rest)
+                dq_b, dk_b, dv_b, ds = _written_out_backward(g_r, q_r, k_b, v_b, *state)
                 dk_b, dv_b = _summed(dk_b, groups), _summed(dv_b, groups)
                 part = b.of(dmask)
                 part += ds.sum_to_size(part.shape)
@@ -252,7 +252,7 @@ def attention_backward(
     `biased`; K and V are gathered again. done: out and lse."""
     keys, values = yield from gather(rank, m, x.k, x.v)
     whole, chunks = replace(x, k=keys, v=values), m.queries.layout.chunk_ids(rank)
-    dq, dk, dv, *rest = attend_backward(g, whole, done, m, chunks, biased)
+    dq, dk, dv, *bias_grads = attend_backward(g, whole, done, m, chunks, biased)
     dk, dv = yield from scatter(rank, m, dk, dv)
-    pairs = zip((dq, dk, dv, *rest), (x.q, x.k, x.v, x.mask))
+    pairs = zip((dq, dk, dv, *bias_grads), (x.q, x.k, x.v, x.mask))
     return [d.to(y.dtype).contiguous() for d, y in pairs if y is not None]

@@ -39,20 +39,20 @@ class Compiled:
 
     root: Callable[[], object] | None
     strict: bool = False
-    given: bool = False
-    told: set[str] = field(default_factory=set)
+    has_graph: bool = False
+    reported: set[str] = field(default_factory=set)
 
     def say(self, kind: str, text: str) -> None:
         """Raises `UnsupportedError` if it is strict, at each call."""
         if self.strict:
             raise UnsupportedError(f"{text}, or allow it by strict=False")
-        if kind not in self.told:
-            self.told.add(kind)
+        if kind not in self.reported:
+            self.reported.add(kind)
             if (dist.get_rank() if dist.is_initialized() else _number("RANK")) == 0:
                 log.warning(text)
 
 
-EAGER = Compiled(None, given=True)
+EAGER = Compiled(None, has_graph=True)
 
 
 @dataclass
@@ -76,13 +76,13 @@ def _open() -> list[Call]:
 def given() -> None:
     """The backend made something of a graph of the calls."""
     for c in _open():
-        c.of.given = True
+        c.of.has_graph = True
 
 
 def ran() -> None:
     """A graph of tspc ran."""
     for c in _open():
-        c.graphs, c.of.given = c.graphs + 1, True
+        c.graphs, c.of.has_graph = c.graphs + 1, True
 
 
 def used(module: nn.Module, name: str, p: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ def used(module: nn.Module, name: str, p: torch.Tensor) -> None:
         return
     call = calls[-1]
     call.used[id(p)] = f"{type(module).__name__}.{name}", p.numel() * p.element_size()
-    if not call.cause and "whole" not in call.of.told:
+    if not call.cause and "whole" not in call.of.reported:
         call.cause = why_outside(call.of is EAGER)
 
 
@@ -109,7 +109,7 @@ def leave(call: Call) -> None:
 def eager(module: nn.Module) -> Call | None:
     """Starts a call of a sharded module without `torch.compile`; None inside of another call, and
     once it was told."""
-    return None if _open() or EAGER.told else enter(EAGER)
+    return None if _open() or EAGER.reported else enter(EAGER)
 
 
 def watched(compiled: Callable[..., object], root: object, strict: bool) -> Callable[..., object]:
@@ -118,7 +118,7 @@ def watched(compiled: Callable[..., object], root: object, strict: bool) -> Call
 
     @functools.wraps(compiled)
     def run(*args: object, **kwargs: object) -> object:
-        if not of.given and _ranks() > 1:
+        if not of.has_graph and _ranks() > 1:
             check_wrapped(of.root() if of.root is not None else None)
         call = enter(of)
         try:
@@ -132,14 +132,14 @@ def watched(compiled: Callable[..., object], root: object, strict: bool) -> Call
     return run
 
 
-def tell(call: Call, given: object = ()) -> None:
+def tell(call: Call, arguments: object = ()) -> None:
     """After a call: what of it ran whole."""
     of, root = call.of, call.of.root() if call.of.root is not None else None
     if call.used:
-        if of.strict or "whole" not in of.told:
+        if of.strict or "whole" not in of.reported:
             of.say("whole", _whole(call, root))
-    elif not call.graphs and not of.given and "nothing" not in of.told and _ranks() > 1:
-        modules = [root] if isinstance(root, nn.Module) else _modules(root, given)
+    elif not call.graphs and not of.has_graph and "nothing" not in of.reported and _ranks() > 1:
+        modules = [root] if isinstance(root, nn.Module) else _modules(root, arguments)
         held = {id(p): p.numel() * p.element_size() for m in modules for p in m.parameters()}
         if held:
             of.say(
@@ -164,19 +164,19 @@ def _whole(call: Call, root: object) -> str:
     )
 
 
-def _modules(function: object, given: object) -> list[nn.Module]:
+def _modules(function: object, arguments: object) -> list[nn.Module]:
     """Those that a function has at hand."""
-    found, todo, seen = [], [function, *tree_leaves(given)], set()
+    modules, todo, seen = [], [function, *tree_leaves(arguments)], set()
     while todo:
         x = todo.pop()
         if isinstance(x, nn.Module):
-            found.append(x)
+            modules.append(x)
         elif isinstance(x, types.FunctionType) and x not in seen:
             seen.add(x)
             todo += [c.cell_contents for c in x.__closure__ or () if _filled(c)]
             if not x.__module__.startswith("torch."):
                 todo += [x.__globals__.get(n) for n in x.__code__.co_names]
-    return found
+    return modules
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -201,8 +201,8 @@ def _ranks() -> int:
 
 
 def _number(name: str) -> int:
-    told = os.environ.get(name, "")
-    return int(told) if told.isdigit() else 0
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else 0
 
 
 def watch(backend: object) -> None:

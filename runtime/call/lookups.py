@@ -99,7 +99,7 @@ class Indices:
     ) -> IndexRangeError | None:
         lengths = tuple(sizes.values())
         planned = self.plans.get(lengths)
-        plan = planned or self._plan(sizes, inputs, self.lookups.found)
+        plan = planned or self._plan(sizes, inputs, self.lookups.listed)
         if planned is not None and plan.in_range(inputs):
             return None
         with torch.no_grad():
@@ -124,7 +124,7 @@ class Indices:
         checks, ops = [], dict[str, Step]()
         for lookup in lookups:
             count = math.prod(int(evaluate(n, sizes)) for n in lookup.shape)
-            if count and (count <= LARGE or lookup.own):
+            if count and (count <= LARGE or lookup.ours):
                 checks.append((lookup, int(evaluate(lookup.size, sizes))))
                 self._add(lookup.index, sizes, inputs, ops)
         return Lengthwise(list(ops.values()), checks)

@@ -33,9 +33,9 @@ def _routes(
     ranks, size = span.layout.ranks, span.length * trail
     chunk = -(-size // ranks)
     start, end = (min(r * chunk, size) for r in (rank, rank + 1))
-    mine = _held(span, rank, trail)
-    places = mine.argsort()[(mine < 0).sum() :]
-    sent = torch.bincount(mine[places] // chunk, minlength=ranks)
+    held = _held(span, rank, trail)
+    places = held.argsort()[(held < 0).sum() :]
+    sent = torch.bincount(held[places] // chunk, minlength=ranks)
     got = []
     for source in range(ranks):
         theirs = _held(span, source, trail).sort().values

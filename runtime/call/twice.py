@@ -38,8 +38,8 @@ def refused(grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     if not torch.is_grad_enabled() or all(g is None for g in grads):
         return list(grads)
     anchor = torch.zeros((), requires_grad=True)
-    made = iter(Refused.apply(anchor, *(g.detach() for g in grads if g is not None)))
-    return [None if g is None else next(made) for g in grads]
+    grad_outputs = iter(Refused.apply(anchor, *(g.detach() for g in grads if g is not None)))
+    return [None if g is None else next(grad_outputs) for g in grads]
 
 
 class Inputs(torch.autograd.Function):
@@ -56,9 +56,9 @@ class Inputs(torch.autograd.Function):
         return tuple(refused(grads))
 
 
-def watched(given: Sequence[object], plain: Sequence[int]) -> list[object]:
+def watched(values: Sequence[object], plain: Sequence[int]) -> list[object]:
     """What a graph is given; plain: the positions of what is no parameter."""
-    out = list(given)
+    out = list(values)
     wanted = {i: x for i in plain if isinstance(x := out[i], torch.Tensor) and x.requires_grad}
     if wanted and torch.is_grad_enabled():
         for i, x in zip(wanted, Inputs.apply(*wanted.values())):

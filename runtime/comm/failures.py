@@ -68,7 +68,7 @@ def failure(lost: Lost, what: str, group: dist.ProcessGroup | None) -> RankFailu
 
 
 @contextlib.contextmanager
-def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+def naming(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """torch's own collectives inside: a rank that does not come is told alike."""
     try:
         yield

@@ -49,7 +49,7 @@ class Call:
     rows: Sequence[int]  # c of each sequence of the body
     lengths: Sequence[int]
     turn: int = 0  # the step that it is at, from 1
-    known: dict[int, dict[sympy.Symbol, int]] = field(default_factory=dict)  # symbols by parts
+    by_parts: dict[int, dict[sympy.Symbol, int]] = field(default_factory=dict)  # symbols by parts
 
     @cached_property
     def layouts(self) -> list[Layout]:
@@ -57,10 +57,10 @@ class Call:
 
     def symbols(self, parts: int = 1) -> dict[sympy.Symbol, int]:
         """Sizes of a step on the rows of so many ranks."""
-        if parts not in self.known:
+        if parts not in self.by_parts:
             rows = [parts * l.chunks * c for l, c in zip(self.layouts, self.rows)]
-            self.known[parts] = symbol_values(self.body, self.sizes, rows)
-        return self.known[parts]
+            self.by_parts[parts] = symbol_values(self.body, self.sizes, rows)
+        return self.by_parts[parts]
 
     def lead(self, size: Size) -> int:
         return evaluate(size, self.symbols())
@@ -172,14 +172,14 @@ class Exchange:
     per call where they carry nothing of the shard (one K/V head)."""
 
     call: Call
-    given: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    once: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
     sums: dict[Attention, Sums] = field(default_factory=dict)
 
     def start(self, fixed: Values) -> Steps:
         """fixed: the values that are equal for all shards."""
         for a in self.call.body.attentions:
             if a.operands.k in fixed and a.operands.v in fixed:
-                self.given[a] = yield from self._gather(a, fixed)
+                self.once[a] = yield from self._gather(a, fixed)
 
     def _gather(self, a: Attention, values: Values) -> Steps:
         call, x = self.call, a.operands
@@ -188,7 +188,7 @@ class Exchange:
 
     def _whole(self, a: Attention, values: Values) -> Steps:
         """(the operands against which all its queries are met, the chunks of the queries)."""
-        k, v = self.given.get(a) or (yield from self._gather(a, values))
+        k, v = self.once.get(a) or (yield from self._gather(a, values))
         chunks = self.call.layouts[a.queries].chunk_ids(self.call.axis.rank)
         return replace(a.operands.map(values.__getitem__), k=k, v=v), chunks
 
@@ -203,14 +203,14 @@ class Exchange:
         x, chunks = yield from self._whole(a, values)
         done = values[a.out], values[a.lse]
         dq, dk, dv, *more = attn.attend_backward(g, x, done, m, chunks, call.biased(a))
-        own = {names.q: dq, **({names.mask: more[0]} if names.mask and more else {})}
-        if a in self.given:
+        grads = {names.q: dq, **({names.mask: more[0]} if names.mask and more else {})}
+        if a in self.once:
             sums = self.sums.setdefault(a, Sums())
             sums.add(names.k, dk)
             sums.add(names.v, dv)
-            return own
+            return grads
         dk, dv = yield from attn.scatter(call.axis.rank, m, dk, dv)
-        return {**own, names.k: dk, names.v: dv}
+        return {**grads, names.k: dk, names.v: dv}
 
     def finish(self, total: Sums) -> Steps:
         """Gradients of what was exchanged once per call."""
@@ -260,13 +260,13 @@ class Resident(Exchange):
         grads = attn.attend_backward(g, x, (out, lse), m, chunks, biased)
         missing = values[names.k].shape[2] - call.lengths[a.keys]
         dk, dv = (torch.nn.functional.pad(d, (0, 0, 0, missing)) for d in grads[1:3])
-        made = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
-        own = {n: self._by_rank(*y) for n, y in zip((names.q, names.k, names.v), made)}
+        by_rank = (grads[0], a.queries), (dk, a.keys), (dv, a.keys)
+        named = {n: self._by_rank(*y) for n, y in zip((names.q, names.k, names.v), by_rank)}
         if names.mask and len(grads) > 3:
             d = grads[3]
             rows = d.dim() - 2
-            own[names.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
-        return own
+            named[names.mask] = self._by_rank(d, a.queries, rows) if d.shape[rows] != 1 else d
+        return named
 
 
 def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
@@ -277,7 +277,7 @@ def attended(exchange: Exchange, a: Attention, values: Values) -> Steps:
 
 
 def step_backward(
-    call: Call, symbols: Lengths, j: int, values: Values, given: Values, exchange: Exchange
+    call: Call, symbols: Lengths, j: int, values: Values, cotangents: Values, exchange: Exchange
 ) -> Steps:
     """Gradients of all operands of one step; pieces before the last run again."""
     body, step = call.body, call.step(j)
@@ -285,17 +285,17 @@ def step_backward(
     for index, s in enumerate(body.steps):
         if isinstance(s, Piece) and index < last:
             kept = {a.out for a in body.attentions}
-            made = call.pieces.again(index, symbols, step, values)
-            values.update({n: t for n, t in made.items() if n not in kept})
+            recomputed = call.pieces.again(index, symbols, step, values)
+            values.update({n: t for n, t in recomputed.items() if n not in kept})
     grads = Sums()
-    for n, g in given.items():
+    for n, g in cotangents.items():
         grads.add(n, g)
     for index in reversed(range(len(body.steps))):
         s = body.steps[index]
         if isinstance(s, Piece):
-            mine = {n: g for n in s.writes if (g := grads.take(n)) is not None}
-            if mine:
-                for n, g in call.pieces.backward(index, symbols, step, values, mine).items():
+            outgoing = {n: g for n in s.writes if (g := grads.take(n)) is not None}
+            if outgoing:
+                for n, g in call.pieces.backward(index, symbols, step, values, outgoing).items():
                     grads.add(n, g)
             continue
         g = grads.take(s.out)

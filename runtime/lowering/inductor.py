@@ -166,8 +166,8 @@ def _traced(program: torch.nn.Module, fakes: Fakes) -> torch.fx.GraphModule:
     metas = [[str(n.meta.get(k)) for k in ("recompute", "ac_graph_id")] for n in gm.graph.nodes]
     held = [n.target for n in gm.graph.find_nodes(op="get_attr")]
     values = [getattr(gm, str(t)).tolist() for t in held]
-    told = repr((_own_code(), metas, values))
-    vars(gm)["tspc_key"] = hashlib.sha256(told.encode()).hexdigest()
+    text = repr((_own_code(), metas, values))
+    vars(gm)["tspc_key"] = hashlib.sha256(text.encode()).hexdigest()
     return gm
 
 

@@ -131,9 +131,9 @@ def reduced(
             grads.append(_taken(p))
     if place.replicas is not None:
         named = [*names, *(f"kept {i}" for i in range(count, len(params)))]
-        made = {n: text(g.dtype, g.shape) for n, g in zip(named, grads) if g is not None}
-        made["all, after this many optimizer steps"] = steps_since(params)
-        replicas_agree(place, made, "has gradients of")
+        present = {n: text(g.dtype, g.shape) for n, g in zip(named, grads) if g is not None}
+        present["all, after this many optimizer steps"] = steps_since(params)
+        replicas_agree(place, present, "has gradients of")
     dims = [p.placements[0].dim if is_cut(p) else None for p in params]
     out = [
         None if g is None else DTensor(g, p._spec, requires_grad=False)
@@ -167,12 +167,14 @@ def _taken(p: nn.Parameter) -> torch.Tensor | None:
 
 def _left(place: Place, quiet: set[int]) -> list[nn.Parameter]:
     """The parameters of other graphs whose gradients are kept."""
-    found = [(key, ref()) for key, ref in _OPEN.items() if key not in quiet]
-    for key, p in found:
+    open_params = [(key, ref()) for key, ref in _OPEN.items() if key not in quiet]
+    for key, p in open_params:
         if p is None or not isinstance(p.grad, Kept):
             del _OPEN[key]
     return [
-        p for _, p in found if p is not None and isinstance(p.grad, Kept) and p.grad.place is place
+        p
+        for _, p in open_params
+        if p is not None and isinstance(p.grad, Kept) and p.grad.place is place
     ]
 
 

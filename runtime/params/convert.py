@@ -144,11 +144,11 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
 
     One with a gradient or a state in an optimizer stays as it is. Collective.
     """
-    found = [_OPEN.pop(p, False) for p, _ in wanted]
+    were_open = [_OPEN.pop(p, False) for p, _ in wanted]
     again = [
         (p, placement)
-        for (p, placement), mine in zip(wanted, found)
-        if mine and p.grad is None and p.placements[0] != placement
+        for (p, placement), was_open in zip(wanted, were_open)
+        if was_open and p.grad is None and p.placements[0] != placement
     ]
     if not again:
         return

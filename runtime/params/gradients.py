@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import unserializable_hook
 
 from tspc.base.context import Context
-from tspc.runtime.comm.failures import told
+from tspc.runtime.comm.failures import naming
 from tspc.runtime.params.stored import WHAT, chunk, is_stored, whole, wrap
 
 
@@ -27,7 +27,7 @@ class _Cut(torch.autograd.Function):
         spec = like._spec
         if spec.mesh.ndim > 1 and not isinstance(g, DTensor):
             g, group = g.clone(memory_format=torch.contiguous_format), spec.mesh.get_group(1)
-            with told(WHAT, group):
+            with naming(WHAT, group):
                 dist.all_reduce(g, group=group)
             g /= spec.mesh.size(1)
         part = chunk(whole(g), spec).clone(memory_format=torch.contiguous_format)

@@ -27,9 +27,9 @@ def hand_over(old: nn.Parameter, new: nn.Parameter, axis: str) -> None:
     to it go to `new`.
     """
     if old._backward_hooks:  # the dict that the handles know; what `new` has comes first
-        shared, own = old._backward_hooks, new._backward_hooks or {}
+        shared, hooks = old._backward_hooks, new._backward_hooks or {}
         old._backward_hooks = OrderedDict(shared)
-        first = [*own.items(), *shared.items()]
+        first = [*hooks.items(), *shared.items()]
         shared.clear()
         shared.update(first)
         new._backward_hooks = shared
@@ -73,8 +73,10 @@ def shard_of_gradient(p: nn.Parameter, grad: torch.Tensor, axis: str) -> DTensor
     dim = placement.dim if isinstance(placement, Shard) else -1
     size = p.shape[dim] if dim >= 0 else 0
     grad = grad.to_dense() if grad.is_sparse else grad
-    rest = (dim, size, is_cut(p), axis, p._local_tensor.shape[max(dim, 0)] if p.dim() else 0)
-    return DTensor(torch.ops.tspc.whole_weight_backward(grad, *rest), p._spec, requires_grad=False)
+    storage = (dim, size, is_cut(p), axis, p._local_tensor.shape[max(dim, 0)] if p.dim() else 0)
+    return DTensor(
+        torch.ops.tspc.whole_weight_backward(grad, *storage), p._spec, requires_grad=False
+    )
 
 
 def _add(p: nn.Parameter, grad: torch.Tensor) -> None:

@@ -47,10 +47,10 @@ def adapt(module: nn.Module | None = None) -> None:
     """Those imported since the last time; and the `save_pretrained` of a module's own parts."""
     for (name, owner, method), around in METHODS.items():
         if (name, f"{owner}.{method}") not in _DONE and name in sys.modules:
-            found = getattr(sys.modules[name], owner, None)
-            if found is not None:  # else it is being imported
+            target = getattr(sys.modules[name], owner, None)
+            if target is not None:  # else it is being imported
                 _DONE.add((name, f"{owner}.{method}"))
-                _around(found, method, around)
+                _around(target, method, around)
     for (name, function), around in FUNCTIONS.items():
         if (name, function) not in _DONE and hasattr(sys.modules.get(name), function):
             _DONE.add((name, function))
@@ -110,8 +110,8 @@ def _checkpoint(name: str) -> Callable[..., object]:
     def save(plain: Plain, self: _Trainer, *args: object, **kwargs: object) -> object:
         optimizers = [] if self.optimizer is None else [self.optimizer]
         both = name == "_save_checkpoint" and not self.args.save_only_model
-        given = optimizers if both else []
-        with writing(f"Trainer.{name}", [self.model], given):
+        chosen = optimizers if both else []
+        with writing(f"Trainer.{name}", [self.model], chosen):
             return plain(self, *args, **kwargs)
 
     return save
@@ -126,9 +126,9 @@ def _fabric_save(
     **kwargs: object,
 ) -> object:
     """fabric.save(path, {"model": model, ...}) ends in this of a strategy."""
-    found = list(state.values())
-    models = [x for x in found if isinstance(x, nn.Module)]
-    optimizers = [x for x in found if isinstance(x, torch.optim.Optimizer)]
+    values = list(state.values())
+    models = [x for x in values if isinstance(x, nn.Module)]
+    optimizers = [x for x in values if isinstance(x, torch.optim.Optimizer)]
     with writing("Fabric.save", models, optimizers) as writes:
         return plain(self, path, state, *args, **kwargs) if writes else None
 

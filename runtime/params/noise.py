@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tspc.runtime.comm.failures import told
+from tspc.runtime.comm.failures import naming
 from tspc.seams.tensors import OpOverload
 
 WHAT = "the seed of random numbers for sharded parameters outside of the compiled graphs"
@@ -38,7 +38,7 @@ def of_first_rank(mesh: DeviceMesh, generator: torch.Generator | None) -> Iterat
     state = state_here.to(mesh.device_type, copy=True)
     for k in range(mesh.ndim):
         group = mesh.get_group(k)
-        with told(WHAT, group):
+        with naming(WHAT, group):
             dist.broadcast(state, dist.get_global_rank(group, 0), group)
     alike = torch.equal(state.cpu(), state_here)
     of.set_rng_state(state.cpu())

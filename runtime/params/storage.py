@@ -30,7 +30,7 @@ from tspc.runtime.call import frames as calls
 from tspc.runtime.call.finite import check_gradients
 from tspc.runtime.call.twice import refused
 from tspc.runtime.comm.drivers import distributed
-from tspc.runtime.comm.failures import told
+from tspc.runtime.comm.failures import naming
 from tspc.runtime.comm.place import PLACES, Place, chunk_rows
 from tspc.runtime.comm.repack import fits, repack, repack_backward
 from tspc.runtime.params import libraries, writing
@@ -181,8 +181,8 @@ def _rebuild(
 
 def _sharded_class(cls: type[nn.Module], names: tuple[str, ...], axis: str) -> type:
     key = (cls, names, axis)
-    made = _CLASSES.get(key)
-    if made is None:
+    sharded = _CLASSES.get(key)
+    if sharded is None:
         body: dict[str, object] = {n: _property(n, axis) for n in names}
         body.update(
             _tspc_class=cls,
@@ -196,8 +196,8 @@ def _sharded_class(cls: type[nn.Module], names: tuple[str, ...], axis: str) -> t
             _load_from_state_dict=_load,
             _apply=_apply,
         )
-        made = _CLASSES[key] = type(cls.__name__, (cls,), body)
-    return made
+        sharded = _CLASSES[key] = type(cls.__name__, (cls,), body)
+    return sharded
 
 
 def shard_parameters(
@@ -222,9 +222,9 @@ def shard_parameters(
     libraries.adapt(module)
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
-    made: dict[int, nn.Parameter] = {}
+    by_id: dict[int, nn.Parameter] = {}
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
-    with torch.no_grad(), told("the sharding of the parameters", group):
+    with torch.no_grad(), naming("the sharding of the parameters", group):
         for m in module.modules():
             names = tuple(n for n, p in m._parameters.items() if p is not None)
             for n in names:
@@ -232,16 +232,16 @@ def shard_parameters(
                 assert p is not None
                 if isinstance(p, DTensor):
                     continue
-                if id(p) not in made:
+                if id(p) not in by_id:
                     dim = dims[id(p)] if id(p) in dims else default_dim(p)
                     chunk = Replicate() if dim is None else Shard(dim)
                     placements = [chunk, chunk if cut else Replicate()][: mesh.ndim]
                     rank = None if p.is_meta else 0
                     data = distribute_tensor(p.data, mesh, placements, src_data_rank=rank)
-                    made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
-                    arrives_cut(made[id(p)])
-                    exchanged[p] = made[id(p)]
-                m._parameters[n] = made[id(p)]
+                    by_id[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+                    arrives_cut(by_id[id(p)])
+                    exchanged[p] = by_id[id(p)]
+                m._parameters[n] = by_id[id(p)]
             if names and not hasattr(type(m), "_tspc_class"):
                 m.__class__ = _sharded_class(type(m), names, axis)
         for b in (b for b in module.buffers() if not b.is_meta):
@@ -263,13 +263,13 @@ def placed(m: ShardMap | None) -> Placement:
 
 
 def _exchanged(
-    x: torch.Tensor, p: DTensor, given: Placement, wanted: Placement, mesh: DeviceMesh
+    x: torch.Tensor, p: DTensor, placement: Placement, wanted: Placement, mesh: DeviceMesh
 ) -> torch.Tensor:
     """Collective, unless the chunk is cut as wanted already."""
-    if given == wanted:
+    if placement == wanted:
         return x
-    rest = {"run_check": False, "shape": p.shape, "stride": p.stride()}
-    chunk = DTensor.from_local(x, mesh, [given], **rest)
+    facts = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+    chunk = DTensor.from_local(x, mesh, [placement], **facts)
     return chunk.redistribute(placements=[wanted]).to_local()
 
 
@@ -359,8 +359,10 @@ class Prologue(torch.autograd.Function):
             chunks.append(g)
         out = reduced(place, params, taken.names, chunks, taken.reduce)
         if taken.check:
-            made = [(n, None if g is None else g._local_tensor) for n, g in zip(taken.names, out)]
+            local_grads = [
+                (n, None if g is None else g._local_tensor) for n, g in zip(taken.names, out)
+            ]
             check_gradients(
-                place, made, [(n, p._local_tensor) for n, p in zip(taken.names, params)]
+                place, local_grads, [(n, p._local_tensor) for n, p in zip(taken.names, params)]
             )
         return out

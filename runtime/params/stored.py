@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from tspc.base.state import PROCESS, remembered
-from tspc.runtime.comm.failures import told
+from tspc.runtime.comm.failures import naming
 from tspc.seams.tensors import DTensorSpec, TensorMeta
 
 Value = TypeVar("Value")
@@ -29,7 +29,7 @@ _SEEN: dict[int, DeviceMesh] = remembered(PROCESS, {})  # the same, by identity
 _TOLD: set[str] = remembered(PROCESS, set())
 
 
-def own(mesh: DeviceMesh) -> None:
+def claim(mesh: DeviceMesh) -> None:
     """Parameters are stored on it."""
     _MESHES.add(mesh)
 
@@ -101,7 +101,7 @@ def whole(x: Value, why: str = "") -> Value | torch.Tensor:
             "rank: %.1f MiB are gathered each time",
             *(why, list(x.shape), x.nbytes / 2**20),
         )
-    with torch.no_grad(), told(WHAT, x._spec.mesh.get_group(0)):
+    with torch.no_grad(), naming(WHAT, x._spec.mesh.get_group(0)):
         return DTensor(x._local_tensor.detach(), x._spec, requires_grad=False).full_tensor()
 
 
@@ -148,10 +148,10 @@ def parts(x: torch.Tensor, spec: DTensorSpec, everyone: bool = False) -> torch.T
     if x.dtype == torch.bool:
         out = out.view(torch.uint8)
     for k, _ in reversed(cuts(spec)):
-        found = [torch.empty_like(out) for _ in range(mesh.size(k))]
-        with torch.no_grad(), told(WHAT, mesh.get_group(k)):
-            dist.all_gather(found, out, group=mesh.get_group(k))
-        out = torch.cat(found)
+        blocks = [torch.empty_like(out) for _ in range(mesh.size(k))]
+        with torch.no_grad(), naming(WHAT, mesh.get_group(k)):
+            dist.all_gather(blocks, out, group=mesh.get_group(k))
+        out = torch.cat(blocks)
         places = [[*p[:k], r, *p[k + 1 :]] for r in range(mesh.size(k)) for p in places]
     kept = [i for i, p in enumerate(places) if everyone or holds_rows(spec, p)]
     out = out[kept] if len(kept) < len(places) else out

@@ -21,11 +21,11 @@ from tspc.base.state import CODE, PROCESS, remembered
 from tspc.runtime.params import gradients, noise, reductions
 from tspc.runtime.params.stored import (
     chunk,
+    claim,
     cuts,
     is_cut,
     is_ours,
     is_stored,
-    own,
     parts,
     put,
     whole,
@@ -74,7 +74,7 @@ _MOVED = {
 
 def store_on(mesh: DeviceMesh) -> None:
     """Parameters are stored on it: from now on plain code finds whole values of them."""
-    own(mesh)
+    claim(mesh)
     if not _INSTALLED:
         _INSTALLED.append(True)
         # called from C++: inside of a compiled step Dynamo would take it for a frame of the user's

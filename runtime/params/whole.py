@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tspc.base.errors import PlanError, ShardedParameterError
 from tspc.base.state import CALL, remembered
-from tspc.runtime.comm.failures import Lost, failure, told
+from tspc.runtime.comm.failures import Lost, failure, naming
 from tspc.seams.compiler import default_store, storage_key, timeout_of
 from tspc.seams.tensors import has_storage, tree_map
 
@@ -201,7 +201,7 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
         among = sharers(*root.parameters())
         among.meet(what)
         take = Gathered(among)
-        with told(what, dist.group.WORLD):
+        with naming(what, dist.group.WORLD):
             state = _gathered(root.state_dict(), take)
             if optimizer is None:
                 return state
@@ -235,22 +235,22 @@ class Sent:
 
     def structure(self, state: Mapping[str, Any] | None) -> State | None:
         """The state with announcements in the place of tensors; the same on all ranks."""
-        mine = None
+        announced = None
         if self.among.first:
-            mine = tree_map(_announce, state)
-        return self.among.given(mine)
+            announced = tree_map(_announce, state)
+        return self.among.given(announced)
 
     def take(
-        self, found: _Announced, given: torch.Tensor | None, device: torch.device
+        self, announced: _Announced, value: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
         """One whole tensor. given: the first rank's, which nobody else has."""
         if self.among.first:
-            assert given is not None
-            given = given.detach()
-            given = given.full_tensor() if isinstance(given, DTensor) else given
-            x = given.to(device).contiguous()
+            assert value is not None
+            value = value.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            x = value.to(device).contiguous()
         else:
-            x = torch.empty(found.shape, dtype=found.dtype, device=device)
+            x = torch.empty(announced.shape, dtype=announced.dtype, device=device)
         if x.numel():
             self.among.send(x)
         return x
@@ -280,21 +280,21 @@ def load_full_state_dict(
     among = sharers(*root.parameters())
     among.meet(what)
     sent = Sent(among)
-    given = None
+    whole_state = None
     if among.first and state is not None:
-        given = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
-    with torch.no_grad(), told(what, dist.group.WORLD):
-        found = sent.structure(given)
+        whole_state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
+    with torch.no_grad(), naming(what, dist.group.WORLD):
+        announced = sent.structure(whole_state)
         if among.given((optimizer is None) != (optimizer_state is None)):
             raise PlanError(f"{what}: optimizer= and optimizer_state= go together")
-        if not isinstance(found, Mapping):
-            raise PlanError(f"{what}: the first rank has no state, but {type(found).__name__}")
-        own, device = root.state_dict(), _device(root)
+        if not isinstance(announced, Mapping):
+            raise PlanError(f"{what}: the first rank has no state, but {type(announced).__name__}")
+        target, device = root.state_dict(), _device(root)
         ready: State = {}
-        for name, x in found.items():
+        for name, x in announced.items():
             if isinstance(x, _Announced):
-                whole = sent.take(x, None if given is None else given[name], device)
-                ready[name] = fill(own.get(name), whole)
+                whole = sent.take(x, None if whole_state is None else whole_state[name], device)
+                ready[name] = fill(target.get(name), whole)
             else:
                 ready[name] = x
         loaded = root.load_state_dict(ready, strict=strict)
@@ -303,16 +303,16 @@ def load_full_state_dict(
     return loaded
 
 
-def fill(own: object, whole: torch.Tensor) -> torch.Tensor:
+def fill(target: object, whole: torch.Tensor) -> torch.Tensor:
     """Copy into the tensor that a module holds, where there is one of that shape; -> it, to be
     given to `load_state_dict`, else the whole one."""
-    if not isinstance(own, torch.Tensor) or own.shape != whole.shape or own.is_meta:
+    if not isinstance(target, torch.Tensor) or target.shape != whole.shape or target.is_meta:
         return whole
-    if isinstance(own, DTensor):
-        own.to_local().copy_(cut(whole, own).to_local())
+    if isinstance(target, DTensor):
+        target.to_local().copy_(cut(whole, target).to_local())
     else:
-        own.copy_(whole)
-    return own
+        target.copy_(whole)
+    return target
 
 
 def cut(whole: torch.Tensor, like: DTensor) -> DTensor:
@@ -333,32 +333,32 @@ def _received(
     device: torch.device,
 ) -> State:
     """The optimizer's state, cut like the parameters."""
-    found = sent.structure(state)
-    assert found is not None
+    announced = sent.structure(state)
+    assert announced is not None
     groups = [p for g in optimizer.param_groups for p in g["params"]]
-    saved = [i for g in found["param_groups"] for i in g["params"]]
+    saved = [i for g in announced["param_groups"] for i in g["params"]]
     params = dict(zip(saved, groups))
     first = sent.among.first
 
-    def take(x: object, given: Any, p: object) -> object:
+    def take(x: object, value: Any, p: object) -> object:
         if isinstance(x, _Announced):
-            whole = sent.take(x, given, device)
+            whole = sent.take(x, value, device)
             if isinstance(p, DTensor) and whole.shape == p.shape and whole.dim():
                 return cut(whole, p)
             return whole if whole.dim() else whole.cpu()
         if isinstance(x, Mapping):
-            return {k: take(v, given[k] if first else None, p) for k, v in x.items()}
+            return {k: take(v, value[k] if first else None, p) for k, v in x.items()}
         if isinstance(x, (list, tuple)):
-            return type(x)(take(v, given[i] if first else None, p) for i, v in enumerate(x))
+            return type(x)(take(v, value[i] if first else None, p) for i, v in enumerate(x))
         return x
 
     out = {}
-    for key, x in found.items():
-        given: Any = state[key] if state is not None and first else None
+    for key, x in announced.items():
+        value: Any = state[key] if state is not None and first else None
         if key == "state":
             out[key] = {
-                i: take(s, given[i] if first else None, params.get(i)) for i, s in x.items()
+                i: take(s, value[i] if first else None, params.get(i)) for i, s in x.items()
             }
         else:
-            out[key] = take(x, given, None)
+            out[key] = take(x, value, None)
     return out

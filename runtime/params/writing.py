@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from tspc.base.errors import RankFailureError, ShardedParameterError
-from tspc.runtime.comm.failures import told
+from tspc.runtime.comm.failures import naming
 from tspc.runtime.params.stored import is_stored
 from tspc.runtime.params.whole import Gathered, Sharers, State, active, cut, sharers, shown
 from tspc.seams.compiler import cut_loaded_states, refuse_pickles
@@ -66,8 +66,8 @@ def loaded(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def written(p: DTensor) -> torch.Tensor:
     """What `state_dict()` gives for a parameter inside of `writing`: whole on the first rank."""
     take = active()
-    found = None if take is None else take.known(p.detach())
-    return p.detach() if found is None else found
+    cached = None if take is None else take.known(p.detach())
+    return p.detach() if cached is None else cached
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def writing(
     among = sharers(*params)
     among.meet(what)
     take, handles = Gathered(among), []
-    with torch.no_grad(), told(what, dist.group.WORLD):
+    with torch.no_grad(), naming(what, dist.group.WORLD):
         for m in models:
             for x in m.state_dict().values():
                 if isinstance(x, DTensor):
@@ -133,7 +133,7 @@ def gathered(what: str, state: Any) -> tuple[Any, Sharers]:
     among = sharers(*shards)
     among.meet(what)
     take = Gathered(among)
-    with torch.no_grad(), told(what, dist.group.WORLD):
+    with torch.no_grad(), naming(what, dist.group.WORLD):
         whole = tree_map(lambda x: take(x) if is_stored(x) else x, state)
     return whole, among
 

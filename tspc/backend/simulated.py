@@ -65,7 +65,7 @@ class Simulated:
 
 
 def simulated_backend(
-    ranks: int, options: Options | None = None, made: list[Simulated] | None = None
+    ranks: int, options: Options | None = None, graphs: list[Simulated] | None = None
 ) -> Callable[..., object]:
     """A Dynamo backend; `made` collects its graphs."""
     chosen = options or Options()
@@ -87,8 +87,8 @@ def simulated_backend(
             return Simulated(ranks, captured, rewritten, parts)
 
         graph = climb(attempt, captured.program, chosen.strict)
-        if made is not None:
-            made.append(graph)
+        if graphs is not None:
+            graphs.append(graph)
         indices = Indices(graph.rewritten.lookups, torch.device("cpu"))
         return lambda *args: _call(graph, args, indices)
 
@@ -146,8 +146,8 @@ class _Run(torch.autograd.Function):
     def _forward(ctx: Context, graph: Simulated, tensors: Sequence[torch.Tensor]) -> object:
         base = [*(graph.sizes[s] for s in graph.rewritten.symbols), *graph.rows()]
         shards = _shards(graph, tensors)
-        given = [[*base, *(s[rank] for s in shards)] for rank in range(graph.ranks)]
-        results = simulate.run(graph.parts.forward, AXIS, given)
+        inputs = [[*base, *(s[rank] for s in shards)] for rank in range(graph.ranks)]
+        results = simulate.run(graph.parts.forward, AXIS, inputs)
         count = graph.parts.outputs
         ctx.saved = [r[count:] for r in results]
         graph.saved_elements = sum(x.numel() for x in ctx.saved[0] if isinstance(x, torch.Tensor))
@@ -173,13 +173,15 @@ class _Run(torch.autograd.Function):
         assert backward is not None
         forward_out = next(n for n in graph.parts.forward.graph.nodes if n.op == "output")
         names = [n.name for n in forward_out.args[0][graph.parts.outputs :]]
-        given = []
+        inputs = []
         for rank, saved in enumerate(ctx.saved):
             local = [_tangent(graph, rank, i, g) for i, g in tangents.items()]
-            by_name, rest = dict(zip(names, saved)), iter(local)
+            by_name, grads_left = dict(zip(names, saved)), iter(local)
             holders = [n for n in backward.graph.nodes if n.op == "placeholder"]
-            given.append([by_name[n.name] if n.name in by_name else next(rest) for n in holders])
-        grads = simulate.run(backward, AXIS, given)
+            inputs.append(
+                [by_name[n.name] if n.name in by_name else next(grads_left) for n in holders]
+            )
+        grads = simulate.run(backward, AXIS, inputs)
         skip = len(graph.rewritten.symbols) + len(graph.rewritten.choice.extents)
         return (None, *_whole_gradients(graph, [g[skip:] for g in grads]))
 
@@ -213,17 +215,17 @@ def _whole_gradients(
     nodes = [n for n in graph.rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     out = []
     for i, n in enumerate(nodes):
-        mine = [x for x in (g[i] for g in grads) if x is not None]
-        assert len(mine) in (0, graph.ranks), f"only some ranks have a gradient of {n.name}"
+        present = [x for x in (g[i] for g in grads) if x is not None]
+        assert len(present) in (0, graph.ranks), f"only some ranks have a gradient of {n.name}"
         storage = graph.rewritten.choice.storages.get(n.name) if n.op == PARAM else None
-        if not mine:
+        if not present:
             out.append(None)
         elif storage is not None and storage.map is not None:
-            out.append(storage.map.put(mine, int(n.type.shape[storage.map.dim])))
+            out.append(storage.map.put(present, int(n.type.shape[storage.map.dim])))
         else:
-            for other in mine[1:]:
-                assert torch.equal(other, mine[0]), f"ranks differ in the gradient of {n.name}"
-            out.append(mine[0])
+            for other in present[1:]:
+                assert torch.equal(other, present[0]), f"ranks differ in the gradient of {n.name}"
+            out.append(present[0])
     return out
 
 
@@ -231,28 +233,28 @@ def _assemble(graph: Simulated, outs: list[list[Any]]) -> list[object]:
     """Whole outputs; what is whole on every rank must be equal there."""
     result = []
     for i, r in enumerate(graph.rewritten.results):
-        mine = [o[i] for o in outs]
+        parts = [o[i] for o in outs]
         if r is None or r.kind == "whole":
-            for other in mine[1:]:
+            for other in parts[1:]:
                 same = not isinstance(other, torch.Tensor) or torch.equal(
-                    torch.nan_to_num(other.double()), torch.nan_to_num(mine[0].double())
+                    torch.nan_to_num(other.double()), torch.nan_to_num(parts[0].double())
                 )
                 assert same, f"ranks differ in output {i}"
-            result.append(mine[0])
+            result.append(parts[0])
             continue
         span, at = graph.where(r)
-        result.append(lockstep([whole(span, x, *at) for x in mine])[0])
+        result.append(lockstep([whole(span, x, *at) for x in parts])[0])
     return result
 
 
 def relative_errors(
-    mine: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
     """|x - x1| / max(|x1|, 1e-3 |X1|), X1 all tensors of the kind together."""
     total = sum(float(t.double().norm()) ** 2 for t in reference.values()) ** 0.5
     out = {}
     for name, one in reference.items():
-        difference = float((mine[name].double() - one.double()).norm())
+        difference = float((values[name].double() - one.double()).norm())
         scale = max(float(one.double().norm()), 1e-3 * total)
         out[name] = difference / scale if scale else difference
     return out

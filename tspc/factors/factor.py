@@ -156,17 +156,17 @@ class Factors:
     # refinement
     def split(self, f: Factor, major: Size) -> Dim | None:
         """Refine f into (major, rest); None if it cannot be done exactly."""
-        rest = divide(f.size, major)
-        if rest is None:
+        minor = divide(f.size, major)
+        if minor is None:
             return None
         if f.cat:  # n equal segments are a product n · segment
             if len(f.cat) != major or any(
-                self.size(d) != rest or not self.unify(d, f.cat[0]) for d in f.cat[1:]
+                self.size(d) != minor or not self.unify(d, f.cat[0]) for d in f.cat[1:]
             ):
                 return None
             f.seq, f.cat = (self.new(major, f.origin), *f.cat[0]), None
         else:
-            f.seq = (self.new(major, f.origin), self.new(rest, f.origin))
+            f.seq = (self.new(major, f.origin), self.new(minor, f.origin))
             if f.image:
                 f.image.seq, f.image = tuple(self.image(g) for g in f.seq), None
         return f.seq

@@ -81,13 +81,13 @@ class Rule:
     def check_roles(self, text: str) -> None:
         """Summed, selected and exchanged letters go; a position is read of one that stays; what is
         new on the right can only be made whole."""
-        kept, given = self.letters(self.outs), self.letters(self.ins)
+        kept, taken = self.letters(self.outs), self.letters(self.ins)
         for l, role in self.roles:
             gone = role in ("reduce", "lse", "select", "exchange")
             if (l in kept) if gone else (role in KEPT and l not in kept):
                 stays = "stays" if gone else "vanishes"
                 raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} {stays}: it cannot be {role}")
-            if l not in given and role != "whole":
+            if l not in taken and role != "whole":
                 raise RuleError(f"{text}\n{' ' * text.index(l)}^ {l} is new: it can only be whole")
 
     @staticmethod
@@ -205,8 +205,8 @@ class _Letters:
         """The operands that have one; what they say of themselves first, then what the others
         say. Composites last: sizes known from the other operands, at most one open."""
         op, late = self.op, []
-        met = range(min(len(patterns), len(op.ins)))
-        for i in sorted(met, key=lambda i: op.weak[i] if op.weak else False):
+        operands = range(min(len(patterns), len(op.ins)))
+        for i in sorted(operands, key=lambda i: op.weak[i] if op.weak else False):
             if op.refs[i] is None:
                 continue
             dims = op.ins[i]
@@ -233,20 +233,20 @@ class _Letters:
             self.op.event("exchange", dim, i)
             return
         before = len(self.op.events)
-        met = key in self.dims
-        self.dims[key] = self.op.join(self.dims[key], dim, self.first[key], i) if met else dim
+        bound = key in self.dims
+        self.dims[key] = self.op.join(self.dims[key], dim, self.first[key], i) if bound else dim
         self.first.setdefault(key, i)
         gathered = {e.operand for e in self.op.events[before:] if e.role == "exchange"}
         if key in self.roles:
             self.uses.append((key, i, dim if i not in gathered else None))
 
     def composite(self, tok: tuple[Key, ...], dim: Dim, i: int) -> None:
-        known: dict[Key, Size] = {l: 1 for l in tok if l in self.ones}
-        known |= {l: self.F.size(self.dims[l]) for l in tok if l in self.dims}
-        rest: Size | None = self.F.size(dim)
-        for n in known.values():
-            rest = rest and divide(rest, n)
-        parts = rest and self.F.regroup([dim], [known.get(l, rest) for l in tok])
+        sizes: dict[Key, Size] = {l: 1 for l in tok if l in self.ones}
+        sizes |= {l: self.F.size(self.dims[l]) for l in tok if l in self.dims}
+        left: Size | None = self.F.size(dim)
+        for n in sizes.values():
+            left = left and divide(left, n)
+        parts = left and self.F.regroup([dim], [sizes.get(l, left) for l in tok])
         if not parts:
             self.op.event("whole", dim, i, "composite does not divide")
             return

@@ -120,8 +120,8 @@ class _Explicit(torch.fx.Interpreter):
         assert isinstance(device, str)
         state = {d: t for d, t in self.states[-1].items() if d != device}
         if enabled:
-            known = isinstance(dtype, torch.dtype)
-            state[device] = dtype if known else torch.get_autocast_dtype(device)
+            fixed = isinstance(dtype, torch.dtype)
+            state[device] = dtype if fixed else torch.get_autocast_dtype(device)
         self.states.append(state)
 
     def call_function(self, target: Target, args: Arguments, kwargs: Keywords) -> object:
@@ -146,8 +146,8 @@ class _Explicit(torch.fx.Interpreter):
         if not isinstance(self.expected, torch.Tensor):
             return False
         dtype = self.expected.dtype
-        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if all(x.dtype == dtype or not x.is_floating_point() for x in found):
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if all(x.dtype == dtype or not x.is_floating_point() for x in operands):
             return False
         with disable_proxy_modes_tracing():
             try:
@@ -194,8 +194,8 @@ class OneType(FunctionalTensorMode):
     ) -> object:
         kwargs = kwargs or {}
         if self.dtype is not None and not _promotes(func):
-            found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if len({x.dtype for x in found if x.is_floating_point()}) > 1:
+            operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if len({x.dtype for x in operands if x.is_floating_point()}) > 1:
                 with self:
                     args, kwargs = tree_map(self.cast, (args, kwargs))
         return super().__torch_dispatch__(func, types, args, kwargs)

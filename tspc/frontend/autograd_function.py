@@ -60,10 +60,10 @@ LIB.define("graft(Tensor value, Tensor gradient) -> Tensor", tags=(torch.Tag.poi
 LIB.impl("graft", _graft, "CompositeImplicitAutograd")
 
 
-def inlined(gm: torch.fx.GraphModule, given: Sequence[object], mode: FakeTensorMode) -> None:
+def inlined(gm: torch.fx.GraphModule, inputs: Sequence[object], mode: FakeTensorMode) -> None:
     """given: as in `batched.inlined`. Raises `UnsupportedError` for a backward that is not linear
     in the cotangents."""
-    values = dict(zip(gm.graph.find_nodes(op="placeholder"), given))
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs))
     for n in gm.graph.find_nodes(op="call_function", target=APPLY):
         _replace(gm, n, values, mode)
     gm.graph.lint()
@@ -87,11 +87,13 @@ def _replace(
     if n.kwargs.get("dirty_idx"):
         raise _refuse(n, "is of a forward that writes into its arguments")
     operands = n.args[2:]
-    known = [
+    constants = [
         values.get(a, a.meta.get("example_value")) if isinstance(a, Node) else a for a in operands
     ]
-    wants = torch.is_grad_enabled() and any(x.requires_grad for x in known if isinstance(x, Tensor))
-    fakes, again = ([like(x, mode) for x in known] for _ in range(2))
+    wants = torch.is_grad_enabled() and any(
+        x.requires_grad for x in constants if isinstance(x, Tensor)
+    )
+    fakes, again = ([like(x, mode) for x in constants] for _ in range(2))
     with mode, preserve_node_meta():
         with torch.no_grad():
             outs, saved = torch.fx.Interpreter(forward).run(*fakes)
@@ -110,13 +112,13 @@ def _replace(
     with gm.graph.inserting_before(n):
         apart = [_detached(gm, a) for a in operands]
         flat = copied(gm, traced, [*apart, *operands, *[None] * len(gs)])
-        made = [
+        copies = [
             x if z is None else gm.graph.call_function(torch.ops.tspc.graft.default, (x, z))
             for x, z in zip(flat[: len(gs)], flat[len(gs) :])
         ]
     for user in list(n.users):
         assert user.target is operator.getitem and isinstance(user.args[1], int)
-        new = made[user.args[1]]
+        new = copies[user.args[1]]
         assert isinstance(new, Node)
         new.meta.setdefault("example_value", user.meta.get("example_value"))
         new.meta.setdefault("stack_trace", n.meta.get("stack_trace"))
@@ -170,8 +172,8 @@ def _with_transposed(
             ]
             if pairs:
                 bs, vs = zip(*pairs)
-                found = torch.autograd.grad(bs, [gs[i] for i in seen], vs, allow_unused=True)
-                for i, z in zip(seen, found):
+                transposed = torch.autograd.grad(bs, [gs[i] for i in seen], vs, allow_unused=True)
+                for i, z in zip(seen, transposed):
                     derived[i] = z
         return outs, derived
 
@@ -216,16 +218,16 @@ def _is_zero(m: Node, zero: set[Node]) -> bool:
         return m.args[0] in zero
     assert isinstance(m.target, OpOverload)
     name = m.target._schema.name.split("::")[1]
-    found = [x in zero for x in m.all_input_nodes if _holds_numbers(x)]
+    zeros = [x in zero for x in m.all_input_nodes if _holds_numbers(x)]
     if name in ("add", "sub", "where"):
         numbers = [x for x in m.args if not isinstance(x, Node)]
-        return all(found) and not any(numbers)
+        return all(zeros) and not any(numbers)
     if name in ("full", "scalar_tensor"):
         return bool(m.args[-1] == 0)
     return (
         name in ALWAYS
-        or (name in EVERY and all(found))
-        or (name in ANY and any(found))
-        or (name in FIRST and found[:1] == [True])
-        or (name == "masked_fill" and found[:1] == [True] and bool(m.args[2] == 0))
+        or (name in EVERY and all(zeros))
+        or (name in ANY and any(zeros))
+        or (name in FIRST and zeros[:1] == [True])
+        or (name == "masked_fill" and zeros[:1] == [True] and bool(m.args[2] == 0))
     )

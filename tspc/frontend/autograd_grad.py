@@ -21,18 +21,18 @@ def gives_itself(n: torch.fx.Node) -> bool:
         return False
     assert isinstance(x, torch.fx.Node)
     x, y = x.meta["val"], n.meta["val"]
-    given = zip((a.name for a in op._schema.arguments), n.args)
-    copied = {**dict(given), **n.kwargs}.get("copy", False)
+    arguments = zip((a.name for a in op._schema.arguments), n.args)
+    copied = {**dict(arguments), **n.kwargs}.get("copy", False)
     same = (x.dtype, x.device, x.stride()) == (y.dtype, y.device, y.stride())
     return same and not copied
 
 
-def is_input(x: object, given: object) -> bool:
+def is_input(x: object, inputs: object) -> bool:
     """An output is the very input (`out=`, an in-place op), not another view of its memory."""
-    if not (isinstance(x, FunctionalTensor) and isinstance(given, FunctionalTensor)):
+    if not (isinstance(x, FunctionalTensor) and isinstance(inputs, FunctionalTensor)):
         return False
-    a, b = ((t.shape, t.stride(), t.storage_offset()) for t in (x, given))
-    return a == b and storage_key(x.elem) == storage_key(given.elem)
+    a, b = ((t.shape, t.stride(), t.storage_offset()) for t in (x, inputs))
+    return a == b and storage_key(x.elem) == storage_key(inputs.elem)
 
 
 def reached(gm: torch.fx.GraphModule, outputs: Collection[int]) -> frozenset[int]:
@@ -48,15 +48,15 @@ def reached(gm: torch.fx.GraphModule, outputs: Collection[int]) -> frozenset[int
         id(n.meta.get("example_value")): i
         for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))
     }
-    given = [n for i, n in enumerate(results) if i in outputs and isinstance(n, torch.fx.Node)]  # type: ignore[arg-type]
-    values = (n.meta.get("example_value") for n in given)
+    wanted = [n for i, n in enumerate(results) if i in outputs and isinstance(n, torch.fx.Node)]  # type: ignore[arg-type]
+    values = (n.meta.get("example_value") for n in wanted)
     left = [x.grad_fn for x in values if isinstance(x, torch.Tensor)]
-    seen, found = set(), set()
+    seen, seen_inputs = set(), set()
     while left:
         step = left.pop()
         if step is None or step in seen:
             continue
         seen.add(step)
-        found.add(inputs.get(id(getattr(step, "variable", None))))
+        seen_inputs.add(inputs.get(id(getattr(step, "variable", None))))
         left += [s for s, _ in step.next_functions]
-    return frozenset(i for i in found if i is not None)
+    return frozenset(i for i in seen_inputs if i is not None)

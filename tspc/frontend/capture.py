@@ -133,13 +133,13 @@ def capture(
     same: dict[int, int] = {}
 
     def run(*args: Any) -> list[object]:
-        given = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
-        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in given]
-        own = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
-        interpreter = Overwriting(gm, kinds, own)
-        out = interpreter.run(*given)
+        arguments = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
+        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in arguments]
+        params = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
+        interpreter = Overwriting(gm, kinds, params)
+        out = interpreter.run(*arguments)
         assert isinstance(out, (list, tuple))
-        for i, ((kind, wanted), x, a) in enumerate(zip(kinds, given, args)):
+        for i, ((kind, wanted), x, a) in enumerate(zip(kinds, arguments, args)):
             if isinstance(x, FunctionalTensor) and has_data_mutation(x):
                 if grads[i] and i not in interpreter.places or x is not a:
                     raise UnsupportedError(
@@ -162,8 +162,8 @@ def capture(
         traced = scalars.as_tensors(precision.explicit(traced, around, fakes), fakes)
     env = context.fake_mode.shape_env
     assert env is not None
-    known = getattr(env, "backed_var_to_val", {})
-    hints = {s: int(v) for s, v in known.items() if s.is_integer}
+    sizes = getattr(env, "backed_var_to_val", {})
+    hints = {s: int(v) for s, v in sizes.items() if s.is_integer}
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
@@ -171,8 +171,8 @@ def capture(
 
 
 def _fake(context: TracingContext, x: object) -> object:
-    own = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
-    if own or not isinstance(x, torch.Tensor):
+    ours = isinstance(x, FakeTensor) and x.fake_mode is context.fake_mode
+    if ours or not isinstance(x, torch.Tensor):
         return x
     symbolic = context.tensor_to_context[x]
     source = getattr(symbolic, "tensor_source", None)
@@ -264,14 +264,14 @@ def convert(
     Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad`
     sections.
     """
-    made = _Conversion(traced)
+    conversion = _Conversion(traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
     for i, (n, (kind, wanted), grad) in enumerate(zip(placeholders, kinds, grads)):
-        made.placeholder(n, kind, wanted, grad, i)
+        conversion.placeholder(n, kind, wanted, grad, i)
     for n in traced.graph.nodes:
         if n.op != "placeholder":
-            made.node(n)
-    return Program(name, tuple(made.nodes), hints).without_dead_nodes(), made.positions
+            conversion.node(n)
+    return Program(name, tuple(conversion.nodes), hints).without_dead_nodes(), conversion.positions
 
 
 class _Conversion:

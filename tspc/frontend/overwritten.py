@@ -116,10 +116,10 @@ class Overwriting(Entered):
             return args, kwargs
         new = {id(x): self._read(p) for p, x in self.now.items() if has_data_mutation(x)}
 
-        def given(x: object) -> object:
+        def now(x: object) -> object:
             return new.get(id(x), x)
 
-        return tree_map(given, (args, kwargs))
+        return tree_map(now, (args, kwargs))
 
     def _read(self, p: Node) -> torch.Tensor:
         """The new value, with the parameter's gradient."""

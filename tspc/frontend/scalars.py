@@ -97,10 +97,10 @@ def _in_sizes(n: torch.fx.Node) -> bool:
     value = n.meta.get("val")
     if n.op == "output":
         return True
-    given = (a.meta.get("val") for a in n.all_input_nodes)
+    values = (a.meta.get("val") for a in n.all_input_nodes)
     whole = (torch.SymInt, torch.SymBool)
     sized = any(isinstance(x, torch.Tensor) for x in tree_leaves(value)) and _floats(n)
-    return sized or any(isinstance(x, whole) and any(_free(x)) for x in given)
+    return sized or any(isinstance(x, whole) and any(_free(x)) for x in values)
 
 
 def _fix(values: dict[sympy.Expr, torch.SymFloat], *used: object) -> None:
@@ -144,16 +144,20 @@ class _Tensors(torch.fx.Interpreter):
     ) -> torch.Tensor | None:
         """The op's value, of tensors; None if it takes none."""
         if target in AS_TENSORS:
-            rest, given = dict(kwargs), list(args)
-            alpha = rest.pop("alpha", 1)
+            keywords, operands = dict(kwargs), list(args)
+            alpha = keywords.pop("alpha", 1)
             if any(_free(alpha)):
-                given[1] = given[1] * self._typed(alpha, given[1])
+                operands[1] = operands[1] * self._typed(alpha, operands[1])
             elif alpha != 1:
-                rest["alpha"] = alpha
+                keywords["alpha"] = alpha
             beside = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool)
-            given, rest = tree_map(lambda x: self._typed(x, beside), (given, rest))
+            operands, keywords = tree_map(lambda x: self._typed(x, beside), (operands, keywords))
             op = AS_TENSORS[target]
-            return _clamped(op, given, rest) if "clamp" in op.name() else op(*given, **rest)
+            return (
+                _clamped(op, operands, keywords)
+                if "clamp" in op.name()
+                else op(*operands, **keywords)
+            )
         if target is aten.rsub.Scalar and not args[2:]:
             return aten.sub.Tensor(self._typed(args[1], args[0]), args[0])
         if target is aten.masked_fill.Scalar:
@@ -185,10 +189,10 @@ class _Tensors(torch.fx.Interpreter):
 
 
 def _clamped(
-    op: Callable[..., torch.Tensor], given: Sequence[Bound], rest: Mapping[str, Bound]
+    op: Callable[..., torch.Tensor], operands: Sequence[Bound], keywords: Mapping[str, Bound]
 ) -> torch.Tensor:
     """Bounds that are numbers become tensors too."""
-    x = given[0]
+    x = operands[0]
     assert isinstance(x, torch.Tensor)
 
     def bound(b: Bound) -> torch.Tensor | None:
@@ -196,7 +200,7 @@ def _clamped(
             return b
         return torch.full((), b, dtype=x.dtype, device=x.device)
 
-    return op(x, *map(bound, given[1:]), **{k: bound(b) for k, b in rest.items()})
+    return op(x, *map(bound, operands[1:]), **{k: bound(b) for k, b in keywords.items()})
 
 
 def _number(x: object) -> object:

@@ -179,10 +179,10 @@ class Program:
         for n in self.nodes:
             if n.op in PLACEHOLDERS:
                 is_data = n.op == INPUT and n.type.is_float
-                known = n.op != PARAM and not is_data
+                alike = n.op != PARAM and not is_data
             else:
-                known = n.op in SHAPE_ONLY or all(r.name in out for r in n.refs())
-            if known and n.op != OUTPUT:
+                alike = n.op in SHAPE_ONLY or all(r.name in out for r in n.refs())
+            if alike and n.op != OUTPUT:
                 out.add(n.name)
         return frozenset(out)
 

@@ -60,7 +60,7 @@ class Lookup:
     """index: its values lie in [0, size), or with `wraps` in [-size, size).
 
     table: what it is looked up in, for the reader; of: the inputs that the index is made of, or
-    nothing, where the lengths of a call are all that it hangs on. own: of a kernel of tspc's.
+    nothing, where the lengths of a call are all that it hangs on. ours: of a kernel of tspc's.
     elements: what its elements are among, if that is seen without computing it.
     """
 
@@ -72,50 +72,50 @@ class Lookup:
     op: str
     source: str
     of: tuple[str, ...]
-    own: bool
+    ours: bool
     elements: Elements | None
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """found: in the program's order. nodes: by name, all of the program's."""
+    """listed: in the program's order. nodes: by name, all of the program's."""
 
-    found: tuple[Lookup, ...] = ()
+    listed: tuple[Lookup, ...] = ()
     nodes: Mapping[str, Node] = field(default_factory=dict)
 
 
 def lookups(program: Program) -> Lookups:
     """Of the whole program; an index that hangs on random numbers is left out."""
     by_name = {n.name: n for n in program.nodes}
-    known = _known(program)
-    found: dict[object, Lookup] = {}
+    integers = _known(program)
+    by_key: dict[object, Lookup] = {}
     for n in program.nodes:
         for table, index, size, wraps in _of(n, by_name):
             t = by_name[index.name].types[index.item or 0]
-            if index.name not in known or t is None or t.dtype not in INTEGERS:
+            if index.name not in integers or t is None or t.dtype not in INTEGERS:
                 continue
             name = "its classes" if table == index else _name(table, by_name)
-            told = name, _word(n), n.source, tuple(sorted(known[index.name]))
+            words = name, _word(n), n.source, tuple(sorted(integers[index.name]))
             lookup = Lookup(
-                index, t.shape, size, wraps, *told, n.op in OWN, _elements(index, by_name)
+                index, t.shape, size, wraps, *words, n.op in OWN, _elements(index, by_name)
             )
-            found.setdefault((index, size, wraps), lookup)
-    return Lookups(tuple(found.values()), by_name)
+            by_key.setdefault((index, size, wraps), lookup)
+    return Lookups(tuple(by_key.values()), by_name)
 
 
 def watched(program: Program) -> Program:
     """Each index that floats of the model make goes through an op that checks it while it runs, on
     the rank that has it; what it is looked up in does not."""
-    by_name, known = {n.name: n for n in program.nodes}, _known(program)
+    by_name, integers = {n.name: n for n in program.nodes}, _known(program)
     nodes: list[Node] = []
     for n in program.nodes:
         for table, index, size, _ in _of(n, by_name) if n.op in OWN else ():
-            made = by_name[index.name]
-            t = made.types[index.item or 0]
-            if index.name in known or t is None or t.dtype not in INTEGERS:
+            maker = by_name[index.name]
+            t = maker.types[index.item or 0]
+            if index.name in integers or t is None or t.dtype not in INTEGERS:
                 continue
             where = f"{n.source}: {_word(n)} in {_name(table, by_name)}"
-            types = (made.types[index.item or 0],)
+            types = (maker.types[index.item or 0],)
             check = Node(f"{n.name}.index", IN_RANGE, (index, size, where), {}, types, n.source)
             nodes.append(replace(check, recompute=n.recompute))
             passed = Ref(check.name)
@@ -199,10 +199,10 @@ def _of(n: Node, by_name: Mapping[str, Node]) -> list[tuple[Ref, Ref, Size, bool
         classes = n.args[1] if len(n.args) > 1 else -1
         return [(x, x, classes, False)] if classes != -1 else []
     if n.op in PLACED:
-        given = [(k, r) for k, r in enumerate(n.args[1]) if r is not None]
-        if any(by_name[r.name].type.dtype == torch.bool for _, r in given):
+        indices = [(k, r) for k, r in enumerate(n.args[1]) if r is not None]
+        if any(by_name[r.name].type.dtype == torch.bool for _, r in indices):
             return []
-        return [(x, r, shape[k], True) for k, r in given]
+        return [(x, r, shape[k], True) for k, r in indices]
     if n.op in DIMENSIONED and len(n.args) > 2 and isinstance(n.args[2], Ref) and shape:
         return [(x, n.args[2], shape[n.args[1] % len(shape)], False)]
     return []

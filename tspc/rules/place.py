@@ -89,9 +89,9 @@ def index_put(op: Op) -> Sequence[Dims]:
     for i, dims in enumerate(op.ins):
         for d in dims[:n] if i == 0 else dims[:lead] if i == len(op.ins) - 1 else dims:
             op.event("whole", d, i, "index")
-    rest = [op.join(d, values[lead + j], 0, len(op.ins) - 1) for j, d in enumerate(x[n:])]
+    others = [op.join(d, values[lead + j], 0, len(op.ins) - 1) for j, d in enumerate(x[n:])]
     if op.weak[0]:
-        op.ins[0] = [*x[:n], *rest]
+        op.ins[0] = [*x[:n], *others]
     if op.weak[-1]:
-        op.ins[-1] = [*values[:lead], *(r if d else d for d, r in zip(values[lead:], rest))]
-    return [[*x[:n], *rest]]
+        op.ins[-1] = [*values[:lead], *(r if d else d for d, r in zip(values[lead:], others))]
+    return [[*x[:n], *others]]

@@ -141,17 +141,17 @@ def _segment(op: Op, k: int, lo: Size, hi: Size) -> Dim | None:
     segments."""
     d = op.ins[0][k]
     n = op.F.size(d)
-    mine = {(lo, hi)} | {
+    segments = {(lo, hi)} | {
         bounds(a, n)[:2]
         for a in op.siblings
         if a["dim"] % len(op.ins[0]) == k and a.get("step", 1) == 1
     }
     cuts: list[Size] = [0]
-    while nxt := [h for l, h in mine if l == cuts[-1] and h != l and h not in cuts]:
+    while nxt := [h for l, h in segments if l == cuts[-1] and h != l and h not in cuts]:
         cuts.append(nxt[0])
     tiles = cuts[-1] == n and all(
         l in cuts and cuts.index(h) == cuts.index(l) + 1
-        for l, h in mine
+        for l, h in segments
         if (l, h) != (0, n) and h in cuts
     )
     f = op.F.expand(d)[:1]
@@ -177,8 +177,8 @@ def slice_scatter(op: Op) -> Sequence[Dims]:
     sizes: list[Size] = [m for m in (lo, hi - lo, n - hi) if m]
     if step != 1:
         return fallback(op, "strided slice")
-    made = [op.new(m, "slice") or (F.new(1),) for m in sizes] if op.weak[0] else None
-    segs = made or F.cut(x[k], sizes)
+    fresh = [op.new(m, "slice") or (F.new(1),) for m in sizes] if op.weak[0] else None
+    segs = fresh or F.cut(x[k], sizes)
     if segs is None:
         return fallback(op, "slice inside of a factor")
     at_src = 1 if lo else 0
@@ -260,20 +260,20 @@ def index(op: Op) -> Sequence[Dims]:
     """Rule of x[i, j, :]: indexed dims are selected; the broadcast dims of the indices take their
     place."""
     pos = [k for k, r in enumerate(op.args["indices"]) if r is not None]
-    given = [i for i in range(1, len(op.ins)) if op.refs[i] is not None]
-    got: list[Dim] = [()] * max(len(op.ins[i]) for i in given)
-    for i in sorted(given, key=lambda i: op.weak[i]):
+    indices = [i for i in range(1, len(op.ins)) if op.refs[i] is not None]
+    got: list[Dim] = [()] * max(len(op.ins[i]) for i in indices)
+    for i in sorted(indices, key=lambda i: op.weak[i]):
         start = len(got) - len(op.ins[i])
         for j, d in enumerate(op.ins[i], start):
             got[j] = op.join(d, got[j], i)
-    for i in given:
+    for i in indices:
         start = len(got) - len(op.ins[i])
         op.ins[i] = [got[j] if d else d for j, d in enumerate(op.ins[i], start)]
     for k in pos:
         op.event("select", op.ins[0][k], 0)
     adjacent = pos == list(range(pos[0], pos[-1] + 1))
-    rest = [d for k, d in enumerate(op.ins[0]) if k not in pos]
-    return [rest[: pos[0]] + got + rest[pos[0] :] if adjacent else got + rest]
+    others = [d for k, d in enumerate(op.ins[0]) if k not in pos]
+    return [others[: pos[0]] + got + others[pos[0] :] if adjacent else got + others]
 
 
 @computed(aten.gather.default)

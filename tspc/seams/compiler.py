@@ -121,16 +121,16 @@ def compiled_roots(gm: torch.fx.GraphModule) -> list[nn.Module]:
     parameters."""
     roots: dict[int, nn.Module] = {}
     frame: types.FrameType | None = sys._getframe(1)
-    found: nn.Module | None = None
+    outermost: nn.Module | None = None
     while frame is not None:
         if frame.f_code is OptimizedModule.__call__.__code__:
-            found = frame.f_locals["self"]._orig_mod
+            outermost = frame.f_locals["self"]._orig_mod
         elif frame.f_code.co_name == "compile_wrapper":
             owner = getattr(frame.f_locals.get("fn"), "__self__", None)
-            found = owner if isinstance(owner, nn.Module) else found
+            outermost = owner if isinstance(owner, nn.Module) else outermost
         frame = frame.f_back
-    if found is not None:
-        roots[id(found)] = found
+    if outermost is not None:
+        roots[id(outermost)] = outermost
     translator = InstructionTranslator.current_tx().output.root_tx
     assert translator is not None
     scope = {"L": translator.f_locals, "G": translator.f_globals}
@@ -173,8 +173,8 @@ def on_compile(
 
     @functools.wraps(plain)
     def make(self: Any, fn: Any) -> object:
-        found = eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
-        if getattr(found, "compiler_fn", found) is not backend or isinstance(fn, type):
+        inner = eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
+        if getattr(inner, "compiler_fn", inner) is not backend or isinstance(fn, type):
             return plain(self, fn)
         if isinstance(fn, nn.Module):
             modules.append(fn)
@@ -187,7 +187,7 @@ def on_compile(
         forward = owner.forward if isinstance(owner, nn.Module) else root
         if isinstance(owner, nn.Module) and not isinstance(forward, types.MethodType):
             fn = external_utils.wrap_inline(fn) if trace_rules.check(forward) else fn
-        options = getattr(found, "kwargs", {}).get("options")
+        options = getattr(inner, "kwargs", {}).get("options")
         strict = isinstance(options, dict) and options.get("strict") is True
         return wrap(plain(self, fn), root, strict)
 
@@ -265,9 +265,9 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
         return None
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
-        found = getattr(options, "_timeout", None)
-        if found is not None:
-            return found
+        timeout = getattr(options, "_timeout", None)
+        if timeout is not None:
+            return timeout
     return None
 
 
@@ -294,8 +294,8 @@ def assign_data_of_shards(ours: Callable[[object], bool], error: type[Exception]
         if not ours(self):
             plain.__set__(self, value)
             return
-        given = (tuple(value.shape), value.dtype, value.device.type)
-        if given != (tuple(self.shape), self.dtype, self.device.type):
+        kind = (tuple(value.shape), value.dtype, value.device.type)
+        if kind != (tuple(self.shape), self.dtype, self.device.type):
             raise error(
                 f".data of a sharded parameter {list(self.shape)} {self.dtype} was set to "
                 f"{list(value.shape)} {value.dtype} on {value.device}: use module.to(...) or "
@@ -314,8 +314,8 @@ def find_nan_in_shards() -> None:
     """`torch.autograd.set_detect_anomaly` asks every gradient whether any of it is NaN, by an op
     that DTensor does not know: of a shard it is asked of the whole, on all ranks."""
     op = torch.ops.aten._is_any_true.default
-    known = DTensor._op_dispatcher.sharding_propagator
-    if op in known.op_strategy_funcs or op in known.op_to_rules:
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    if op in propagator.op_strategy_funcs or op in propagator.op_to_rules:
         return
     register_sharding(op)(lambda x: [([Replicate()], [Replicate()])])
 
@@ -330,8 +330,8 @@ def orthogonalise_whole(ours: Callable[[object], bool]) -> None:
     def whole(grad: torch.Tensor, *args: Any) -> torch.Tensor:
         if not (isinstance(grad, DTensor) and ours(grad)):
             return before(grad, *args)
-        made = before(grad.full_tensor(), *args)
-        return distribute_tensor(made, grad.device_mesh, grad.placements, src_data_rank=None)
+        orthogonal = before(grad.full_tensor(), *args)
+        return distribute_tensor(orthogonal, grad.device_mesh, grad.placements, src_data_rank=None)
 
     _muon._zeropower_via_newtonschulz = whole
 
@@ -368,8 +368,8 @@ def refuse_pickles(instead: Callable[[DTensor], torch.Tensor]) -> None:
     plain = torch.Tensor.__reduce_ex__
 
     def reduce(self: DTensor, protocol: int) -> object:
-        given = instead(self)
-        return plain(self, protocol) if given is self else given.__reduce_ex__(protocol)
+        replacement = instead(self)
+        return plain(self, protocol) if replacement is self else replacement.__reduce_ex__(protocol)
 
     replace_member(DTensor, "__reduce_ex__", reduce)
     replace_member(DTensor, "__copy__", lambda x: reconstruct(x, None, *plain(x, 4)))

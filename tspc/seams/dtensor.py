@@ -48,12 +48,12 @@ def dispatch_dtensors(handle: Callable[..., object]) -> None:
 
 def _aten_ops() -> list[OpOverload]:
     names = [n[6:] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
-    found = []
+    ops = []
     for packet, _, overload in (n.partition(".") for n in names):
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         if any("Tensor" in str(a.type) for a in op._schema.arguments):
-            found.append(op)
-    return found
+            ops.append(op)
+    return ops
 
 
 def _as_torch(
@@ -62,21 +62,21 @@ def _as_torch(
     """DTensor's own way with an op, spelled in Python."""
     dispatcher: Any = DTensor._op_dispatcher
     info = dispatcher.unwrap_to_op_info(op, args, kwargs)
-    found = propagate(op, args, kwargs, info, True)
-    if not isinstance(found, OutputSharding):
-        return found
-    info.output_sharding = found
+    sharding = propagate(op, args, kwargs, info, True)
+    if not isinstance(sharding, OutputSharding):
+        return sharding
+    info.output_sharding = sharding
     here = info.compute_mesh.get_coordinate() is not None
     local = dispatcher._dispatch_get_local_results_slow_path(op, args, info)
     inplace = op._schema.name.endswith("_")
     out = not inplace and "out" in op._schema.overload_name
-    if inplace or out or (found.output_spec is None and op is torch.ops.aten.equal.default):
-        rest = (info.compute_mesh, found, local, here, inplace, out)
-        return dispatcher._dispatch_fast_path_python_tail(op, args, kwargs, *rest)
-    made = dispatcher.wrap(local, found.output_spec)
+    if inplace or out or (sharding.output_spec is None and op is torch.ops.aten.equal.default):
+        state = (info.compute_mesh, sharding, local, here, inplace, out)
+        return dispatcher._dispatch_fast_path_python_tail(op, args, kwargs, *state)
+    wrapped = dispatcher.wrap(local, sharding.output_spec)
     if here and op._schema._is_view_op():
-        return return_and_correct_aliasing(op, args, kwargs, made)
-    return made
+        return return_and_correct_aliasing(op, args, kwargs, wrapped)
+    return wrapped
 
 
 def is_traced(x: DTensor) -> bool:
