@@ -78,8 +78,8 @@ def choose(
 ) -> Choice:
     """Decide which regions fold, on which schedule, and how parameters are stored.
 
-    schedule: one name for all regions, or a dict from region name or glob. told: regions not to
-    fold, whatever they are.
+    schedule: one name for all regions, or a dict from region name or glob. left_alone:
+    regions not to fold, whatever they are.
     """
     leaves, users = sequences(a), _users(a)
     refused: list[tuple[Region, str]] = []

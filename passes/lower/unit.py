@@ -15,7 +15,7 @@ from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.options import Options
 from tspc.cost.budget import Keeping
 from tspc.ir.body import Body
-from tspc.ir.program import FOLD, SEED, Node, Program, Ref
+from tspc.ir.program import FOLD, PARAM, PLACEHOLDERS, SEED, Node, Program, Ref, Type
 from tspc.ops.lookup import Lookups
 from tspc.passes.analyse.factorize import Analysis
 from tspc.passes.analyse.outputs import Range, Result
@@ -68,16 +68,21 @@ class Unit:
         lines = [f"// {line}".rstrip() for note in notes for line in note.split("\n")]
         return "\n".join([str(program), *lines])
 
+    def stored(self, n: Node) -> Type:
+        """A placeholder as one rank has it."""
+        storage = self.choice.storages.get(n.name) if n.op == PARAM else None
+        if storage is None or storage.map is None:
+            return n.type
+        shape = list(n.type.shape)
+        shape[storage.map.dim] = storage.map.length
+        return replace(n.type, shape=tuple(shape))
+
     def _of_one_rank(self) -> Program:
         """Parameters as they are stored."""
         program, nodes = self.local.program(), []
         for n in program.nodes:
-            storage = self.choice.storages.get(n.name)
-            if storage is not None and storage.map is not None:
-                shape = list(n.type.shape)
-                shape[storage.map.dim] = storage.map.length
-                n = replace(n, types=(replace(n.type, shape=tuple(shape)),))
-            nodes.append(n)
+            held = n.op in PLACEHOLDERS
+            nodes.append(replace(n, types=(self.stored(n),)) if held else n)
         return replace(program, nodes=tuple(nodes))
 
     def _decided(self) -> list[str]:

@@ -174,8 +174,8 @@ class _Recogniser:
         return n if carried is None else spelled(n, *carried)
 
     def fill(self, parts: _Parts, both: Known, default: float) -> float | None:
-        """What rows without a key show of a fill, as in `tspc.ir.spec`; own: that of the op, for
-        nothing but -inf."""
+        """What rows without a key show of a fill, as in `tspc.ir.spec`; default: that of the op,
+        for nothing but -inf."""
         fills = {k.fill or -math.inf for k in parts.read}
         added = any(self.types[r].is_float for r in parts.unread)
         if both.is_safe and not added:

@@ -31,7 +31,7 @@ _STATE = remembered(CALL, threading.local())
 
 @dataclass
 class Compiled:
-    """What was compiled. given: it had a graph once. told: kinds of lines.
+    """What was compiled. has_graph: it had one once. reported: kinds of lines.
 
     root: a weak reference to the module or function; None for modules that are called without
     `torch.compile`.

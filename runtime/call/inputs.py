@@ -105,8 +105,7 @@ class Checker:
         called = self._hashes(named, numbers)
 
         def words() -> list[int]:
-            of = *called, *map(_hash_of, (here.values(), steps, grads))
-            return [*of, _hash(shared.encode()) if shared else 0]
+            return [*called, *map(_hash_of, (here.values(), steps, grads)), memory]
 
         def sections() -> list[Section]:
             shapes = {n: text(dtype, shape) for n, dtype, shape in named}
@@ -120,7 +119,8 @@ class Checker:
                 Section("was called with", {"memory of its inputs": shared or "apart"}, ADVICE),
             ]
 
-        word = hash((*called, *here.values(), *steps, *grads, shared and _hash(shared.encode())))
+        memory = _hash(shared.encode()) if shared else 0
+        word = hash((*called, *here.values(), *steps, *grads, memory))
         _compare(self.alike, word, words, sections)
         if late:
             self._send(late)

@@ -243,7 +243,7 @@ class Sent:
     def take(
         self, announced: _Announced, value: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
-        """One whole tensor. given: the first rank's, which nobody else has."""
+        """One whole tensor. value: the first rank's, which nobody else has."""
         if self.among.first:
             assert value is not None
             value = value.detach()

@@ -8,7 +8,7 @@ partitioned forward and backward graphs in lockstep and assembles whole outputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -40,10 +40,7 @@ AXIS = "simulated"
 
 @dataclass
 class Simulated:
-    """One graph on D ranks.
-
-    graphs: every graph that a backend made, in order.
-    """
+    """One graph on D ranks."""
 
     ranks: int
     captured: Captured
@@ -67,7 +64,7 @@ class Simulated:
 def simulated_backend(
     ranks: int, options: Options | None = None, graphs: list[Simulated] | None = None
 ) -> Callable[..., object]:
-    """A Dynamo backend; `made` collects its graphs."""
+    """A Dynamo backend; `graphs` collects what it makes, in order."""
     chosen = options or Options()
 
     @plainly(TspcError)
@@ -103,13 +100,7 @@ def _trace(
     types: list[tuple[Type, torch.device]] = []
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     for n, x in zip(nodes, captured.given(nodes, example_inputs, torch.zeros(()))):
-        t = n.type
-        storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
-        if storage is not None and storage.map is not None:
-            shape = list(t.shape)
-            shape[storage.map.dim] = storage.map.length
-            t = replace(t, shape=tuple(shape))
-        types.append((t, x.device))
+        types.append((rewritten.stored(n), x.device))
     fakes = local_fakes(rewritten.symbols, hints, rows, types)
     return partition(rewritten.local, fakes)
 

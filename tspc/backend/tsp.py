@@ -213,13 +213,7 @@ def _fakes(compiled: Compiled, example_inputs: Sequence[object]) -> Fakes:
     types: list[tuple[Type, torch.device]] = []
     nodes = [n for n in rewritten.typed.program.nodes if n.op in PLACEHOLDERS]
     for n, x in zip(nodes, captured.given(nodes, example_inputs, None)):
-        t = n.type
-        storage = rewritten.choice.storages.get(n.name) if n.op == PARAM else None
-        if storage is not None and storage.map is not None:
-            shape = list(t.shape)
-            shape[storage.map.dim] = storage.map.length
-            t = replace(t, shape=tuple(shape))
-        types.append((t, x.device if x is not None else _device(example_inputs)))
+        types.append((rewritten.stored(n), x.device if x is not None else _device(example_inputs)))
     rows = [int(c) for c in _rows(compiled, hints)]
     return local_fakes(rewritten.symbols, hints, rows, types)
 

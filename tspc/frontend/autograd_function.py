@@ -61,8 +61,8 @@ LIB.impl("graft", _graft, "CompositeImplicitAutograd")
 
 
 def inlined(gm: torch.fx.GraphModule, inputs: Sequence[object], mode: FakeTensorMode) -> None:
-    """given: as in `batched.inlined`. Raises `UnsupportedError` for a backward that is not linear
-    in the cotangents."""
+    """inputs, mode: as in `vmap.inlined`. Raises `UnsupportedError` for a backward that is not
+    linear in the cotangents."""
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs))
     for n in gm.graph.find_nodes(op="call_function", target=APPLY):
         _replace(gm, n, values, mode)
