@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.mutants import applying
 from tspc.factors.notation import Op, Rule
-from tspc.frontend.capture import convert
+from tspc.frontend.from_fx import convert
 from tspc.ir.program import INPUT, PARAM, Program, Ref
 from tspc.passes.analyse.factorize import factorize
 from tspc.passes.lower.choose import choose

@@ -285,6 +285,10 @@ class _Run:
         for k, d in enumerate(dims):
             if f in self.sizes.factors.leaves(tuple(d)):
                 lead, trail = self.sizes.around(d, f)
+                if type(lead) is int and lead == 1:
+                    whole = x.movedim(0, k).flatten(k, k + 1)
+                    pads = x.shape[0] * fold.units != fold.size
+                    return whole.narrow(k, 0, fold.size * trail) if pads else whole
                 ranks, shape = x.shape[0], list(x.shape[1:])
                 parts = x.reshape(ranks, *shape[:k], lead, fold.units, trail, *shape[k + 1 :])
                 parts = parts.movedim(0, k + 1).flatten(k + 1, k + 2).narrow(k + 1, 0, fold.size)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.ops.counter import mix, mixed
@@ -159,8 +159,13 @@ def _without_autocast(compiled: Boxed) -> Boxed:
 def _traced(program: torch.nn.Module, fakes: Fakes) -> torch.fx.GraphModule:
     """The forward above autograd. What a cache's key of a graph leaves out is told in `tspc_key`:
     what is recomputed, the constants' values, and the code that made all this."""
+
+    def run(*args: object) -> object:
+        with maybe_enable_thunkify():  # sizes that no op takes are no nodes
+            return program(*args)
+
     with fakes.mode, torch.enable_grad(), preserve_node_meta():
-        gm = make_fx(program, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+        gm = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
             *fakes.inputs
         )
     metas = [[str(n.meta.get(k)) for k in ("recompute", "ac_graph_id")] for n in gm.graph.nodes]

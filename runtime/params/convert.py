@@ -59,7 +59,8 @@ def convert(
 
     dims: as in `shard_parameters`; others are cut anew by the first graph that takes them.
     """
-    _refuse_sparse(module)
+    optimizers = _optimizers()
+    _refuse_sparse(module, optimizers)
     grads = {id(p): p.grad for p in module.parameters() if p.grad is not None}
     exchanged = shard_parameters(module, mesh, axis, dims, cut)
     for old, new in exchanged.items():
@@ -73,7 +74,7 @@ def convert(
             new.grad = distribute_tensor(grad, spec.mesh, spec.placements)
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(lambda optimizer, a, k: rebind(optimizer)))
-    for optimizer in _optimizers():
+    for optimizer in optimizers:
         rebind(optimizer)
     for old, new in exchanged.items():
         old.grad = None
@@ -81,9 +82,9 @@ def convert(
         old.__class__ = ShardedParameter
 
 
-def _refuse_sparse(module: nn.Module) -> None:
+def _refuse_sparse(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     owned = {id(p) for p in module.parameters()}
-    for o in _optimizers():
+    for o in optimizers:
         held = (p for group in o.param_groups for p in group["params"])
         if isinstance(o, torch.optim.SparseAdam) and any(id(p) in owned for p in held):
             raise UnsupportedError(

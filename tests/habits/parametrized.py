@@ -55,5 +55,5 @@ def spectral_norms(side: Side) -> Any:
 @habit(spectral, raises=(UnsupportedError, "original: has a gradient on one device"))
 def a_gradient_that_is_lost(side: Side) -> Any:
     """A trace that takes a weight for one that `no_grad` cut off is found out at its backward."""
-    with patch("tspc.frontend.capture.gives_itself", lambda n: False):
+    with patch("tspc.frontend.from_fx.gives_itself", lambda n: False):
         side.loss().backward()

@@ -12,7 +12,7 @@ from tspc.base.errors import RuleError
 from tspc.factors.factor import Dims, Factor
 from tspc.factors.placement import indices
 from tspc.factors.registry import overload_of
-from tspc.frontend.capture import convert
+from tspc.frontend.from_fx import convert
 from tspc.ir.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
 from tspc.passes.analyse.factorize import Analysis, Record, factorize
 from tspc.passes.analyse.fold import added_once

@@ -3,6 +3,7 @@ terminal, and a line when it is done, with seconds and what came from torch's ca
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 import threading
@@ -13,12 +14,16 @@ from tspc.base.state import CALL, remembered
 from tspc.seams.lowering import counters
 
 AFTER = 2.0  # seconds
+RARELY = (50_000, 20, 20)  # gc's thresholds
 _HITS = (("aot_autograd", "autograd_cache_hit"), ("inductor", "fxgraph_cache_hit"))
 _OPEN: list[Compiling] = remembered(CALL, [])
 
 
 class Compiling:
-    """A compile of a graph. quiet: on the other ranks."""
+    """A compile of a graph. quiet: on the other ranks.
+
+    Most of the objects that it makes stay until its end: Python looks for garbage less often.
+    """
 
     def __init__(self, what: str, quiet: bool):
         self.what, self.quiet, self.status = what, quiet, None
@@ -26,6 +31,8 @@ class Compiling:
 
     def __enter__(self) -> Compiling:
         self.start, self.before = time.monotonic(), _hits()
+        self.thresholds = gc.get_threshold()
+        gc.set_threshold(*(max(*pair) for pair in zip(self.thresholds, RARELY)))
         self.timer = threading.Timer(AFTER, self._slow)
         self.timer.daemon = True
         if not self.quiet:
@@ -35,6 +42,7 @@ class Compiling:
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
         _OPEN.remove(self)
+        gc.set_threshold(*self.thresholds)
         self.timer.cancel()
         with self.lock:
             if self.status is not None:

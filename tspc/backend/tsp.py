@@ -28,9 +28,10 @@ from tspc.base.state import MODEL, remembered
 from tspc.explain.report import reports, warnings
 from tspc.frontend.autocast import off
 from tspc.frontend.autograd_grad import reached
-from tspc.frontend.capture import Captured, capture
+from tspc.frontend.capture import Captured, capture, keep
 from tspc.frontend.outside import only_shards
 from tspc.frontend.overlap import before_writes, dense, overlap, written
+from tspc.frontend.retrace import assume
 from tspc.ir.body import Lengths, evaluate, rows_of
 from tspc.ir.layout import Span
 from tspc.ir.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
@@ -57,9 +58,8 @@ from tspc.runtime.lowering.trace import Fakes, local_fakes
 from tspc.runtime.mesh import renew, resolve
 from tspc.runtime.params.convert import convert_and_restart, settle
 from tspc.runtime.params.storage import Prologue, Taken, placed
-from tspc.seams.compiler import compiled_roots, plainly
+from tspc.seams.compiler import RestartTrace, compiled_roots, plainly
 from tspc.seams.lowering import compile_fx
-from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
 
 @dataclass
@@ -129,8 +129,12 @@ def tsp(
     with torch.autograd.set_detect_anomaly(False), Compiling(what, quiet):
         stage("traces it")
         captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
-        with off():  # the casts are in the program
-            return _compile(captured, chosen, gm, example_inputs, place, mesh)
+        try:
+            with off():  # the casts are in the program
+                return _compile(captured, chosen, gm, example_inputs, place, mesh)
+        except RestartTrace:
+            keep(captured)
+            raise
 
 
 calls.watch(tsp)
@@ -164,7 +168,7 @@ def _compile(
         dims = _storage_dims(captured, rewritten, example_inputs)
         convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
     settle(_wanted(captured, rewritten, example_inputs), chosen.cut)
-    compiled = Compiled(captured, rewritten, place)
+    compiled = Compiled(replace(captured, form=None, units=[]), rewritten, place)
     try:
         run = code_cache.compiled(lambda: _function(compiled, chosen, example_inputs, gm))
     except Exception as e:
@@ -250,8 +254,7 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
 
 def _require(guard: sympy.Expr | Boolean, bind: Lengths) -> None:
     """An assumption becomes a guard of Dynamo's."""
-    values = {s: bind[s] for s in guard.free_symbols if isinstance(s, sympy.Symbol)}
-    if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
+    if not assume([guard], bind):
         raise InternalError(f"the local program assumes {guard}, which does not hold")
 
 

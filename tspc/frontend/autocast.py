@@ -45,19 +45,24 @@ def explicit(
     gm: torch.fx.GraphModule, state: State, inputs: Sequence[object]
 ) -> torch.fx.GraphModule:
     """The graph with every cast a node; `gm` itself where no op of it is under autocast."""
-    while state or any(n.target is enter_autocast for n in gm.graph.nodes):
-        gm, state = retraced(_Explicit(gm, state), inputs), {}
+    while state or _enters(gm):
+        with ExitStack() as stack:
+            for device in ambient():
+                stack.enter_context(torch.autocast(device, enabled=False))
+            run = _Explicit(gm, state).run
+            gm = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+                *inputs
+            )
+        state = {}
+    for target in (exit_autocast, enter_autocast):  # where nothing is cast, to end it does nothing
+        for n in gm.graph.find_nodes(op="call_function", target=target):
+            gm.graph.erase_node(n)
     return gm
 
 
-def retraced(interpreter: torch.fx.Interpreter, inputs: Sequence[object]) -> torch.fx.GraphModule:
-    """What an interpreter runs, as a graph before dispatch, without autocast."""
-    with ExitStack() as stack:
-        for device in ambient():
-            stack.enter_context(torch.autocast(device, enabled=False))
-        return make_fx(
-            interpreter.run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-        )(*inputs)
+def _enters(gm: torch.fx.GraphModule) -> bool:
+    entered = gm.graph.find_nodes(op="call_function", target=enter_autocast)
+    return any(len(n.args) < 3 or n.args[2] for n in entered)
 
 
 class Entered(torch.fx.Interpreter):

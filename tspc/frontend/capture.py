@@ -7,7 +7,6 @@ program and where each of its values comes from at a call. Sharded parameters (`
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,47 +15,41 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from sympy.logic.boolalg import Boolean
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.base.errors import CaptureError, UnsupportedError
 from tspc.base.hardware import hardware
 from tspc.base.options import Options
+from tspc.base.state import CALL, remembered
 from tspc.frontend import autocast as precision
 from tspc.frontend import autograd_function as custom
 from tspc.frontend import checkpoint, scalars
 from tspc.frontend import flex_attention as flex
 from tspc.frontend import reject as refused
 from tspc.frontend import vmap as batched
-from tspc.frontend.autograd_grad import gives_itself, is_input
+from tspc.frontend.autograd_grad import is_input
 from tspc.frontend.decompose import taken_apart
+from tspc.frontend.from_fx import convert
 from tspc.frontend.overwritten import Overwriting
+from tspc.frontend.retrace import assume, assumed, form
 from tspc.ir.body import registered
 from tspc.ir.program import (
     BUFFER,
-    CONSTANT,
     INPUT,
-    OUTPUT,
     PARAM,
     SEED,
     Node,
     Program,
-    Ref,
-    Type,
-    refs_in,
 )
-from tspc.ir.source import graph_break, source_line
-from tspc.masks.index import rounded_down
+from tspc.ir.source import graph_break
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.lower.unit import Unit
 from tspc.passes.pipeline import rewrite
 from tspc.seams.compiler import source_name
 from tspc.seams.lowering import TracingContext, has_data_mutation
-from tspc.seams.sizes import FloorDiv
 from tspc.seams.tensors import FakeTensor, FakeTensorMode, FunctionalTensor, dispatch_functionalize
-
-_SKIPPED = ("sym_size", "_assert")
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Captured:
     """A Dynamo graph as a program.
 
     positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim |
-    None if a SymInt).
+    None if a SymInt). form, guards: of the Dynamo graph, and what its capture assumed of sizes.
     """
 
     program: Program
@@ -74,6 +67,10 @@ class Captured:
     graph_break: str  # where the graph ends in one, else "": every output then comes back whole
     writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
     same: Mapping[int, int] = field(default_factory=dict)  # output -> the written input that it is
+    kinds: Sequence[tuple[str, str]] = ()  # of the graph inputs: kind and name
+    form: object = None
+    guards: tuple[sympy.Expr | Boolean, ...] = ()
+    units: list[tuple[object, Unit]] = field(default_factory=list)  # what was asked, and its answer
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -95,17 +92,112 @@ class Captured:
         if not torch.is_grad_enabled():
             options = replace(options, memory_budget="min")
         symbols = tuple(sorted(self.symbols, key=str))
-        table = hardware(options.hardware, device)
-        target = (ranks, axis, options, table)
-        writes = len(self.writes)
-        unit = rewrite(Unit(self.program, symbols, *target, writes, refused, self.graph_break))
-        return replace(unit, bodies=registered(unit.bodies))
+        asked = (ranks, axis, replace(options, mesh=None), hardware(options.hardware, device))
+        asked = (self.program, symbols, *asked, len(self.writes), refused, self.graph_break)
+        unit = next((u for question, u in self.units if question == asked), None)
+        unit = rewrite(Unit(*asked)) if unit is None else unit
+        self.units[:] = [(asked, unit)]
+        return replace(unit, options=options, bodies=registered(unit.bodies))
+
+    def renumbered(
+        self, kinds: Sequence[tuple[str, str]], fakes: Sequence[object], ends: str
+    ) -> Captured | None:
+        """The same of a graph of the same form, whose inputs are in another order; what was assumed
+        of sizes becomes guards of this one. None where it does not hold, or is of other symbols.
+
+        ends: the graph break.
+        """
+        if not self.program.hints.keys() >= set(self.program.symbols):
+            return None
+        if not assume(self.guards, _symbols(fakes)[1]):
+            return None
+        symbols, outer = _symbols(fakes)
+        if symbols.keys() != self.symbols.keys():
+            return None
+        at = {i: kinds.index(k) for i, k in enumerate(self.kinds)}
+        return replace(
+            self,
+            positions={n: at[i] for n, i in self.positions.items()},
+            symbols=symbols,
+            outer_symbols=outer,
+            graph_break=ends,
+            writes=tuple(at[i] for i in self.writes),
+            same={k: at[i] for k, i in self.same.items()},
+            kinds=kinds,
+        )
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""
         return {
             s: int(args[i] if d is None else args[i].shape[d]) for s, (i, d) in self.symbols.items()
         }
+
+
+# of the graph that Dynamo is about to trace again
+_AGAIN: list[Captured] = remembered(CALL, [])
+
+
+def keep(captured: Captured) -> None:
+    """For the next graph, if it is the same."""
+    _AGAIN[:] = [captured]
+
+
+class _Trace:
+    """The graph as it is traced. writes: inputs that it writes into. same: output -> the written
+    input that it is."""
+
+    def __init__(
+        self,
+        gm: torch.fx.GraphModule,
+        kinds: list[tuple[str, str]],
+        functional: precision.OneType,
+    ):
+        self.gm, self.kinds, self.functional = gm, kinds, functional
+        self.writes: list[int] = []
+        self.same: dict[int, int] = {}
+
+    def run(self, *args: Any) -> list[object]:
+        cast = self.functional.cast
+        arguments = [cast(a) if k == PARAM else a for a, (k, _) in zip(args, self.kinds)]
+        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in arguments]
+        params = {i for i, (kind, _) in enumerate(self.kinds) if kind == PARAM and grads[i]}
+        interpreter = Overwriting(self.gm, self.kinds, params)
+        with maybe_enable_thunkify():  # sizes are no nodes
+            out = interpreter.run(*arguments)
+        assert isinstance(out, (list, tuple))
+        for i, ((kind, wanted), x, a) in enumerate(zip(self.kinds, arguments, args)):
+            if isinstance(x, FunctionalTensor) and has_data_mutation(x):
+                if grads[i] and i not in interpreter.places or x is not a:
+                    raise UnsupportedError(
+                        f"{wanted}: the model writes into this {kind} in its forward, and its "
+                        "gradient would not see it; write into a buffer, or between the calls"
+                    )
+                self.writes.append(i)
+        read = [(at, i) for at, x in enumerate(out) for i in self.writes if is_input(x, args[i])]
+        self.same.update(read)
+        kept = [None if at in self.same else x for at, x in enumerate(out)]
+        return [*kept, *(args[i].detach() for i in self.writes)]
+
+
+def _form(
+    gm: torch.fx.GraphModule,
+    kinds: Sequence[tuple[str, str]],
+    fakes: Sequence[object],
+    context: tuple[object, ...],
+) -> object:
+    """Of the graph and what else decides how it is captured."""
+    of_graph = form(gm, kinds, fakes)
+    return None if of_graph is None else (of_graph, torch.is_grad_enabled(), *context)
+
+
+def _again(
+    of: object, kinds: Sequence[tuple[str, str]], fakes: Sequence[object], ends: str
+) -> Captured | None:
+    """What was kept, if it is of this form."""
+    kept, _AGAIN[:] = list(_AGAIN), []
+    if of is None or not kept or kept[0].form != of:
+        return None
+    return kept[0].renumbered(kinds, fakes, ends)
 
 
 def capture(
@@ -124,50 +216,36 @@ def capture(
     gm = checkpoint.inlined(flex.inlined(gm))
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
+    around = precision.ambient()
+    kept = _form(gm, kinds, fakes, (around, param_dtype, name))
+    again = _again(kept, kinds, fakes, graph_break(gm))
+    if again is not None:
+        return again
     batched.inlined(gm, fakes, context.fake_mode)
     custom.inlined(gm, fakes, context.fake_mode)
-    around = precision.ambient()
-    functional = precision.OneType(param_dtype)
-
-    writes: list[int] = []
-    same: dict[int, int] = {}
-
-    def run(*args: Any) -> list[object]:
-        arguments = [functional.cast(a) if k == PARAM else a for a, (k, _) in zip(args, kinds)]
-        grads = [isinstance(a, torch.Tensor) and a.requires_grad for a in arguments]
-        params = {i for i, (kind, _) in enumerate(kinds) if kind == PARAM and grads[i]}
-        interpreter = Overwriting(gm, kinds, params)
-        out = interpreter.run(*arguments)
-        assert isinstance(out, (list, tuple))
-        for i, ((kind, wanted), x, a) in enumerate(zip(kinds, arguments, args)):
-            if isinstance(x, FunctionalTensor) and has_data_mutation(x):
-                if grads[i] and i not in interpreter.places or x is not a:
-                    raise UnsupportedError(
-                        f"{wanted}: the model writes into this {kind} in its forward, and its "
-                        "gradient would not see it; write into a buffer, or between the calls"
-                    )
-                writes.append(i)
-        same.update((at, i) for at, x in enumerate(out) for i in writes if is_input(x, args[i]))
-        kept = [None if at in same else x for at, x in enumerate(out)]
-        return [*kept, *(args[i].detach() for i in writes)]
-
+    trace = _Trace(gm, kinds, precision.OneType(param_dtype))
+    env = context.fake_mode.shape_env
+    assert env is not None
+    guards = len(env.guards)
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
-            dispatch_functionalize(run, functional),
+            dispatch_functionalize(trace.run, trace.functional),
             taken_apart(),
             pre_dispatch=True,
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
-        traced = scalars.as_tensors(precision.explicit(traced, around, fakes), fakes)
-    env = context.fake_mode.shape_env
-    assert env is not None
+        traced = precision.explicit(traced, around, fakes)
+        scalars.as_tensors(traced)
     sizes = getattr(env, "backed_var_to_val", {})
     hints = {s: int(v) for s, v in sizes.items() if s.is_integer}
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
-    return Captured(program, positions, symbols, outer, graph_break(gm), tuple(writes), same)
+    ends, facts = graph_break(gm), (kinds, kept, assumed(env, guards))
+    return Captured(
+        program, positions, symbols, outer, ends, tuple(trace.writes), trace.same, *facts
+    )
 
 
 def _fake(context: TracingContext, x: object) -> object:
@@ -250,132 +328,3 @@ def _symbols(
         for d, size in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
             add(size, (i, d))
     return where, outer
-
-
-def convert(
-    name: str,
-    traced: torch.fx.GraphModule,
-    kinds: Sequence[tuple[str, str]],
-    grads: Sequence[bool],
-    hints: dict[sympy.Symbol, int],
-) -> tuple[Program, dict[str, int]]:
-    """An fx graph -> `Program` and the graph input that each placeholder is.
-
-    Functional values carry no `requires_grad`: it is derived from the operands and the `no_grad`
-    sections.
-    """
-    conversion = _Conversion(traced)
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    for i, (n, (kind, wanted), grad) in enumerate(zip(placeholders, kinds, grads)):
-        conversion.placeholder(n, kind, wanted, grad, i)
-    for n in traced.graph.nodes:
-        if n.op != "placeholder":
-            conversion.node(n)
-    return Program(name, tuple(conversion.nodes), hints).without_dead_nodes(), conversion.positions
-
-
-class _Conversion:
-    """The nodes so far. enabled: what comes next is under no `no_grad`."""
-
-    def __init__(self, traced: torch.fx.GraphModule):
-        self.traced, self.enabled = traced, True
-        self.env: dict[torch.fx.Node, Ref] = {}
-        self.nodes: list[Node] = []
-        self.positions: dict[str, int] = {}
-        self.names: set[str] = set()
-        self.differentiable: set[Ref] = set()
-
-    def unique(self, wanted: str) -> str:
-        got, k = wanted, 1
-        while got in self.names:
-            got, k = f"{wanted}_{k}", k + 1
-        self.names.add(got)
-        return got
-
-    def argument(self, a: Any) -> Any:
-        if isinstance(a, torch.fx.Node):
-            value = a.meta.get("val")
-            return divided(value.node.expr) if isinstance(value, _SYMBOLIC) else self.env[a]
-        if isinstance(a, (list, tuple)):
-            return tuple(self.argument(x) for x in a)
-        if isinstance(a, dict):
-            return {k: self.argument(v) for k, v in a.items()}
-        return divided(a.node.expr) if isinstance(a, _SYMBOLIC) else a
-
-    def add(self, n: torch.fx.Node, node: Node) -> None:
-        self.nodes.append(node)
-        self.env[n] = Ref(node.name)
-        self.differentiable |= _differentiable(node)
-
-    def placeholder(self, n: torch.fx.Node, kind: str, wanted: str, grad: bool, i: int) -> None:
-        value = n.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            self.add(n, Node(self.unique(wanted), kind, types=(type_of(value, grad),)))
-            self.positions[self.nodes[-1].name] = i
-
-    def node(self, n: torch.fx.Node) -> None:
-        if n.op == "get_attr":
-            tensor = getattr(self.traced, str(n.target), None)
-            if isinstance(tensor, torch.Tensor):
-                self.add(n, constant(self.unique(n.name), tensor))
-        elif n.op == "output":
-            results = n.args[0] if isinstance(n.args[0], (tuple, list)) else (n.args[0],)
-            self.nodes.append(Node(OUTPUT, OUTPUT, self.argument(results)))
-        elif n.target is operator.getitem:
-            source, item = self.argument(n.args)
-            self.env[n] = Ref(source.name, item)
-        elif "_set_grad_enabled" in str(n.target):
-            self.enabled = bool(n.args[0])
-        elif isinstance(n.meta.get("val"), _SYMBOLIC) or any(s in str(n.target) for s in _SKIPPED):
-            return
-        elif not self.enabled and gives_itself(n):
-            self.env[n] = self.argument(n.args[0])
-        else:
-            self.call(n)
-
-    def call(self, n: torch.fx.Node) -> None:
-        args, kwargs = self.argument(n.args), self.argument(n.kwargs)
-        grad = self.enabled and "detach" not in str(n.target)
-        grad = grad and any(r in self.differentiable for r in refs_in((args, kwargs)))
-        value = n.meta.get("val")
-        values = value if isinstance(value, (tuple, list)) else [value]
-        types = tuple(type_of(v, grad) if isinstance(v, torch.Tensor) else None for v in values)
-        group = n.meta.get("ac_graph_id", 0)
-        name = self.unique(n.name)
-        self.add(n, Node(name, n.target, args, kwargs, types, source_line(n), group))
-
-
-def _differentiable(node: Node) -> set[Ref]:
-    """How the node's differentiable results are referred to."""
-    items = [k for k, t in enumerate(node.types) if t is not None and t.requires_grad]
-    return {Ref(node.name, k) for k in items} | ({Ref(node.name)} if items else set())
-
-
-def constant(name: str, tensor: torch.Tensor) -> Node:
-    """A lifted constant; its value must be real."""
-    if isinstance(tensor, FakeTensor):
-        raise CaptureError(f"{name}: a constant of the model was traced without its value")
-    t = Type(tuple(tensor.shape), tensor.dtype)
-    return Node(name, CONSTANT, kwargs={"value": tensor.tolist()}, types=(t,))
-
-
-def type_of(value: torch.Tensor, requires_grad: bool) -> Type:
-    """Sizes as ints or sympy expressions."""
-    shape = tuple(
-        divided(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
-    )
-    number = value.is_floating_point() or value.is_complex()
-    return Type(shape, value.dtype, requires_grad and number)
-
-
-def divided(size: sympy.Expr) -> sympy.Expr:
-    """Exact divisions are done: s**2 // s is s (a batch as long as the sequence is one symbol)."""
-
-    def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        exact = sympy.cancel(a / b)
-        whole = exact.is_polynomial() and all(
-            c.is_Integer for c in sympy.Poly(exact, *exact.free_symbols or [sympy.Dummy()]).coeffs()
-        )
-        return exact if whole else rounded_down(a, b)
-
-    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size  # pyright: ignore[reportReturnType]

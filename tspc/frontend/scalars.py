@@ -12,14 +12,12 @@ from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch.fx.node import Target
-from torch.fx.traceback import preserve_node_meta
 
 from tspc.base.context import Arguments, Keywords
-from tspc.frontend.autocast import retraced
+from tspc.frontend.autocast import off
 from tspc.seams.compiler import FLEX, NESTING
 from tspc.seams.sizes import SymT, TensorReferenceAnalysis, symbol_is_type, sympy_interp
-from tspc.seams.tensors import OpOverload, tree_leaves, tree_map
+from tspc.seams.tensors import OpOverload, TorchDispatchMode, tree_leaves, tree_map
 
 aten = torch.ops.aten
 ITEMS = (aten.item.default, aten._local_scalar_dense.default)
@@ -47,18 +45,20 @@ AS_TENSORS = {
 }
 
 
-def as_tensors(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> torch.fx.GraphModule:
-    """The graph without symbolic floats; `gm` itself where it has none. To be called under the
-    fake mode of the inputs."""
+def as_tensors(gm: torch.fx.GraphModule) -> None:
+    """The graph, in place, without symbolic floats. To be called under the fake mode of its
+    inputs."""
     items = [n for n in gm.graph.nodes if n.target in ITEMS and _floats(n)]
     if not items:
-        return gm
+        return
     values = {_expression(n.meta["val"]): n.meta["val"] for n in items}
     for n in gm.graph.nodes:
         if _in_sizes(n):
             _fix(values, n.meta.get("val"), *(a.meta.get("val") for a in n.all_input_nodes))
-    with preserve_node_meta():
-        return retraced(_Tensors(gm, values), inputs)
+    tensors = _Tensors(gm, values)
+    with off():
+        for n in list(gm.graph.nodes):
+            tensors.exchange(n)
 
 
 def fixed_inside(gm: torch.fx.GraphModule) -> None:
@@ -108,36 +108,40 @@ def _fix(values: dict[sympy.Expr, torch.SymFloat], *used: object) -> None:
         float(values[s])
 
 
-class _Tensors(torch.fx.Interpreter):
+class _Tensors:
+    """Nodes of a graph are exchanged for others, of tensors."""
+
     def __init__(self, gm: torch.fx.GraphModule, values: dict[sympy.Expr, torch.SymFloat]):
-        super().__init__(gm)
-        self.values = values
+        self.graph, self.values = gm.graph, values
         self.known: dict[Any, torch.Tensor] = {}  # symbol or expression -> its tensor
-        self.expected: object = None
 
-    def run_node(self, n: torch.fx.Node) -> object:
-        self.expected = n.meta.get("val")
-        return super().run_node(n)
-
-    def call_function(self, target: Target, args: Arguments, kwargs: Keywords) -> object:
-        value = self.expected
+    def exchange(self, n: torch.fx.Node) -> None:
+        """A node that takes a float, for one that takes its tensor or its value."""
+        value = n.meta.get("val")
         if isinstance(value, SYMBOLIC) and any(_free(value)):
-            if target in ITEMS:
-                self.known[value.node.expr] = args[0]
-            return value
+            if n.target in ITEMS:
+                self.known[value.node.expr] = _value(n.args[0])
+            return
+        args, kwargs = tree_map(_value, (n.args, n.kwargs))
         symbolic = any(isinstance(x, torch.SymFloat) for x in tree_leaves((args, kwargs)))
-        if not symbolic or not isinstance(target, OpOverload):
-            return super().call_function(target, args, kwargs)
-        if isinstance(self.expected, torch.Tensor) and any(_free((args, kwargs))):
-            try:
-                out = self._computed(target, self.expected.dtype, args, kwargs)
-            except NotImplementedError:  # torch has no tensor for this arithmetic
-                out = None
+        if not symbolic or not isinstance(n.target, OpOverload):
+            return
+        if isinstance(value, torch.Tensor) and any(_free((args, kwargs))):
+            with _Recorder(n) as recorder:
+                try:
+                    out = self._computed(n.target, value.dtype, args, kwargs)
+                except NotImplementedError:  # torch has no tensor for this arithmetic
+                    out = None
+                if out is not None and out.dtype != value.dtype:
+                    out = out.to(value.dtype)
             if out is not None:
-                return out if out.dtype == self.expected.dtype else out.to(self.expected.dtype)
+                new = recorder.nodes[id(out)]
+                n.replace_all_uses_with(new)
+                new.meta = {**n.meta, "val": out}
+                self.graph.erase_node(n)
+                return
         _fix(self.values, args, kwargs)
-        args, kwargs = tree_map(_number, (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        n.args, n.kwargs = tree_map(_fixed, (n.args, n.kwargs))
 
     def _computed(
         self, target: OpOverload, dtype: torch.dtype, args: Arguments, kwargs: Keywords
@@ -203,5 +207,33 @@ def _clamped(
     return op(x, *map(bound, operands[1:]), **{k: bound(b) for k, b in keywords.items()})
 
 
-def _number(x: object) -> object:
-    return float(x) if isinstance(x, torch.SymFloat) and not x.node.expr.free_symbols else x
+def _value(x: object) -> Any:
+    return x.meta["val"] if isinstance(x, torch.fx.Node) else x
+
+
+def _fixed(x: object) -> object:
+    """A node of a float that has its value now."""
+    value = _value(x)
+    fixed = isinstance(value, torch.SymFloat) and not value.node.expr.free_symbols
+    return float(value) if fixed else x
+
+
+class _Recorder(TorchDispatchMode):
+    """What runs becomes nodes before one, whose operands it takes."""
+
+    def __init__(self, before: torch.fx.Node):
+        super().__init__()
+        self.before = before
+        values = ((n, n.meta.get("val")) for n in before.graph.nodes)
+        self.nodes = {id(x): n for n, x in values if isinstance(x, torch.Tensor)}
+
+    def __torch_dispatch__(
+        self, op: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        out = op(*args, **(kwargs or {}))
+        nodes = tree_map(lambda x: self.nodes.get(id(x), x), (args, kwargs or {}))
+        with self.before.graph.inserting_before(self.before):
+            new = self.before.graph.call_function(op, *nodes)
+        new.meta = {**self.before.meta, "val": out}
+        self.nodes[id(out)] = new
+        return out
