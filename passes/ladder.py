@@ -24,7 +24,6 @@ from tspc.passes.analyse.factorize import Record
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.analyse.regions import Region
-from tspc.passes.lower.run_piece import Maker
 from tspc.seams.lowering import TorchDynamoException
 
 T = TypeVar("T")
@@ -109,8 +108,7 @@ def _held(value: object) -> Node | frozenset[str] | None:
     node = value.node if isinstance(value, (Record, Op)) else value
     if isinstance(node, Node):
         return node if node.is_call else None
-    fold = value.fold if isinstance(value, Maker) else value
-    return frozenset(fold.weights) if isinstance(fold, (Region, Fold)) else None
+    return frozenset(value.weights) if isinstance(value, (Region, Fold)) else None
 
 
 def _made_of(name: str, original: str) -> bool:

@@ -17,7 +17,7 @@ from tspc.passes.analyse.sequence import sequences
 from tspc.passes.analyse.windows import widen
 from tspc.passes.ladder import climb
 from tspc.passes.lower.choose import GATHER, choose
-from tspc.passes.lower.localize import LocalProgram
+from tspc.passes.lower.localize import Target, localize, results
 from tspc.passes.lower.pieces import make_body
 from tspc.passes.lower.propagate import propagate
 from tspc.passes.lower.unit import Unit
@@ -110,14 +110,13 @@ def _keep(u: Unit) -> Unit:
 
 
 def _localize(u: Unit) -> Unit:
-    local = LocalProgram(
-        u.typed, u.bodies, u.symbols, u.choice.leaves, u.axis, u.leaving, u.options.reduce_dtype
-    )
-    results = tuple(
+    orders = tuple(u.choice.leaves[f] for f in u.typed.leaves)
+    target = Target(u.bodies, orders, u.axis, u.leaving, u.options.reduce_dtype)
+    outs = tuple(
         replace(r, ranges=u.ranges[i]) if r is not None and i in u.ranges else r
-        for i, r in enumerate(local.results())
+        for i, r in enumerate(results(u.typed, u.leaving))
     )
-    return replace(u, local=local, results=results)
+    return replace(u, local=localize(u.typed, target, u.stored), results=outs)
 
 
 PREPARE = (

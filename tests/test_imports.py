@@ -24,7 +24,7 @@ FOLDERS = {
     "rules": "base factors ir masks ops",
     "passes.rewrite": "base ir masks ops rules seams",
     "passes.analyse": "base factors ir ops rules seams",
-    "passes.lower": "base cost factors ir masks ops passes.analyse seams",
+    "passes.lower": "base cost factors ir masks ops passes.analyse",
     "passes": "base cost factors ir ops passes.analyse passes.lower passes.rewrite seams",
     "runtime.comm": "base ir seams",
     "runtime.attention": "base ir masks ops runtime.comm",
@@ -35,7 +35,7 @@ FOLDERS = {
     "runtime": "base ir ops runtime.attention runtime.comm runtime.fold seams",
     "frontend": "base ir masks ops passes passes.analyse passes.lower seams",
     "explain": "base cost ir masks ops passes passes.analyse passes.lower runtime.attention",
-    "backend": "base explain factors frontend ir passes passes.analyse passes.lower runtime "
+    "backend": "base explain factors frontend ir ops passes passes.analyse passes.lower runtime "
     "runtime.call runtime.comm runtime.fold runtime.lowering runtime.params seams",
     "tspc": "backend base cost explain factors frontend passes.lower runtime runtime.comm "
     "runtime.fold runtime.params seams",

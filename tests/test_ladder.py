@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 import tspc
 from examples.llama_like import LlamaLike
 from tspc.explain.report import reports, warnings
+from tspc.ir.body import chunk_of
+from tspc.ops.run import Run
 from tspc.passes import pipeline
 from tspc.passes.analyse import factorize
-from tspc.passes.lower import localize, pieces, propagate
+from tspc.passes.lower import pieces, propagate
 
 aten = torch.ops.aten
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
@@ -87,7 +90,7 @@ def test_an_op_that_cannot_be_placed(ladder: pytest.MonkeyPatch) -> None:
 
 
 def test_a_region_that_cannot_be_made(ladder: pytest.MonkeyPatch) -> None:
-    fail_at(ladder, pieces._Builder, "steps", lambda b, *_: "up.weight" in b.maker.fold.weights)
+    fail_at(ladder, pieces._Maker, "steps", lambda m, *_: "up.weight" in m.fold.weights)
     made = verified()
     assert list(made.refused.regions) == [{"up.weight", "down.weight"}]
     (line,) = [x for x in warnings(reports(made)) if "inside of tspc" in x]
@@ -115,7 +118,7 @@ def test_ops_one_after_another_until_all_are_refused(ladder: pytest.MonkeyPatch)
 def test_a_graph_that_cannot_be_traced(ladder: pytest.MonkeyPatch) -> None:
     """An error of lowering, at an op."""
 
-    fail_at(ladder, localize, "call", _cut_tanh)
+    fail_at(ladder, Run, "results", _cut_tanh)
     assert list(verified().refused.nodes) == ["tanh"]
 
 
@@ -158,7 +161,7 @@ def lowered(ranks: list[int]) -> tuple[float, float, list[str], str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TSPC_STRICT_INTERNAL")
         if dist.get_rank() in ranks:
-            fail_at(patch, localize, "call", _cut_tanh)
+            fail_at(patch, Run, "results", _cut_tanh)
         fn = torch.compile(model, backend="tsp", options={"compiler": "eager"})
         try:
             loss = fn(tokens, labels)
@@ -170,8 +173,8 @@ def lowered(ranks: list[int]) -> tuple[float, float, list[str], str]:
     return loss, one, lines.lines, message
 
 
-def _cut_tanh(n: Any, ins: Any, outs: Any, sizes: Any, get: Any) -> bool:
-    return n.op == aten.tanh.default and bool(sizes.cut)
+def _cut_tanh(run: Any, n: Any) -> bool:
+    return n.op == aten.tanh.default and chunk_of(0) in sympy.Tuple(*n.type.shape).free_symbols
 
 
 class _Lines(logging.Handler):

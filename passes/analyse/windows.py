@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import sympy
 import torch
 
 from tspc.base.context import Arguments
@@ -126,7 +125,8 @@ class _Widen:
 
     def make(self, name: str, op: OpOverload, args: Arguments, t: Type, like: Node) -> Ref:
         taken = sum(n.name.startswith(name) for n in self.nodes)
-        return self.add(Node(f"{name}{taken}", op, args, {}, (t,), like.source))
+        like = replace(like, name=f"{name}{taken}", op=op, args=args, kwargs={}, types=(t,))
+        return self.add(like)
 
     # what is widened
     def window(self, r: Record) -> Window | None:
@@ -195,8 +195,7 @@ class _Widen:
         return len(hits) <= 1 and all(f in F.expand(tuple(d)) for d in hits)
 
     def sizes(self, w: Window | None) -> Sizes:
-        symbols = {s: s for n in self.a.program.nodes for t in n.types if t for s in _symbols(t)}
-        return Sizes(self.a.F, symbols, {w.factor: self.leaf.size} if w else {})
+        return Sizes(self.a.F, {w.factor: self.leaf.size} if w else {})
 
     def mean(self, n: Node, r: Record, sizes: Sizes) -> None:
         """The sum over the rows of the window by their number."""
@@ -206,7 +205,7 @@ class _Widen:
         count = norm(math.prod(self.a.F.size(tuple(r.ins[0][k])) for k in over))
         op = aten.sum.dim_IntList if n.op == aten.mean.dim else aten.sum.default
         total = self.add(replace(n, op=op, name=f"{n.name}.sum"))
-        self.add(Node(n.name, aten.div.Scalar, (total, count), {}, n.types, n.source))
+        self.add(replace(n, op=aten.div.Scalar, args=(total, count), kwargs={}))
 
     # values on a range and on all rows
     def narrow(self, ref: Ref) -> Ref:
@@ -350,13 +349,8 @@ class _Widen:
         t = self.type(x)
         only = self.make(f"{n.name}.only", aten.masked_fill.Scalar, (x, kept, 0), t, n)
         keepdim = n.op == aten.slice.Tensor
-        self.add(Node(n.name, aten.sum.dim_IntList, (only, (k,), keepdim), {}, n.types, n.source))
+        self.add(replace(n, op=aten.sum.dim_IntList, args=(only, (k,), keepdim), kwargs={}))
 
 
 def _tuple(x: int | Sequence[int]) -> tuple[int, ...]:
     return (x,) if isinstance(x, int) else tuple(x)
-
-
-def _symbols(t: Type) -> set[sympy.Symbol]:
-    free = (s for n in t.shape if not isinstance(n, int) for s in n.free_symbols)
-    return {s for s in free if isinstance(s, sympy.Symbol)}

@@ -1,21 +1,20 @@
-"""Re-execute programs node by node on the tensors of one rank: sizes become local, conversions
-become tspc's ops.
-
-In: a `Typed` program and its bodies. Out: a plain function on tensors and sizes, to be traced.
+"""A program with conversions -> one rank's program: sizes become local, conversions become tspc's
+ops. Its placeholders are as they are stored, its sizes are over the program's symbols and
+`chunk_of(i)`, the rows of a chunk of sequence i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import sympy
 import torch
-from torch.types import IntLikeType
 
-from tspc.factors.factor import Dims, Factor, norm
-from tspc.ir.body import Body, rows_of
+from tspc.factors.factor import Dims
+from tspc.factors.placement import indices
+from tspc.ir.body import Body, chunk_of
+from tspc.ir.builder import Builder
 from tspc.ir.kinds import (
     ALL_REDUCE,
     CLEAR,
@@ -36,131 +35,82 @@ from tspc.ir.program import (
     Ref,
     Size,
     Type,
+    refs_in,
 )
 from tspc.ops.attention import ATTENTION, bound
 from tspc.ops.library import local_rows
-from tspc.ops.recompute import recomputed
 from tspc.passes.analyse.factorize import Record
 from tspc.passes.analyse.fold import Fold
 from tspc.passes.analyse.outputs import Result
-from tspc.passes.analyse.sizes import Length, Sizes
+from tspc.passes.analyse.sizes import Sizes
 from tspc.passes.analyse.typed import Typed
-from tspc.passes.lower.run_apart import run_apart
-from tspc.passes.lower.run_op import Results, call, constant
-from tspc.passes.lower.sequence_ops import Geometry, run, runs
+from tspc.passes.lower import local_op, sequence_ops
+from tspc.passes.lower.sequence_ops import Geometry
+
+aten, tspc = torch.ops.aten, torch.ops.tspc
 
 
-class LocalProgram(torch.nn.Module):
-    """One rank's program: (symbols in order, rows c of each sequence, placeholders in order) ->
-    outputs; traceable with local fakes."""
+@dataclass(frozen=True)
+class Target:
+    """What one rank's program is made for. orders: of each sequence. leaving: output -> how it is
+    handed out, if it is cut. reduce: what gradients add up in."""
 
-    def __init__(
-        self,
-        typed: Typed,
-        bodies: Mapping[str, Body],
-        symbols: Sequence[sympy.Symbol],
-        orders: Mapping[Factor, str],
-        axis: str,
-        local: Mapping[int, str],
-        reduce: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.typed, self.bodies = typed, bodies
-        self.symbols, self.axis = tuple(symbols), axis
-        self.orders = tuple(orders[f] for f in typed.leaves) or ("contiguous",)
-        self.local, self.reduce = local, reduce
-        self.leaving = _leaving(typed.program)
-        self.placeholders = [n.name for n in typed.program.nodes if n.op in PLACEHOLDERS]
-        self.kinds = [r.kind if r is not None else "whole" for r in self.results()]
-
-    def forward(self, *args: Any) -> list[torch.Tensor | IntLikeType]:
-        """Runs the nodes in order."""
-        count = len(self.symbols)
-        symbols = dict(zip(self.symbols, args[:count]))
-        first = count + len(self.orders)
-        run = _Run(self, symbols, args[count:first])
-        for name, value in zip(self.placeholders, args[first:]):
-            run.env[name, 0] = value
-        run.vary_parameters()
-        for node in self.typed.program.nodes:
-            if node.op == OUTPUT:
-                return [run.result(i, a) for i, a in enumerate(node.args)]
-            if node.op not in PLACEHOLDERS:
-                run.node(node)
-        raise AssertionError("a program without output")
-
-    def program(self) -> Program:
-        """With the shapes that one rank has, `rows` of the first sequence."""
-        typed = self.typed
-        rows: dict[Factor, Length] = {f: rows_of(i) for i, f in enumerate(typed.leaves)}
-        sizes = Sizes(typed.factors, {s: s for s in self.symbols}, rows)
-
-        def local(n: Node, item: int, t: Type | None) -> Type | None:
-            if t is None or typed.places.get((n.name, item)) not in ("S", "P"):
-                return t
-            return replace(t, shape=tuple(norm(sizes.dim(d)) for d in typed.dims[n.name, item]))
-
-        nodes = typed.program.nodes
-        types = [tuple(local(n, i, t) for i, t in enumerate(n.types)) for n in nodes]
-        return replace(
-            typed.program, nodes=tuple(replace(n, types=t) for n, t in zip(nodes, types))
-        )
-
-    def results(self) -> list[Result | None]:
-        """How each output leaves; shapes are the whole ones, over the symbols."""
-        typed = self.typed
-        sizes = Sizes(typed.factors, {s: s for s in self.symbols}, {})
-        types = {n.name: n.types for n in typed.program.nodes}
-        out: list[Result | None] = []
-        for i, a in enumerate(typed.program.output.args):
-            if not isinstance(a, Ref):
-                out.append(None)
-                continue
-            t = types[a.name][a.item or 0]
-            assert t is not None
-            shape = tuple(t.shape)
-            kind, dim, lead, sequence = "whole", 0, 1, 0
-            if i in self.local and typed.places[a.name, a.item or 0] == "S":
-                dims = typed.dims[a.name, a.item or 0]
-                sequence = typed.sequence(dims) or 0
-                dim, lead, _ = sizes.where(dims, typed.leaves[sequence])
-                # a DTensor cuts a dim as a whole, not the sequence inside of it
-                kind = "whole" if self.local[i] == "sharded" and lead != 1 else self.local[i]
-            out.append(Result(kind, shape, t.dtype, dim, lead, sequence=sequence))
-        return out
+    bodies: Mapping[str, Body]
+    orders: tuple[str, ...]
+    axis: str
+    leaving: Mapping[int, str] = field(default_factory=dict)
+    reduce: torch.dtype | None = None
 
 
-def _leaving(program: Program) -> frozenset[str]:
-    """What a checkpointed part makes for others. A fold does not count: it would keep what it saves
-    for its backward too."""
-    groups = {n.name: n.recompute for n in program.nodes if n.op != FOLD}
-    return frozenset(
-        r.name
-        for n in program.nodes
-        for r in n.refs()
-        if groups.get(r.name, 0) not in (0, n.recompute)
-    )
+def localize(typed: Typed, target: Target, stored: Callable[[Node], Type]) -> Program:
+    """stored: a placeholder as one rank has it."""
+    local = _Local(typed, target)
+    for n in typed.program.nodes:
+        if n.op in PLACEHOLDERS:
+            local.b.add(replace(n, types=(stored(n),)))
+    local.vary_parameters()
+    for n in typed.program.nodes:
+        if n.op == OUTPUT:
+            local.output(n)
+        elif n.op not in PLACEHOLDERS and not local.is_done(n):
+            local.node(n)
+    return replace(typed.program, nodes=tuple(local.b.nodes))
 
 
-class _Run:
-    """One execution of a local program."""
+def results(typed: Typed, leaving: Mapping[int, str]) -> list[Result | None]:
+    """How each output leaves; shapes are the whole ones, over the symbols."""
+    sizes = Sizes(typed.factors, {})
+    out: list[Result | None] = []
+    for i, a in enumerate(typed.program.output.args):
+        if not isinstance(a, Ref):
+            out.append(None)
+            continue
+        t = typed.program.type_of(a)
+        kind, dim, lead, sequence = "whole", 0, 1, 0
+        if i in leaving and typed.places[a.name, a.item or 0] == "S":
+            dims = typed.dims[a.name, a.item or 0]
+            sequence = typed.sequence(dims) or 0
+            dim, lead, _ = sizes.where(dims, typed.leaves[sequence])
+            # a DTensor cuts a dim as a whole, not the sequence inside of it
+            kind = "whole" if leaving[i] == "sharded" and lead != 1 else leaving[i]
+        out.append(Result(kind, tuple(t.shape), t.dtype, dim, lead, sequence=sequence))
+    return out
 
-    def __init__(
-        self,
-        program: LocalProgram,
-        symbols: dict[sympy.Symbol, IntLikeType],
-        rows: Sequence[IntLikeType],
-    ):
-        typed = program.typed
-        self.program, self.typed, self.rows = program, typed, rows
-        cut = {f: local_rows(c, order) for f, c, order in zip(typed.leaves, rows, program.orders)}
-        self.sizes = Sizes(typed.factors, symbols, cut)
-        self.whole = Sizes(typed.factors, symbols, {})
-        self.lengths = [self.sizes.value(f.size) for f in typed.leaves]
-        self.env: dict[tuple[str, int], torch.Tensor] = {}
 
-    def get(self, ref: Ref) -> torch.Tensor:
-        return self.env[ref.name, ref.item or 0]
+class _Local:
+    """The nodes so far."""
+
+    def __init__(self, typed: Typed, target: Target):
+        self.typed, self.target = typed, target
+        self.b = Builder({n.name: n for n in typed.program.nodes})
+        orders = target.orders
+        cut = {f: local_rows(chunk_of(i), orders[i]) for i, f in enumerate(typed.leaves)}
+        self.sizes, self.whole = Sizes(typed.factors, cut), Sizes(typed.factors, {})
+        self.kinds = [r.kind if r is not None else "whole" for r in results(typed, target.leaving)]
+        self.varied: set[str] = set()
+
+    def is_done(self, n: Node) -> bool:
+        return n.name in self.varied
 
     def dims(self, ref: Ref) -> Dims:
         return self.typed.dims[ref.name, ref.item or 0]
@@ -171,78 +121,85 @@ class _Run:
         assert i is not None, "no sequence in these dims"
         return i
 
-    def sequence(self, dims: Dims) -> Geometry:
+    def layout(self, dims: Dims) -> tuple[Size, Size, str, str]:
         i = self.index(dims)
-        dim, lead, trail = self.sizes.where(dims, self.typed.leaves[i])
-        layout = (self.rows[i], self.lengths[i], self.program.orders[i], self.program.axis)
-        return dim, lead, trail, *layout
+        return chunk_of(i), self.typed.leaves[i].size, self.target.orders[i], self.target.axis
+
+    def along(self, dims: Dims) -> Geometry:
+        leaf = self.typed.leaves[self.index(dims)]
+        return (*self.sizes.where(dims, leaf), *self.layout(dims))
+
+    def types(self, n: Node) -> tuple[Type | None, ...]:
+        """Of the results as they are here."""
+
+        def local(item: int, t: Type | None) -> Type | None:
+            if t is None or self.typed.places.get((n.name, item)) not in ("S", "P"):
+                return t
+            return replace(t, shape=self.sizes.shape(self.typed.dims[n.name, item]))
+
+        return tuple(local(i, t) for i, t in enumerate(n.types))
 
     def vary_parameters(self) -> None:
         """All replicated parameters that vary, in one op: their gradients are one all-reduce."""
-        nodes = [n for n in self.typed.program.nodes if n.op == VARY and self.is_given(n.args[0])]
-        if nodes:
-            params = [self.get(n.args[0]) for n in nodes]
-            got = torch.ops.tspc.vary(params, self.program.reduce, self.program.axis)
-            for n, x in zip(nodes, got):
-                self.env[n.name, 0] = x
-
-    def is_given(self, ref: Ref) -> bool:
-        return (ref.name, 0) in self.env and ref.name in self.program.placeholders
+        held = {n.name for n in self.typed.program.nodes if n.op in PLACEHOLDERS}
+        nodes = [n for n in self.typed.program.nodes if n.op == VARY and n.args[0].name in held]
+        if not nodes:
+            return
+        self.b.at(replace(nodes[0], name="vary", recompute=0))
+        types = tuple(n.type for n in nodes)
+        params = tuple(n.args[0] for n in nodes)
+        flags = (self.target.reduce, self.target.axis)
+        y = self.b.emit(tspc.vary.default, params, *flags, types=types)
+        for i, n in enumerate(nodes):
+            self.b.instead(Ref(n.name), Ref(y.name, i))
+        self.varied = {n.name for n in nodes}
 
     def node(self, n: Node) -> None:
-        if (n.name, 0) in self.env:
-            return
-        with recomputed(n.recompute, n.name in self.program.leaving):
-            value = self.value(n)
-        for item, v in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-            t = n.types[item] if item < len(n.types) else None
-            if (
-                isinstance(v, torch.Tensor)
-                and t is not None
-                and v.requires_grad
-                and not t.requires_grad
-            ):
-                v = v.detach()
-            self.env[n.name, item] = v
-
-    def value(self, n: Node) -> Results:
-        tspc, axis = torch.ops.tspc, self.program.axis
+        self.b.at(n, self.types(n))
+        axis, reduce = self.target.axis, self.target.reduce
         if n.op == CONSTANT:
-            devices = (v.device for v in self.env.values() if isinstance(v, torch.Tensor))
-            return constant(n, next(devices, torch.device("cpu")))
-        if n.op == FOLD:
-            return self.fold(n)
-        if n.op == APART:
-            return run_apart(n, self.sizes, self.get)
-        if n.op in (LOCAL, WHOLE, CLEAR):
-            here = self.dims(Ref(n.name))
-            return getattr(tspc, n.op)(self.get(n.args[0]), *self.sequence(here))
-        if n.op == ALL_REDUCE:
-            return tspc.all_reduce(self.get(n.args[0]), axis)
-        if n.op == VARY:
-            return tspc.vary([self.get(n.args[0])], self.program.reduce, axis)[0]
-        if n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
+            self.b.end(n.op, **n.kwargs)
+        elif n.op == FOLD:
+            self.fold(n)
+        elif n.op == APART:
+            self.apart(n)
+        elif n.op in (LOCAL, WHOLE, CLEAR):
+            op = getattr(tspc, n.op).default
+            self.b.end(op, n.args[0], *self.along(self.dims(Ref(n.name))))
+        elif n.op == ALL_REDUCE:
+            self.b.end(tspc.all_reduce.default, n.args[0], axis)
+        elif n.op == VARY:
+            self.b.end(tspc.vary.default, (n.args[0],), reduce, axis)
+        elif n.op in (GATHER_WEIGHT, GATHER_WEIGHT + "_r"):
             dim, size = n.kwargs["dim"], int(n.type.shape[n.kwargs["dim"]])
-            flags = (n.op == GATHER_WEIGHT, n.type.dtype, self.program.reduce, axis)
-            return tspc.gather_weight(self.get(n.args[0]), dim, size, *flags)
-        if n.op == EMBED:
-            table, ids = map(self.get, n.args)
-            _, _, _, *layout = self.sequence(self.dims(Ref(n.name)))
-            return tspc.embed(table, ids, *n.kwargs.values(), n.type.dtype, *layout)
-        record = self.typed.records.get(n.name)
+            flags = (n.op == GATHER_WEIGHT, n.type.dtype, reduce, axis)
+            self.b.end(tspc.gather_weight.default, n.args[0], dim, size, *flags)
+        elif n.op == EMBED:
+            layout = self.layout(self.dims(Ref(n.name)))
+            flags = (*n.kwargs.values(), n.type.dtype)
+            self.b.end(tspc.embed.default, *n.args, *flags, *layout)
+        else:
+            self.op(n)
+
+    def op(self, n: Node) -> None:
+        """One that the model has, or a pass made of it."""
+        record, place = self.typed.records.get(n.name), self.typed.places[n.name, 0]
         if n.op == ATTENTION and record is not None and self.exchanges(record):
-            return self.attention(n, record)
-        if self.typed.places[n.name, 0] == "S" and runs(
-            self.typed.factors, record, self.typed.leaves
-        ):
-            return run(n, self.sequence(self.dims(Ref(n.name))), self.get)
+            self.attention(n, record)
+            return
+        F, leaves = self.typed.factors, self.typed.leaves
+        if place == "S" and record is not None and sequence_ops.runs(F, record, leaves):
+            shapes = [self.sizes.shape(d) for d in record.ins]
+            sequence_ops.lower(self.b, n, shapes, self.along(self.dims(Ref(n.name))))
+            return
         base = record or self.typed.records.get(n.name.removesuffix(".partial"))
-        sizes = self.sizes if self.typed.places[n.name, 0] in ("S", "P") else self.whole
-        if base is None:
-            dims = [self.dims(Ref(n.name, i)) for i in range(len(n.types))]
-            ins: list[Dims] = [self.dims(r) for r in n.refs()]
-            return call(n, ins, dims, sizes, self.get)
-        return call(n, base.ins, base.outs, sizes, self.get)
+        ins = base.ins if base is not None else [self.dims(r) for r in n.refs()]
+        outs = (
+            base.outs
+            if base is not None
+            else [self.dims(Ref(n.name, i)) for i in range(len(n.types))]
+        )
+        local_op.lower(self.b, n, ins, outs, self.sizes if place in ("S", "P") else self.whole)
 
     def exchanges(self, record: Record) -> bool:
         """The op is cut along the sequence and meets it across ranks."""
@@ -250,61 +207,115 @@ class _Run:
         here = self.typed.places[record.node.name, 0] == "S"
         return here and any(role == "exchange" for role, *_ in roles)
 
-    def attention(self, n: Node, record: Record) -> Any:
+    def attention(self, n: Node, record: Record) -> None:
         x, a = bound(n)
         assert x.sinks is None, "its sinks are in no fold"
-        a = replace(a, sizes=tuple(self.sizes.value(s) for s in a.sizes))
-        pair = [self.index(d) for d in record.ins[:2]]
-        facts = self.rows, self.lengths, self.program.orders
-        sequences = ([fact[i] for i in pair] for fact in facts)
-        tensors = x.map(self.get).all[:6]
-        out, _ = torch.ops.tspc.attention(*tensors, *a.all, *sequences, self.program.axis)
-        return out
+        rows, lengths, orders, _ = zip(*(self.layout(d) for d in record.ins[:2]))
+        axis = self.target.axis
+        self.b.end(tspc.attention.default, *x.all[:6], *a.all, rows, lengths, orders, axis)
 
-    def fold(self, n: Node) -> list[torch.Tensor]:
+    def fold(self, n: Node) -> None:
         fold: Fold = n.kwargs["fold"]
-        body = self.program.bodies[fold.name]
-        tokens, invariants, sliced, weights = ([self.get(r) for r in g] for g in n.args)
-        values = [self.sizes.symbols[s] for s in body.symbols]
+        body = self.target.bodies[fold.name]
+        tokens, invariants, sliced, weights = n.args
         sequences = self.typed.sequences_of(fold)
-        sizes = ([x[i] for i in sequences] for x in (self.rows, self.lengths))
-        operands = (values, *sizes, fold.name, body.key, self.program.axis)
-        got = torch.ops.tspc.fold(tokens, [*invariants, *sliced], weights, *operands)
-        out = []
-        for e, x in zip(fold.exits, got):
+        rows = tuple(chunk_of(i) for i in sequences)
+        lengths = tuple(self.typed.leaves[i].size for i in sequences)
+        operands = (body.symbols, rows, lengths, fold.name, body.key, self.target.axis)
+        inside = (tokens, (*invariants, *sliced), weights)
+        types = self.b.types or ()
+        summed = (t if e.kind == "sum" else None for e, t in zip(fold.exits, types))
+        y = self.b.emit(tspc.fold.default, *inside, *operands, types=tuple(summed))
+        for i, e in enumerate(fold.exits):
+            x = Ref(y.name, i)
+            self.b.at(n, types[i : i + 1])
             if e.kind == "lse":
-                x = torch.logsumexp(x, 0)
+                x = self.emit(aten.logsumexp.default, x, (0,))
             elif e.kind == "stack":
                 x = self.unstack(x, e.dims, fold)
-            out.append(x)
-        return out
+            self.b.instead(Ref(n.name, i), x)
 
-    def unstack(self, x: torch.Tensor, dims: Dims, fold: Fold) -> torch.Tensor:
+    def emit(self, op: Any, *args: Any) -> Ref:
+        """With the types of the node at hand, under another name."""
+        return self.b.emit(op, *args, types=self.b.types or ())
+
+    def unstack(self, x: Ref, dims: Dims, fold: Fold) -> Ref:
         """[D, local with units of one shard] -> local with all units, pads dropped."""
-        f = fold.factor
-        for k, d in enumerate(dims):
-            if f in self.sizes.factors.leaves(tuple(d)):
-                lead, trail = self.sizes.around(d, f)
-                if type(lead) is int and lead == 1:
-                    whole = x.movedim(0, k).flatten(k, k + 1)
-                    pads = x.shape[0] * fold.units != fold.size
-                    return whole.narrow(k, 0, fold.size * trail) if pads else whole
-                ranks, shape = x.shape[0], list(x.shape[1:])
-                parts = x.reshape(ranks, *shape[:k], lead, fold.units, trail, *shape[k + 1 :])
-                parts = parts.movedim(0, k + 1).flatten(k + 1, k + 2).narrow(k + 1, 0, fold.size)
-                return parts.reshape(*shape[:k], lead * fold.size * trail, *shape[k + 1 :])
-        raise AssertionError("a stacked exit without its factor")
+        b, units, count = self.b, fold.units, self.target.bodies[fold.name].ranks
+        k, lead, trail = self.sizes.where(dims, fold.factor)
+        pads = count * units != fold.size
+        if lead == 1:
+            x = b.emit(aten.movedim.int, x, 0, k)
+            if not pads:
+                return self.emit(aten.flatten.using_ints, x, k, k + 1)
+            x = b.emit(aten.flatten.using_ints, x, k, k + 1)
+            return self.emit(aten.narrow.default, x, k, 0, fold.size * trail)
+        shape = self.sizes.shape(dims)
+        split = (count, *shape[:k], lead, units, trail, *shape[k + 1 :])
+        x = b.emit(aten.movedim.int, b.emit(aten.reshape.default, x, split), 0, k + 1)
+        x = b.emit(aten.flatten.using_ints, x, k + 1, k + 2)
+        x = b.emit(aten.narrow.default, x, k + 1, 0, fold.size)
+        return self.emit(aten.reshape.default, x, shape)
 
-    def result(self, index: int, a: Ref | Size) -> torch.Tensor | IntLikeType:
-        """As `results` says."""
-        if not isinstance(a, Ref):
-            return self.sizes.value(a)
-        x = self.get(a)
+    def apart(self, n: Node) -> None:
+        """What a fold's factor does not touch: on this rank's rows, with this rank's own shard.
+
+        The rows without the factor are whole in every shard; their gradients add up over the ranks
+        where shards become stored chunks again. Of the others it makes those of one shard, which
+        nothing reads.
+        """
+        fold: Fold = n.kwargs["fold"]
+        b, sizes = self.b, replace(self.sizes, cut={**self.sizes.cut, fold.factor: fold.units})
+        names = (*fold.tokens, *fold.invariants, *fold.sliced, *map(Ref, fold.weights))
+        with b.scope():
+            for old, x in zip(names, refs_in(n.args)):
+                if old in fold.sliced:
+                    x = self.first_units(fold, old, x, sizes)
+                elif old.name in fold.casts:
+                    x = b.emit(aten.to.dtype, x, fold.casts[old.name])
+                b.instead(old, x)
+            for m in fold.body:
+                record = fold.records[m.name]
+                types = tuple(
+                    t and replace(t, shape=sizes.shape(d)) for t, d in zip(m.types, record.outs)
+                )
+                inner = replace(m, name=f"{n.name}.{m.name}", recompute=n.recompute)
+                b.at(inner, types)
+                local_op.lower(b, inner, record.ins, record.outs, sizes)
+                for i in range(len(m.types)):
+                    b.instead(Ref(m.name, i), Ref(inner.name, i))
+            leaving = [b.use(e.ref) for e in fold.exits]
+        for i, x in enumerate(leaving):
+            b.instead(Ref(n.name, i), x)
+
+    def first_units(self, fold: Fold, ref: Ref, x: Ref, sizes: Sizes) -> Ref:
+        """As many units as a shard has: which ones is of no consequence, and so equal on all
+        ranks."""
+        for k, d in enumerate(fold.dims[ref]):
+            if fold.factor in sizes.factors.leaves(d):
+                at = indices(sizes.factors, d, fold.factor, range(fold.units))
+                starts = [i for i, a in enumerate(at) if not i or at[i - 1] != a - 1]
+                ends = (*starts[1:], len(at))
+                runs = [(at[i], j - i) for i, j in zip(starts, ends)]
+                parts = tuple(self.b.emit(aten.narrow.default, x, k, *run) for run in runs)
+                x = self.b.emit(aten.cat.default, parts, k)  # no table: caches take no constant
+        return x
+
+    def output(self, n: Node) -> None:
+        self.b.at(n)
+        returned = [
+            a if not isinstance(a, Ref) else self.result(i, a) for i, a in enumerate(n.args)
+        ]
+        self.b.end(OUTPUT, *returned)
+
+    def result(self, index: int, a: Ref) -> Ref:
+        """As `results` says; no output is an input or a view of one."""
         if self.typed.places[a.name, a.item or 0] != "S":
             node = self.typed.program.node(a.name)
             held = node.op in PLACEHOLDERS or node.is_call and node.op.is_view
-            return x.clone() if held else x  # no output is an input or a view
-        kind = self.program.kinds[index]
-        if kind != "whole":
-            return x.detach() if kind == "deferred" else x.clone()  # no view of an input
-        return torch.ops.tspc.whole(x, *self.sequence(self.dims(a)))
+            return self.b.emit(aten.clone.default, a) if held else a
+        kind = self.kinds[index]
+        if kind == "whole":
+            return self.b.emit(tspc.whole.default, a, *self.along(self.dims(a)))
+        op = aten.detach.default if kind == "deferred" else aten.clone.default
+        return self.b.emit(op, a)

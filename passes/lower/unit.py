@@ -14,15 +14,15 @@ import sympy
 from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.options import Options
 from tspc.cost.budget import Keeping
-from tspc.ir.body import Body
-from tspc.ir.program import FOLD, PARAM, PLACEHOLDERS, SEED, Node, Program, Ref, Type
+from tspc.ir.body import Body, chunk_of
+from tspc.ir.program import FOLD, PARAM, SEED, Node, Program, Ref, Type
+from tspc.ir.text import show
 from tspc.ops.lookup import Lookups
 from tspc.passes.analyse.factorize import Analysis
 from tspc.passes.analyse.outputs import Range, Result
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.analyse.typed import Typed
 from tspc.passes.lower.choose import Choice
-from tspc.passes.lower.localize import LocalProgram
 
 LATER: Any = None  # no pass has filled it yet
 
@@ -55,7 +55,7 @@ class Unit:
     typed: Typed = LATER
     bodies: Mapping[str, Body] = field(default_factory=dict)
     keepings: tuple[Keeping, ...] = ()
-    local: LocalProgram = LATER
+    local: Program = LATER
     results: tuple[Result | None, ...] = ()
 
     def __str__(self) -> str:
@@ -63,8 +63,9 @@ class Unit:
 
         While nothing is placed, of each value the factors of its dims; then where it lives.
         """
-        program = self.program if self.local is None else self._of_one_rank()
-        notes = self._decided() + [b.text() for b in self.bodies.values()]
+        program = self.program if self.local is None else self.local
+        bodies = (f"{name}, {b.key}: {show(b)}" for name, b in self.bodies.items())
+        notes = [*self._decided(), *bodies]
         lines = [f"// {line}".rstrip() for note in notes for line in note.split("\n")]
         return "\n".join([str(program), *lines])
 
@@ -77,22 +78,14 @@ class Unit:
         shape[storage.map.dim] = storage.map.length
         return replace(n.type, shape=tuple(shape))
 
-    def _of_one_rank(self) -> Program:
-        """Parameters as they are stored."""
-        program, nodes = self.local.program(), []
-        for n in program.nodes:
-            held = n.op in PLACEHOLDERS
-            nodes.append(replace(n, types=(self.stored(n),)) if held else n)
-        return replace(program, nodes=tuple(nodes))
-
     def _decided(self) -> list[str]:
         lines = [f"{x.index}: {x.op} in {x.table}" for x in self.lookups.listed]
         if self.typed is not None:
             lines += [f"{Ref(n, i)}: {place}" for (n, i), place in self.typed.places.items()]
         elif self.analysis is not None:
-            show = self.analysis.F.show
+            F = self.analysis.F
             lines += [
-                f"{Ref(n, i)}: {list(map(show, d))}" for (n, i), d in self.analysis.env.items()
+                f"{Ref(n, i)}: {list(map(F.show, d))}" for (n, i), d in self.analysis.env.items()
             ]
         if self.choice is not None:
             lines += [f"sequence {f}: {order}" for f, order in self.choice.leaves.items()]
@@ -102,6 +95,11 @@ class Unit:
             lines += [f"{Ref(n)}: {s.kind}{f' {s.map.dim}' if s.map else ''}" for n, s in stored]
         lines += [f"output {i}: {kind}" for i, kind in self.leaving.items()]
         return lines
+
+    @property
+    def chunks(self) -> tuple[sympy.Symbol, ...]:
+        """c of each sequence."""
+        return tuple(chunk_of(i) for i in range(len(self.choice.extents)))
 
     @property
     def draws(self) -> bool:

@@ -8,13 +8,14 @@ with one seed give one result, on any part of its dims.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import UnsupportedError
 from tspc.ir.binding import bind
+from tspc.ir.builder import Builder
 from tspc.ir.program import INPUT, PLACEHOLDERS, SEED, Node, Program, Ref, Size, Type
 from tspc.ops import counter  # noqa: F401  defines the ops
 from tspc.ops.attention import ATTENTION, bound
@@ -30,42 +31,35 @@ _DROPOUTS = (
 )
 
 
-@dataclass
-class _Drawer:
+class _Drawer(Builder):
     """Emits nodes in the place of one; number: which random op of the program it is."""
 
-    types: dict[str, tuple[Type | None, ...]]
-    nodes: list[Node] = field(default_factory=list)
-    number: int = 0
-    node: Node = field(default_factory=lambda: Node("", ""))
-    args: Keywords = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.args = 0, Keywords()
 
     def start(self, n: Node) -> None:
-        self.node, self.number = n, self.number + 1
-        self.args, _ = bind(n)
+        self.at(n)
+        self.number, self.args = self.number + 1, bind(n)[0]
 
-    def type(self, ref: Ref) -> Type:
-        t = self.types[ref.name][ref.item or 0]
-        assert t is not None
-        return t
-
-    def emit(self, suffix: str, op: OpOverload, args: Arguments, t: Type, **kwargs: object) -> Ref:
+    def draw_as(
+        self, suffix: str, op: OpOverload, args: Arguments, t: Type, **kwargs: object
+    ) -> Ref:
         """The node of no suffix is the one that stands for the random op."""
-        name = f"{self.node.name}.{suffix}" if suffix else self.node.name
-        node = replace(self.node, name=name, op=op, args=args, kwargs=kwargs, types=(t,))
-        self.nodes.append(node)
-        self.types[name] = node.types
-        return Ref(name)
+        if suffix:
+            return self.emit(op, *args, types=(t,), suffix=suffix, **kwargs)
+        self.types = (t,)
+        return self.end(op, *args, **kwargs)
 
     def state(self, shape: Sequence[Size]) -> tuple[Ref, tuple[Ref, ...]]:
         """The op's state and the positions of every dim."""
         seed = Ref(SEED)
         state = Type((2,), torch.int64)
-        instance = self.emit("state", tspc.instance.default, (seed, self.number), state)
+        instance = self.draw_as("state", tspc.instance.default, (seed, self.number), state)
         at, stride = [], 1
         for k, n in reversed(list(enumerate(shape))):
             t = Type((n,), torch.int64)
-            at.append(self.emit(f"at{k}", tspc.positions.default, (seed, n, stride), t))
+            at.append(self.draw_as(f"at{k}", tspc.positions.default, (seed, n, stride), t))
             stride = stride * n
         return instance, tuple(reversed(at))
 
@@ -74,12 +68,12 @@ class _Drawer:
         shape = self.node.type.shape
         if like is not None and self.type(like).shape != shape:
             like = None
-        return self.emit(suffix, op, (like, *self.state(shape)), Type(shape, dtype), dtype=dtype)
+        return self.draw_as(suffix, op, (like, *self.state(shape)), Type(shape, dtype), dtype=dtype)
 
 
 def draw_by_counter(program: Program) -> Program:
     """Raises `UnsupportedError` for a random op that the ranks could not agree on."""
-    d = _Drawer({n.name: n.types for n in program.nodes})
+    d = _Drawer()
     drawn = False
     renamed: dict[Ref, Ref] = {}
     for n in program.nodes:
@@ -87,7 +81,7 @@ def draw_by_counter(program: Program) -> Program:
         if _is_identity(n):
             renamed[Ref(n.name)] = n.args[0]
         elif not _is_random(n):
-            d.nodes.append(n)
+            d.add(n)
         else:
             d.start(n)
             make = _RULES.get(n.op)
@@ -126,16 +120,16 @@ def _is_random(n: Node) -> bool:
 
 def _dropout(d: _Drawer) -> None:
     x, p = d.args["input"], d.args["p"]
-    d.emit("", tspc.dropout.default, (x, *d.state(d.node.type.shape), float(p)), d.node.type)
+    d.draw_as("", tspc.dropout.default, (x, *d.state(d.node.type.shape), float(p)), d.node.type)
 
 
 def _attention(d: _Drawer) -> None:
     x, a = bound(d.node)
     shape = d.type(x.q).shape[:-1]
-    states = d.emit(
+    states = d.draw_as(
         "states", tspc.query_states.default, (x.q, *d.state(shape)), Type(shape, torch.int64)
     )
-    d.emit("", ATTENTION, replace(x, states=states).args, d.node.type, **a.kwargs)
+    d.draw_as("", ATTENTION, replace(x, states=states).args, d.node.type, **a.kwargs)
 
 
 def _like(d: _Drawer) -> Ref | None:
@@ -152,7 +146,7 @@ def _plain(op: OpOverload) -> Callable[[_Drawer], object]:
 def _done(d: _Drawer, drawn: Ref) -> None:
     """The last node takes the name and the dtype of the random op; nothing differentiates it."""
     t = replace(d.node.type, requires_grad=False)
-    d.emit("", aten._to_copy.default, (drawn,), t, dtype=t.dtype)
+    d.draw_as("", aten._to_copy.default, (drawn,), t, dtype=t.dtype)
 
 
 def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]:
@@ -165,8 +159,8 @@ def _affine(op: OpOverload, scale: str, shift: str) -> Callable[[_Drawer], None]
         a, b = d.args[scale], d.args[shift]
         times = aten.mul.Tensor if isinstance(a, Ref) else aten.mul.Scalar
         plus = aten.add.Tensor if isinstance(b, Ref) else aten.add.Scalar
-        drawn = d.emit("scaled", times, (drawn, a), t)
-        d.emit("", plus, (drawn, b), t)
+        drawn = d.draw_as("scaled", times, (drawn, a), t)
+        d.draw_as("", plus, (drawn, b), t)
 
     return make
 
@@ -184,7 +178,7 @@ def _bernoulli(d: _Drawer) -> None:
     dtype = wide or torch.float32
     drawn = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
     less = aten.lt.Tensor if isinstance(p, Ref) else aten.lt.Scalar
-    drawn = d.emit("less", less, (drawn, p), Type(d.node.type.shape, torch.bool))
+    drawn = d.draw_as("less", less, (drawn, p), Type(d.node.type.shape, torch.bool))
     _done(d, drawn)
 
 
@@ -193,11 +187,11 @@ def _exponential(d: _Drawer) -> None:
     dtype = torch.promote_types(d.node.type.dtype, torch.float32)
     t = Type(d.node.type.shape, dtype)
     drawn = d.draw(tspc.uniform.default, dtype, "drawn", _like(d))
-    drawn = d.emit("negative", aten.neg.default, (drawn,), t)
-    drawn = d.emit("log", aten.log1p.default, (drawn,), t)
-    drawn = d.emit("positive", aten.neg.default, (drawn,), t)
-    drawn = d.emit("least", aten.clamp_min.default, (drawn, torch.finfo(dtype).eps / 4), t)
-    _done(d, d.emit("scaled", aten.mul.Scalar, (drawn, 1.0 / d.args["lambd"]), t))
+    drawn = d.draw_as("negative", aten.neg.default, (drawn,), t)
+    drawn = d.draw_as("log", aten.log1p.default, (drawn,), t)
+    drawn = d.draw_as("positive", aten.neg.default, (drawn,), t)
+    drawn = d.draw_as("least", aten.clamp_min.default, (drawn, torch.finfo(dtype).eps / 4), t)
+    _done(d, d.draw_as("scaled", aten.mul.Scalar, (drawn, 1.0 / d.args["lambd"]), t))
 
 
 def _integers(d: _Drawer) -> None:
@@ -205,16 +199,16 @@ def _integers(d: _Drawer) -> None:
     low, high = d.args.get("low") or 0, d.args["high"]
     wide = Type(d.node.type.shape, torch.float64)
     drawn = d.draw(tspc.uniform.default, wide.dtype, "drawn", _like(d))
-    drawn = d.emit("scaled", aten.mul.Scalar, (drawn, high - low), wide)
-    drawn = d.emit("floor", aten.floor.default, (drawn,), wide)
-    drawn = d.emit("shifted", aten.add.Scalar, (drawn, low), wide)
+    drawn = d.draw_as("scaled", aten.mul.Scalar, (drawn, high - low), wide)
+    drawn = d.draw_as("floor", aten.floor.default, (drawn,), wide)
+    drawn = d.draw_as("shifted", aten.add.Scalar, (drawn, low), wide)
     _done(d, drawn)
 
 
 def _permutation(d: _Drawer) -> None:
     """The order of uniform numbers."""
     drawn = d.draw(tspc.uniform.default, torch.float64, "drawn", None)
-    drawn = d.emit("order", aten.argsort.default, (drawn,), Type(d.node.type.shape, torch.int64))
+    drawn = d.draw_as("order", aten.argsort.default, (drawn,), Type(d.node.type.shape, torch.int64))
     _done(d, drawn)
 
 

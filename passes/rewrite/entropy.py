@@ -6,48 +6,30 @@ In: the node, and what takes the nodes that stand for it. Out: the value of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import sympy
 import torch
 
 from tspc.base.context import Arguments
 from tspc.ir.binding import bind
-from tspc.ir.program import Node, Ref, Size, Type
+from tspc.ir.builder import Builder
+from tspc.ir.program import Node, Ref, Size
 from tspc.ops import library as ops  # noqa: F401  defines tspc::pick
 from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
 
 
-class Builder(Protocol):
-    """Of a program."""
-
-    def add(self, node: Node) -> Ref:
-        """The node's value."""
-        ...
-
-    def type(self, r: Ref) -> Type:
-        """Of a value made before."""
-        ...
-
-
 @dataclass
 class _Writer:
-    """Nodes in the place of one."""
+    """Nodes in the place of the one at hand."""
 
     builder: Builder
-    node: Node
-    count: int = 0
 
     def emit(
         self, op: OpOverload, args: Arguments, shape: tuple[Size, ...], dtype: torch.dtype
     ) -> Ref:
-        self.count += 1
-        operands = Node("", op, args).refs()
-        grad = dtype.is_floating_point and any(self.builder.type(r).requires_grad for r in operands)
-        name, kind = f"{self.node.name}.{self.count}", Type(shape, dtype, grad)
-        return self.builder.add(Node(name, op, args, {}, (kind,), self.node.source))
+        return self.builder.of(op, args, shape, dtype)
 
     def classes_last(self, logits: Ref) -> Ref:
         """From [N, V, ...]."""
@@ -79,7 +61,7 @@ def cross_entropy(b: Builder, n: Node) -> Ref:
     labels, weight, smoothing = bound["target"], bound["weight"], bound["label_smoothing"]
     if b.type(labels).dtype.is_floating_point or (smoothing and weight is not None):
         return b.add(n)  # no rule, runs replicated
-    w = _Writer(b, n)
+    w = _Writer(b)
     logits = w.classes_last(bound["self"])
     t = b.type(logits)
     rows, classes, dtype = t.shape[:-1], t.shape[-1], t.dtype

@@ -14,6 +14,7 @@ import sympy
 import torch
 
 from tspc.base.context import Arguments
+from tspc.ir.builder import Builder
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.masks.predicate import B, H, K, Q
 from tspc.seams.tensors import OpOverload
@@ -70,26 +71,27 @@ class Rows:
         return others[0] if others else sympy.Integer(0)
 
     def made(
-        self, n: Node, by_name: Mapping[str, Node], batch: Size, length: Size
+        self, n: Node, by_name: dict[str, Node], batch: Size, length: Size
     ) -> tuple[list[Node], Ref | None]:
         """The nodes that make the rows before node n, and their value."""
         key = tuple(self.sources)
         if not key or key in self.done:
             return [], self.done.get(key)
-        maker = _Maker(f"{n.name}.rows", n.source)
+        maker = _Maker(n, by_name)
         size = batch if any(s.batch is not None for s in key) else 1
         parts = [maker.row(s, by_name[s.name].type, size, length) for s in key]
         if len(parts) > 1:
             maker.emit(aten.cat.default, (tuple(parts), 1), (size, len(parts), length))
-        self.done[key] = Ref(maker.nodes[-1].name)
-        return maker.nodes, self.done[key]
+        self.done[key] = Ref(maker.b.nodes[-1].name)
+        return maker.b.nodes, self.done[key]
 
 
-@dataclass
 class _Maker:
-    base: str
-    source: str
-    nodes: list[Node] = field(default_factory=list)
+    """Nodes in the place of one."""
+
+    def __init__(self, n: Node, by_name: dict[str, Node]):
+        self.b = Builder(by_name)
+        self.b.at(n)
 
     def emit(
         self,
@@ -98,9 +100,7 @@ class _Maker:
         shape: Sequence[Size],
         dtype: torch.dtype = torch.int64,
     ) -> Ref:
-        name = f"{self.base}{len(self.nodes)}"
-        self.nodes.append(Node(name, op, args, {}, (Type(tuple(shape), dtype),), self.source))
-        return Ref(name)
+        return self.b.of(op, args, shape, dtype, f"rows{len(self.b.nodes)}")
 
     def row(self, s: _Source, t: Type, batch: Size, length: Size) -> Ref:
         """[batch, 1, length] of one source."""

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 
+from tspc.ir.builder import Builder
 from tspc.ir.program import CONSTANT, PLACEHOLDERS, SHAPE_ONLY, Node, Program, Ref, Type
 from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.index import TRUE, At, Cases, clauses, index, is_predicate, substitute
@@ -189,9 +190,11 @@ class _Recogniser:
         """The one value that is left; None for none, or for several."""
         if len(added) != 1:
             return None
-        nodes = all_dims(added[0], self.types[added[0]], n)
-        self.nodes += nodes
-        return Ref(nodes[-1].name) if nodes else added[0]
+        b = Builder(self.by_name)
+        b.at(n)
+        mask = all_dims(b, added[0], n)
+        self.nodes += b.nodes
+        return mask
 
     def carried(
         self, n: Node, x: Operands[Ref], a: AttentionSpec, p: Any
@@ -238,9 +241,7 @@ class _Recogniser:
             return None
         nodes, rows = self.rows.made(n, self.by_name, q[0], q[-2])
         self.nodes += nodes
-        for m in nodes:
-            self.by_name[m.name] = m
-            self.types[Ref(m.name)] = m.type
+        self.types |= {Ref(m.name): m.type for m in nodes}
         return text, rows, tuple(symbols)
 
     def row(self, padding: Any, keys: Any) -> Ref | None:

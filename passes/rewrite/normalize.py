@@ -7,11 +7,12 @@ In: a captured program. Out: an equal one for which every later pass has a rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from tspc.base.context import Arguments
+from tspc.ir.builder import Builder
 from tspc.ir.program import (
     CASTS,
     CONSTANT,
@@ -22,7 +23,6 @@ from tspc.ir.program import (
     Node,
     Program,
     Ref,
-    Type,
 )
 from tspc.ops.attention import ATTENTION, bound, spelled
 from tspc.passes.rewrite.entropy import cross_entropy
@@ -40,35 +40,20 @@ NARROW = (torch.bfloat16, torch.float16)
 WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 
 
-@dataclass
-class _Builder:
-    nodes: list[Node] = field(default_factory=list)
-    renamed: dict[Ref, Ref] = field(default_factory=dict)
-    by_name: dict[str, Node] = field(default_factory=dict)
-    recompute: int = 0  # of the node at hand
-    casts: dict[str, Node] = field(default_factory=dict)  # of parameters, not placed yet
-    cast: dict[object, Ref] = field(default_factory=dict)
+class _Builder(Builder):
+    """casts: of parameters, not placed yet. cast: those that there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[str, Node] = {}
+        self.cast: dict[object, Ref] = {}
 
     def cast_here(self, r: Ref) -> Ref:
         """The use's own copy of a parameter's cast."""
         if r.name not in self.casts:
             return r
-        node, k = self.casts[r.name], len(self.nodes)
-        return self.add(replace(node, name=f"{r.name}.{k}" if r.name in self.by_name else r.name))
-
-    def ref(self, r: Ref) -> Ref:
-        return self.renamed.get(r, r)
-
-    def type(self, r: Ref) -> Type:
-        t = self.by_name[r.name].types[r.item or 0]
-        assert t is not None
-        return t
-
-    def add(self, node: Node) -> Ref:
-        node = replace(node, recompute=self.recompute)
-        self.nodes.append(node)
-        self.by_name[node.name] = node
-        return Ref(node.name)
+        name = f"{r.name}.{len(self.nodes)}" if r.name in self.by_name else r.name
+        return self.add(replace(self.casts[r.name], name=name, recompute=self.node.recompute))
 
 
 def normalize(program: Program, refused: Container[str] = ()) -> Program:
@@ -76,10 +61,10 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
     sums. refused: nodes that are left as they are."""
     b = _Builder()
     for n in program.nodes:
-        n = n.map_refs(b.ref)
+        n = n.map_refs(b.use)
         if n.op == SDPA:
             n = spelled(n, *bound(n))
-        b.recompute = n.recompute
+        b.at(n)
         if n.name in refused:
             b.add(n.map_refs(b.cast_here))
             continue
@@ -89,16 +74,14 @@ def normalize(program: Program, refused: Container[str] = ()) -> Program:
         if n.op in WIDENED and b.type(n.args[0]).dtype in NARROW:
             n = _widened(b, n)
         if n.op == aten.cross_entropy_loss.default:
-            b.renamed[Ref(n.name)] = cross_entropy(b, n)
+            b.instead(Ref(n.name), cross_entropy(b, n))
             continue
         if n.op in REWRITES:
             n = REWRITES[n.op](b, n)
-        *before, n = canonical(n, b.by_name)
-        for m in before:
-            b.add(m)
+        n = canonical(b, n)
         same = _identity(b, n)
         if same is not None:
-            b.renamed[Ref(n.name)] = same
+            b.instead(Ref(n.name), same)
         else:
             b.add(n)
     return replace(program, nodes=tuple(b.nodes)).without_dead_nodes()
@@ -110,11 +93,11 @@ def _cast(b: _Builder, n: Node) -> bool:
     source = b.type(n.args[0])
     key = (n.args[0], n.types, n.recompute)
     if source.dtype == n.type.dtype and source.requires_grad == n.type.requires_grad:
-        b.renamed[Ref(n.name)] = n.args[0]
+        b.instead(Ref(n.name), n.args[0])
     elif n.args[0].name in b.by_name and b.by_name[n.args[0].name].op == PARAM:
         b.casts[n.name] = n
     elif key in b.cast:
-        b.renamed[Ref(n.name)] = b.cast[key]
+        b.instead(Ref(n.name), b.cast[key])
     else:
         b.cast[key] = Ref(n.name)
         return False
@@ -124,14 +107,14 @@ def _cast(b: _Builder, n: Node) -> bool:
 def _widened(b: _Builder, n: Node) -> Node:
     """In fp32, as torch's kernels are inside; what the op is spelled out to would round midway."""
 
-    def cast(name: str, x: Ref, dtype: torch.dtype) -> Ref:
-        t = replace(b.type(x), dtype=dtype)
-        return b.add(Node(name, aten.to.dtype, (x, dtype), {}, (t,), n.source))
-
-    args = (cast(f"{n.name}.logits", n.args[0], torch.float32), *n.args[1:])
+    x = n.args[0]
+    dtypes = b.type(x).shape, torch.float32
+    args = (b.of(aten.to.dtype, (x, torch.float32), *dtypes, "logits"), *n.args[1:])
     t = replace(n.type, dtype=torch.float32)
     wide = replace(n, name=f"{n.name}.wide", args=args, types=(t,))
+    b.at(wide)
     result = cross_entropy(b, wide) if n.op == aten.cross_entropy_loss.default else b.add(wide)
+    b.at(n)
     return replace(n, op=aten.to.dtype, args=(result, n.type.dtype), kwargs={})
 
 
@@ -168,8 +151,8 @@ def _copied(b: _Builder, n: Node) -> Node:
     source = b.type(n.args[1])
     if source.dtype != n.type.dtype:
         t = replace(source, dtype=n.type.dtype, requires_grad=n.type.requires_grad)
-        cast = Node(f"{n.name}.cast", aten.to.dtype, (n.args[1], t.dtype), {}, (t,), n.source)
-        n = replace(n, args=(n.args[0], b.add(cast)))
+        cast = b.emit(aten.to.dtype, n.args[1], t.dtype, types=(t,), suffix="cast")
+        n = replace(n, args=(n.args[0], cast))
     return replace(n, op=aten.expand.default, args=(n.args[1], n.type.shape), kwargs={})
 
 
@@ -222,10 +205,9 @@ def _scaled(b: _Builder, n: Node) -> Node:
         ("bias", aten.mul.Scalar, (bias, beta), 1),
     ):
         t = n.type if name == "product" else b.type(bias)
-        scaled = b.add(Node(f"{n.name}.{name}", op, args, {}, (t,), n.source))
+        scaled = b.emit(op, *args, types=(t,), suffix=name)
         if scale != 1:
-            times = Node(f"{n.name}.scaled", aten.mul.Scalar, (scaled, scale), {}, (t,), n.source)
-            scaled = b.add(times)
+            scaled = b.emit(aten.mul.Scalar, scaled, scale, types=(t,), suffix="scaled")
         terms.append(scaled)
     return replace(n, op=aten.add.Tensor, args=tuple(terms), kwargs={})
 
@@ -244,8 +226,8 @@ def _chosen(b: _Builder, n: Node) -> Node:
         return n
     mask = where[0]
     while len(t.shape) < len(n.type.shape):
-        nodes = _unsqueezed(f"{n.name}.{len(t.shape)}", mask, t, n, len(t.shape))
-        mask, t = b.add(nodes), nodes.type
+        mask = _unsqueezed(b, mask, len(t.shape), str(len(t.shape)))
+        t = b.type(mask)
     return replace(n, op=aten.where.self, args=(mask, value, x))
 
 
@@ -266,25 +248,27 @@ def _with_a_head(b: _Builder, n: Node) -> Node:
     args = list(n.args)
     for k in range(min(len(args), 4)):
         if args[k] is not None and len(b.type(args[k]).shape) == 3:
-            args[k] = b.add(_unsqueezed(f"{n.name}.{k}", args[k], b.type(args[k]), n, 1))
+            args[k] = _unsqueezed(b, args[k], 1, str(k))
     t = replace(n.type, shape=(n.type.shape[0], 1, *n.type.shape[1:]))
-    headed = b.add(Node(f"{n.name}.head", n.op, tuple(args), n.kwargs, (t,), n.source))
+    headed = b.emit(n.op, *args, types=(t,), suffix="head", **n.kwargs)
     return replace(n, op=aten.squeeze.dim, args=(headed, 1), kwargs={})
 
 
-def all_dims(mask: Ref, t: Type, n: Node) -> list[Node]:
-    """What gives a mask of attention dims of queries and keys, and if it has one of heads, of all
-    that is before."""
-    nodes: list[Node] = []
-    while len(t.shape) < 2 or 2 < len(t.shape) < len(n.type.shape):
-        nodes.append(_unsqueezed(f"{n.name}.mask{len(nodes)}", mask, t, n, 0))
-        mask, t = Ref(nodes[-1].name), nodes[-1].type
-    return nodes
+def all_dims(b: Builder, mask: Ref, n: Node) -> Ref:
+    """A mask of attention with dims of queries and keys, and if it has one of heads, with all that
+    is before."""
+    count = 0
+    while (rank := len(b.type(mask).shape)) < 2 or 2 < rank < len(n.type.shape):
+        mask = _unsqueezed(b, mask, 0, f"mask{count}")
+        count += 1
+    return mask
 
 
-def _unsqueezed(name: str, x: Ref, t: Type, n: Node, dim: int) -> Node:
+def _unsqueezed(b: Builder, x: Ref, dim: int, suffix: str) -> Ref:
+    t = b.type(x)
     shape = (*t.shape[:dim], 1, *t.shape[dim:])
-    return Node(name, aten.unsqueeze.default, (x, dim), {}, (replace(t, shape=shape),), n.source)
+    t = replace(t, shape=shape)
+    return b.emit(aten.unsqueeze.default, x, dim, types=(t,), suffix=suffix)
 
 
 def _on_a_placeholder(b: _Builder, n: Node) -> Node:
@@ -319,8 +303,7 @@ def _attended(b: _Builder, n: Node) -> Node:
     if len(n.type.shape) == 3:
         return _with_a_head(b, n)
     if n.argument(3) is not None:
-        for m in all_dims(n.args[3], b.type(n.args[3]), n):
-            n = replace(n, args=(*n.args[:3], b.add(m), *n.args[4:]))
+        n = replace(n, args=(*n.args[:3], all_dims(b, n.args[3], n), *n.args[4:]))
     return n
 
 

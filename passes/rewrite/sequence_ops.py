@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from tspc.base.context import Arguments
 from tspc.ir.binding import bind
+from tspc.ir.builder import Builder
 from tspc.ir.kinds import PADS
 from tspc.ir.program import Node, Ref, Size, Type
 from tspc.ops.sequence import SEQUENCE_CONV
-from tspc.seams.tensors import OpOverload
 
 aten, tspc = torch.ops.aten, torch.ops.tspc
 CONVS = (aten.conv1d.default, aten.conv1d.padding)
@@ -24,18 +23,19 @@ ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
 Nodes = Mapping[str, Node]
 
 
-def canonical(n: Node, nodes: Nodes) -> list[Node]:
-    """The node, or those that stand for it and what made its operand; the last has its name."""
+def canonical(b: Builder, n: Node) -> Node:
+    """The node, or what stands for it under its name."""
+    nodes = b.by_name
     if n.op in CONVS or n.op == aten.slice.Tensor:
         conv = _convolution(n, nodes) or n
-        return _product(conv, nodes) if conv.op == SEQUENCE_CONV else [conv]
+        return _product(b, conv) if conv.op == SEQUENCE_CONV else conv
     if n.op in PADS and n.type.is_float:  # masks are read as they are written
-        return [_moved_by_pad(n, nodes) or n]
+        return _moved_by_pad(n, nodes) or n
     if n.op == aten.cat.default and n.type.is_float:
-        return [_moved_by_cat(n, nodes) or n]
+        return _moved_by_cat(n, nodes) or n
     if n.op == aten.diff.default and n.type.is_float:
-        return _difference(n, nodes)
-    return [n]
+        return _difference(b, n)
+    return n
 
 
 def _type(nodes: Nodes, r: Ref) -> Type:
@@ -93,23 +93,18 @@ def _convolution(n: Node, nodes: Nodes) -> Node | None:
     return replace(n, op=SEQUENCE_CONV, args=args, kwargs={})
 
 
-def _product(n: Node, nodes: Nodes) -> list[Node]:
+def _product(b: Builder, n: Node) -> Node:
     """A convolution that reads one row is a product of each row with the weight."""
     x, weight, bias, *_, groups = n.args
-    w = _type(nodes, weight)
+    w = b.type(weight)
     if w.shape[2] != 1 or groups != 1:
-        return [n]
-
-    def node(name: str, op: OpOverload, args: Arguments, like: Type, *shape: object) -> Node:
-        t = replace(like, shape=shape)
-        return Node(f"{n.name}.{name}", op, args, {}, (t,), n.source)
-
-    (b, o, s), c = n.type.shape, w.shape[1]
-    rows = node("rows", aten.transpose.int, (x, 1, 2), _type(nodes, x), b, s, c)
-    flat = node("weight", aten.view.default, (weight, (o, c)), w, o, c)
-    operands = (Ref(rows.name), Ref(flat.name), *([] if bias is None else [bias]))
-    linear = node("linear", aten.linear.default, operands, n.type, b, s, o)
-    return [rows, flat, linear, replace(n, op=aten.transpose.int, args=(Ref(linear.name), 1, 2))]
+        return n
+    (batch, o, s), c, dtype = n.type.shape, w.shape[1], n.type.dtype
+    rows = b.of(aten.transpose.int, (x, 1, 2), (batch, s, c), b.type(x).dtype, "rows")
+    flat = b.of(aten.view.default, (weight, (o, c)), (o, c), w.dtype, "weight")
+    operands = (rows, flat, *([] if bias is None else [bias]))
+    linear = b.of(aten.linear.default, operands, (batch, s, o), dtype, "linear")
+    return replace(n, op=aten.transpose.int, args=(linear, 1, 2))
 
 
 def _each_alone(nodes: Nodes, x: Ref, weight: Ref) -> bool:
@@ -168,19 +163,18 @@ def _moved_by_pad(n: Node, nodes: Nodes) -> Node | None:
     return None if x is None else _moved(n, x, dim, lo - hi)
 
 
-def _difference(n: Node, nodes: Nodes) -> list[Node]:
+def _difference(b: Builder, n: Node) -> Node:
     """All but the first less all but the last."""
     args, _ = bind(n)
     if args["n"] != 1 or args["prepend"] is not None or args["append"] is not None:
-        return [n]
+        return n
     x, dim = args["self"], args["dim"] % len(n.type.shape)
-    t = replace(n.type, requires_grad=_type(nodes, x).requires_grad)
-    later, earlier = (
-        Node(f"{n.name}.{name}", aten.slice.Tensor, (x, dim, *ends), {}, (t,), n.source)
+    kind = n.type.shape, n.type.dtype
+    both = (
+        b.of(aten.slice.Tensor, (x, dim, *ends), *kind, name)
         for name, ends in (("later", (1, 2**63 - 1)), ("earlier", (0, -1)))
     )
-    both = (Ref(later.name), Ref(earlier.name))
-    return [later, earlier, replace(n, op=aten.sub.Tensor, args=both, kwargs={})]
+    return replace(n, op=aten.sub.Tensor, args=tuple(both), kwargs={})
 
 
 def _moved_by_cat(n: Node, nodes: Nodes) -> Node | None:

@@ -13,6 +13,7 @@ from torch.types import IntLikeType
 
 from tspc.ir.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.ir.program import Type
+from tspc.ops.run import run_piece
 from tspc.runtime.lowering.trace import local_fakes
 from tspc.seams.lowering import TracingContext, V, compile_fx_inner, select_decomp_table, tracing
 
@@ -31,7 +32,7 @@ class EagerPieces:
         """What the piece writes and saves."""
         piece = self._piece(index)
         with torch.no_grad():
-            results = piece.run(symbols, step, {n: values[n] for n in piece.reads}, {})
+            results = run_piece(piece, symbols, step, {n: values[n] for n in piece.reads}, {})
         return {n: results[n] for n in (*piece.writes, *piece.saves)}
 
     def again(self, index: int, symbols: Lengths, step: torch.Tensor, values: Values) -> Values:
@@ -39,7 +40,7 @@ class EagerPieces:
         piece = self._piece(index)
         kept = {n: values[n] for n in piece.saves}
         with torch.no_grad():
-            results = piece.run(symbols, step, {n: values[n] for n in piece.reads}, kept)
+            results = run_piece(piece, symbols, step, {n: values[n] for n in piece.reads}, kept)
         return {n: results[n] for n in piece.writes}
 
     def backward(
@@ -52,7 +53,7 @@ class EagerPieces:
         kept = {n: values[n] for n in piece.saves}
         with torch.enable_grad():
             reads = {n: leaves.get(n, values[n]) for n in piece.reads}
-            results = piece.run(symbols, step, reads, kept)
+            results = run_piece(piece, symbols, step, reads, kept)
         outs = [n for n in cotangents if results[n].requires_grad]
         if not outs or not wanted:
             return {}
@@ -121,13 +122,13 @@ class InductorPieces:
 
         def forward(*inputs: object) -> list[torch.Tensor]:
             symbols, step, tensors = self._split(inputs, piece.reads)
-            results = piece.run(symbols, step, tensors, {})
+            results = run_piece(piece, symbols, step, tensors, {})
             return [results[n] for n in (*piece.writes, *piece.saves)]
 
         def again(*inputs: object) -> list[torch.Tensor]:
             symbols, step, tensors = self._split(inputs, (*piece.reads, *piece.saves))
             kept = {n: tensors.pop(n) for n in piece.saves}
-            results = piece.run(symbols, step, tensors, kept)
+            results = run_piece(piece, symbols, step, tensors, kept)
             return [results[n] for n in piece.writes]
 
         def backward(*inputs: object) -> list[torch.Tensor]:
@@ -137,7 +138,7 @@ class InductorPieces:
             kept = {n: tensors.pop(n) for n in piece.saves}
             leaves = {n: tensors[n].detach().requires_grad_() for n in wanted}
             with torch.enable_grad():
-                results = piece.run(symbols, step, {**tensors, **leaves}, kept)
+                results = run_piece(piece, symbols, step, {**tensors, **leaves}, kept)
                 grads = torch.autograd.grad(
                     [results[n] for n in cotangents], list(leaves.values()), gs, allow_unused=True
                 )

@@ -13,15 +13,17 @@ from tspc.factors.factor import Dims, Factor
 from tspc.factors.placement import indices
 from tspc.factors.registry import overload_of
 from tspc.frontend.from_fx import convert
-from tspc.ir.program import CONSTANT, INPUT, OUTPUT, PLACEHOLDERS, Program, Ref
+from tspc.ir.builder import Builder
+from tspc.ir.program import INPUT, OUTPUT, Program, Ref, Size
+from tspc.ops.run import Run
 from tspc.passes.analyse.factorize import Analysis, Record, factorize
 from tspc.passes.analyse.fold import added_once
 from tspc.passes.analyse.sizes import Sizes
-from tspc.passes.lower.run_op import call, constant
+from tspc.passes.lower import local_op
 from tspc.seams.tensors import OpOverload
 
 PICK = torch.ops.tspc.pick.default
-Values = dict[tuple[str, int], torch.Tensor]
+Values = dict[str, torch.Tensor]  # by `Ref.value`
 
 
 def traced(
@@ -35,23 +37,26 @@ def traced(
     kinds = [(INPUT, f"x{i}") for i in range(len(tensors))]
     program, positions = convert("sample", gm, kinds, [False] * len(tensors), {})
     a = factorize(program)
-    return a, values(program, {n: tensors[i] for n, i in positions.items()}, a)
+    return a, values(program, {n: tensors[i] for n, i in positions.items()})
 
 
-def values(program: Program, inputs: Mapping[str, torch.Tensor], a: Analysis) -> Values:
+def values(program: Program, inputs: Mapping[str, torch.Tensor]) -> Values:
     """Every node's value on one device."""
-    env: Values = {}
-    plain = Sizes(a.F, {}, {})
-    for n in program.nodes:
-        if n.op in PLACEHOLDERS:
-            env[n.name, 0] = inputs[n.name]
-        elif n.op == CONSTANT:
-            env[n.name, 0] = constant(n, torch.device("cpu"))
-        elif n.op != OUTPUT:
-            out = call(n, [[]], [[]], plain, lambda r: env[r.name, r.item or 0])
-            for i, v in enumerate(out if isinstance(out, (list, tuple)) else [out]):
-                env[n.name, i] = v
-    return env
+    run = Run(dict(inputs), {}, torch.device("cpu"))
+    run.nodes(n for n in program.nodes if n.op != OUTPUT)
+    return run.values
+
+
+def called(
+    a: Analysis, r: Record, cut: Mapping[Factor, Size], inputs: Values
+) -> list[torch.Tensor]:
+    """The results of an op on operands that are cut."""
+    b = Builder()
+    b.at(r.node, ())
+    local_op.lower(b, r.node, r.ins, r.outs, Sizes(a.F, cut))
+    run = Run(dict(inputs), {}, torch.device("cpu"))
+    run.nodes(b.nodes)
+    return [run.values[Ref(r.node.name, i).value] for i in range(len(r.node.types))]
 
 
 def take(a: Analysis, x: torch.Tensor, dims: Dims, f: Factor, piece: list[int]) -> torch.Tensor:
@@ -86,19 +91,17 @@ def run(
     a: Analysis, r: Record, env: Values, f: Factor, how: str, piece: list[int]
 ) -> list[torch.Tensor]:
     """The op on one piece of a factor; what is added after a sum only in the first."""
-    sizes = Sizes(a.F, {}, {f: len(piece)})
     dims = {x: d for x, d in zip(r.refs, r.ins) if x is not None}
     once = added_once(r.node) if how == "reduce" and piece[0] else None
 
     def get(x: Ref) -> torch.Tensor:
-        v = take(a, env[x.name, x.item or 0], dims[x], f, piece)
+        v = take(a, env[x.value], dims[x], f, piece)
         return torch.zeros_like(v) if x == once else v
 
     if r.node.op == PICK and how == "reduce":
         logits, labels = (get(x) for x in r.refs[:2] if x is not None)
         return [r.node.op(logits, labels, torch.tensor(piece[0]))]
-    out = call(r.node, r.ins, r.outs, sizes, get)
-    return list(out) if isinstance(out, (list, tuple)) else [out]
+    return called(a, r, {f: len(piece)}, {x.value: get(x) for x in dims})
 
 
 def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
@@ -109,7 +112,7 @@ def check_cut(a: Analysis, r: Record, env: Values, f: Factor, how: str) -> None:
     except RuntimeError as e:
         raise AssertionError(f"{where}: {e}") from e
     for i, dims in enumerate(r.outs):
-        whole = env[r.node.name, i]
+        whole = env[Ref(r.node.name, i).value]
         if how == "keep":
             for piece, p in zip(split, parts):
                 torch.testing.assert_close(p[i], take(a, whole, dims, f, piece), msg=where)
@@ -142,11 +145,7 @@ def outputs(
     r: Record, a: Analysis, env: Values, swap: dict[Ref, torch.Tensor]
 ) -> list[torch.Tensor]:
     """The op on the whole, some operands exchanged; numbers as floats."""
-    sizes = Sizes(a.F, {}, {})
-    out = call(
-        r.node, r.ins, r.outs, sizes, lambda x: swap[x] if x in swap else env[x.name, x.item or 0]
-    )
-    results = out if isinstance(out, (list, tuple)) else [out]
+    results = called(a, r, {}, env | {x.value: v for x, v in swap.items()})
     return [x if x.is_floating_point() or x.is_complex() else x.double() for x in results]
 
 
@@ -160,7 +159,7 @@ def check_meaning(a: Analysis, env: Values) -> None:
                 at = [k for k, d in enumerate(dims or ()) if a.F.expand(tuple(d)) == (f,)]
                 if x is None or len(at) != 1 or not kinds & {"select", "at"}:
                     continue
-                value, where = env[x.name, x.item or 0], f"{r.node.op} {kinds} {f}"
+                value, where = env[x.value], f"{r.node.op} {kinds} {f}"
                 if value.dtype == torch.int64:
                     continue
                 parts = [only(value, at[0], p) for p in range(int(f.size))]

@@ -9,11 +9,9 @@ import torch
 from torch.types import IntLikeType
 
 from tspc.base.errors import TspcError
-from tspc.factors.factor import Factors
 from tspc.frontend.capture import Captured, capture
-from tspc.ir.program import CONSTANT, OUTPUT, PLACEHOLDERS, SEED, Program, Ref
-from tspc.passes.analyse.sizes import Sizes
-from tspc.passes.lower.run_op import call, constant
+from tspc.ir.program import PLACEHOLDERS, SEED, Program
+from tspc.ops.run import Run
 from tspc.passes.pipeline import prepare
 from tspc.runtime.comm.seed import draw
 from tspc.seams.compiler import plainly
@@ -36,23 +34,7 @@ def _runner(captured: Captured, program: Program) -> Callable[..., list[Value]]:
 
     def run(*args: object) -> list[Value]:
         inputs = captured.given(placeholders, args, draw())
-        sizes = Sizes(Factors(), captured.sizes(args), {})
-        env = {(n.name, 0): x for n, x in zip(placeholders, inputs)}
-
-        def get(r: Ref) -> torch.Tensor:
-            return env[r.name, r.item or 0]
-
-        for n in program.nodes:
-            if n.op == OUTPUT:
-                return [get(a) if isinstance(a, Ref) else sizes.value(a) for a in n.args]
-            if n.op == CONSTANT:
-                env[n.name, 0] = constant(n, inputs[0].device)
-            elif n.op not in PLACEHOLDERS:
-                results = call(n, [[]], [[]], sizes, get)
-                for i, v in enumerate(results if isinstance(results, (list, tuple)) else [results]):
-                    t = n.types[i]
-                    stops = t is not None and v.requires_grad and not t.requires_grad
-                    env[n.name, i] = v.detach() if stops else v
-        raise AssertionError("a program without output")
+        values = {n.name: x for n, x in zip(placeholders, inputs)}
+        return Run(values, captured.sizes(args), inputs[0].device).nodes(program.nodes)
 
     return run

@@ -23,6 +23,7 @@ from tspc.frontend.overlap import before_writes, dense, overlap, written
 from tspc.ir.body import evaluate
 from tspc.ir.layout import Span
 from tspc.ir.program import PARAM, PLACEHOLDERS, Type
+from tspc.ops.run import LocalProgram
 from tspc.passes.analyse.outputs import Result
 from tspc.passes.analyse.refused import Refused
 from tspc.passes.ladder import climb
@@ -102,7 +103,8 @@ def _trace(
     for n, x in zip(nodes, captured.given(nodes, example_inputs, torch.zeros(()))):
         types.append((rewritten.stored(n), x.device))
     fakes = local_fakes(rewritten.symbols, hints, rows, types)
-    return partition(rewritten.local, fakes)
+    sizes = (*rewritten.symbols, *rewritten.chunks)
+    return partition(LocalProgram(rewritten.local, sizes), fakes)
 
 
 def _call(graph: Simulated, args: Sequence[object], indices: Indices) -> list[object]:

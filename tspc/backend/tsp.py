@@ -36,6 +36,7 @@ from tspc.ir.body import Lengths, evaluate, rows_of
 from tspc.ir.layout import Span
 from tspc.ir.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
 from tspc.ir.shard import ShardMap
+from tspc.ops.run import LocalProgram
 from tspc.passes.analyse.outputs import Result
 from tspc.passes.analyse.refused import NOTHING, Refused
 from tspc.passes.ladder import after
@@ -268,7 +269,9 @@ def _lowered(
         _compile_bodies(compiled, _device(example_inputs))
     bind = _dynamos(compiled, fakes)
     stage("compiles the rest")
-    run_local = compile_local(compiled.rewritten.local, fakes, options.compiler)
+    unit = compiled.rewritten
+    program = LocalProgram(unit.local, (*unit.symbols, *unit.chunks))
+    run_local = compile_local(program, fakes, options.compiler)
     for guard in fakes.env.guards:  # what tracing and lowering assumed of the local sizes
         _require(guard.expr, bind)
     return run_local

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, overload
@@ -21,7 +21,7 @@ from torch.types import IntLikeType
 from tspc.base.hardware import HARDWARE, Hardware
 from tspc.base.state import MODEL, remembered
 from tspc.ir.layout import Layout
-from tspc.ir.program import Size, Type
+from tspc.ir.program import Node, Size, Type
 from tspc.ir.spec import AttentionSpec, Operands
 from tspc.ir.text import show, textual
 from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
@@ -29,11 +29,17 @@ from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
 Value = TypeVar("Value")
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
+STEP = "step"  # of a piece: which shard, a tensor []
 
 
 def rows_of(index: int) -> sympy.Symbol:
     """Rows of a sequence of the body; ROWS of the first."""
     return sympy.Symbol(f"rows{index}", positive=True, integer=True) if index else ROWS
+
+
+def chunk_of(index: int) -> sympy.Symbol:
+    """Rows of a chunk of a sequence of one rank's program: c of its layout."""
+    return sympy.Symbol(f"c{index or ''}", positive=True, integer=True)
 
 
 @textual
@@ -56,10 +62,7 @@ class Extent:
         return self.layout(ranks).chunks * self.chunk_rows(ranks, sizes)
 
 
-# run(symbol -> value, step index as a 0-d tensor, read values by name, values that stand for those
-# made inside) -> all values by name
 Named = dict[str, torch.Tensor]
-Run = Callable[[Lengths, torch.Tensor, Named, Named], Named]
 
 
 @textual
@@ -80,14 +83,14 @@ class Token:
 @textual
 @dataclass(frozen=True)
 class Piece:
-    """What runs between two exchanges.
+    """What runs between two exchanges: nodes on one shard's tensors, which `tspc.ops.run` runs.
 
     saves: values made inside that the backward takes from the forward; it recomputes the others.
     """
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    run: Run = field(compare=False, repr=False)
+    nodes: tuple[Node, ...]
     saves: tuple[str, ...] = ()
 
 
@@ -124,13 +127,13 @@ class Out:
     sequence: int = 0
 
 
+@textual
 @dataclass(frozen=True, eq=False)
 class Body:
     """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are
-    skipped."""
+    skipped. Regions whose bodies have one text share it, under its hash."""
 
-    key: str
-    name: str
+    name: str = field(compare=False)
     symbols: tuple[sympy.Symbol, ...]
     extents: tuple[Extent, ...]  # its sequences
     ranks: int
@@ -150,13 +153,12 @@ class Body:
     reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def text(self) -> str:
-        """A line a field; a step, a value, an operand each has one."""
-        lines = [f"{self.name}: {self.units} of {self.size} on each of {self.ranks}, {self.key}"]
-        lines += [f"  {name}: {show(v)}" for name, v in self.values.items()]
-        lines += [f"  invariants {show(self.invariants)}, shards {show(self.shards)}"]
-        parts = (*self.extents, *self.tokens, *self.steps, *self.outs)
-        return "\n".join([*lines, *(f"  {show(x)}" for x in parts)])
+    @cached_property
+    def key(self) -> str:
+        """What its compiled pieces and its schedule hang on; sizes are over the program's own
+        symbols."""
+        parts = (show(self), *map(sympy.srepr, self.symbols), torch.__version__)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
     @cached_property
     def sizes(self) -> tuple[sympy.Symbol, ...]:
@@ -200,9 +202,8 @@ def registered(bodies: Mapping[str, Body]) -> dict[str, Body]:
 
 def recomputing(body: Body) -> Body:
     """The body whose backward recomputes everything."""
-    key = hashlib.sha256(f"{body.key} recomputed".encode()).hexdigest()[:20]
     steps = tuple(replace(s, saves=()) if isinstance(s, Piece) else s for s in body.steps)
-    return replace(body, key=key, steps=steps, spared=0, compiled={})
+    return replace(body, steps=steps, spared=0, compiled={})
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, Value]) -> int | Value:
@@ -223,7 +224,7 @@ def _symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
 def _interpreted(size: sympy.Expr, values: tuple[Value, ...]) -> int | Value:
     symbols = _symbols(size)
     if not symbols:
-        return int(size)
+        return int(size) if size.is_integer else float(size)  # pyright: ignore[reportReturnType]
     return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values)), size)
 
 

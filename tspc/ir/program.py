@@ -54,6 +54,11 @@ class Ref:
     name: str
     item: int | None = None
 
+    @property
+    def value(self) -> str:
+        """One name of the value, however it is referred to."""
+        return f"{self.name}[{self.item}]" if self.item else self.name
+
     def __repr__(self) -> str:
         return named(self.name) + (f"[{self.item}]" if self.item is not None else "")
 
