@@ -1,0 +1,14 @@
+"""Where each value lives, and the conversions between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.goldens import cases, check
+
+
+@cases("propagate")
+def test_from_text_to_text(path: Path, request: pytest.FixtureRequest) -> None:
+    check(path, request)

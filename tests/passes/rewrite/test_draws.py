@@ -1,0 +1,14 @@
+"""Random ops become functions of one seed and of positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.goldens import cases, check
+
+
+@cases("draws")
+def test_from_text_to_text(path: Path, request: pytest.FixtureRequest) -> None:
+    check(path, request)

@@ -1,0 +1,14 @@
+"""The normal form of programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.goldens import cases, check
+
+
+@cases("normalize")
+def test_from_text_to_text(path: Path, request: pytest.FixtureRequest) -> None:
+    check(path, request)
