@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 import tspc
-from tspc.base.state import CALL, CODE, GROUP, MODEL, PROCESS, REGISTRIES, Registry, reset
+from tspc.base.state import (
+    CALL,
+    CODE,
+    GROUP,
+    MODEL,
+    PROCESS,
+    REGISTRIES,
+    Registry,
+    remembered,
+    reset,
+)
 
 ROOT = Path(__file__).parents[3]
 FILES = [p for folder in ("tspc", "passes", "runtime") for p in (ROOT / folder).rglob("*.py")]
@@ -77,3 +87,13 @@ def test_reset_empties_what_a_run_fills(monkeypatch: pytest.MonkeyPatch) -> None
     assert (of_code, of_group, of_call) == ({1: 2}, [], {4})
     reset()
     assert (of_code, of_group, of_call) == ({1: 2}, [], set())
+
+
+def test_what_is_remembered_is_the_same_and_known_by_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known_here: list[Registry] = []
+    monkeypatch.setattr("tspc.base.state.REGISTRIES", known_here)
+    held: list[int] = []
+    assert remembered(CALL, held) is held
+    assert known_here == [Registry(__name__, CALL, held)]
