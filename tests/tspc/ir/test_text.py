@@ -1,9 +1,8 @@
-"""Programs as text: what is printed parses back to the same program, after every pass."""
+"""Values as text: what is shown is read back as the same, what cannot be read is told."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -11,17 +10,10 @@ import pytest
 import sympy
 import torch
 
-import tests.behaviour.test_samples as samples
-import tspc
-from examples.gpt2_like import GPT2Like
-from tests.support.zoo import ZOO, build
-from tspc.backend.brute import traced
 from tspc.ir.program import INPUT, OUTPUT, SDPA, Node, Program, Ref, Type
 from tspc.ir.spec import AttentionSpec, Operands
+from tspc.ir.text import DTYPES, SHORT, Reader, indented, show
 from tspc.ops.attention import ATTENTION, bound, spelled
-from tspc.passes import pipeline
-from tspc.passes.lower.unit import Unit
-from tspc.passes.runner import Pass
 from tspc.seams.sizes import sympy_functions as F
 
 
@@ -31,47 +23,6 @@ def check(program: Program) -> None:
     for ours, theirs in zip(program.nodes, parsed.nodes):
         assert ours == theirs
     assert parsed == program and str(parsed) == text
-
-
-@pytest.fixture
-def each_stage(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Check the text after each pass; -> the passes that ran."""
-    ran: list[str] = []
-
-    def after(step: Pass) -> Callable[[Unit], Unit]:
-        def both(u: Unit) -> Unit:
-            u = step.run(u)
-            check(u.program)
-            assert Program.parse(str(u)).nodes
-            ran.append(step.name)
-            return u
-
-        return both
-
-    steps = tuple(Pass(p.name, after(p)) for p in pipeline.PIPELINE)
-    monkeypatch.setattr(pipeline, "PIPELINE", steps)
-    return ran
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", ZOO)
-def test_of_a_model(name: str, each_stage: list[str]) -> None:
-    model, kwargs = build(name, 24)
-    tspc.plan(model, (), kwargs, ranks=3)
-    assert each_stage[-1] == "localize"
-
-
-@pytest.mark.parametrize("outputs", ["full", "sharded"])
-def test_of_outputs(outputs: str, each_stage: list[str]) -> None:
-    tokens = torch.zeros(2, 16, dtype=torch.long)
-    tspc.plan(GPT2Like(layers=1), (tokens,), ranks=2, options={"outputs": outputs})
-    assert each_stage
-
-
-@pytest.mark.parametrize("group", samples.GROUPS)
-def test_of_samples(group: str) -> None:
-    for fn, args in samples.GROUPS[group]():
-        check(traced(fn, *args)[0].program)
 
 
 S, B = (sympy.Symbol(n, positive=True, integer=True) for n in ("s27", "s52"))
@@ -132,3 +83,23 @@ def test_an_attention_of_all_fields() -> None:
 def test_comments_are_left_out() -> None:
     text = "// one\nprogram 'p' // two\n%x: f32[2] = input()  # a.py:1\n// three\n%y = output(%x)"
     assert [n.source for n in Program.parse(text).nodes] == ["a.py:1", ""]
+
+
+def test_values_as_they_are_shown() -> None:
+    assert show([torch.bool, {"a": (1,)}, None]) == "[b8, {'a': (1,)}, None]"
+    assert show(AttentionSpec(causal=True)) == "AttentionSpec(causal=True)"
+    assert show(F.FloorDiv(S + 3, 2) * 2) == "2*FloorDiv(3 + s27, 2)"
+    assert indented("a\nb") == "  a\n  b" and {DTYPES[s] for s in SHORT.values()} == set(SHORT)
+
+
+def test_a_reader_goes_token_by_token() -> None:
+    r = Reader("a, 2 // more\n]")
+    assert (r.kind, r.peek(), r.peek(1)) == ("name", "a", ",")
+    assert r.next() == "a" and r.take(",") and not r.take("2")
+    assert r.of(int, "a number") == 2
+    with pytest.raises(ValueError, match=r"line 2: ']' where '\)' is expected"):
+        r.expect(")")
+    r.expect("]")
+    assert (r.kind, r.peek(5)) == ("end", "")
+    listed = Reader("1, 2)")
+    assert listed.many(")", listed.value) == [1, 2]
