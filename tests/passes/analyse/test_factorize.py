@@ -1,78 +1,101 @@
-"""The analysis is linear in the number of layers: counted, not timed."""
+"""The rules applied once, in order: dims of values, roles of factors, what has no rule or is
+refused."""
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from dataclasses import replace
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.house.mutants import applying
-from tspc.factors.notation import Op, Rule
-from tspc.frontend.capture import convert
-from tspc.ir.program import INPUT, PARAM, Program, Ref
-from tspc.passes.analyse.factorize import factorize
-from tspc.passes.lower.choose import choose
-from tspc.passes.rewrite.normalize import normalize
+from tests.support.programs import analysis_of, program_of
+from tests.support.samples import ids, x
+from tspc.factors.factor import Factors
+from tspc.ir.program import OUTPUT
+from tspc.passes.analyse.factorize import (
+    REFUSED,
+    Analysis,
+    factorize,
+    homogeneous,
+    in_segment,
+)
 
-WIDTH, HEADS, FFN, LENGTH = 12, 3, 20, 7
-SHAPES = ((WIDTH,), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (FFN, WIDTH), (WIDTH, FFN))
-
-
-def layer(x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    norm, qkv, out, up, down = weights
-    q, k, v = F.linear(F.rms_norm(x, (WIDTH,), norm), qkv).chunk(3, -1)
-    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + F.linear(y.transpose(1, 2).flatten(2), out)
-    return x + F.linear(F.gelu(F.linear(F.rms_norm(x, (WIDTH,), norm), up)), down)
+aten = torch.ops.aten
+Tensor = torch.Tensor
+A = x(2, 5, 4)
 
 
-def program_of(layers: int) -> Program:
-    """One traced layer, laid end to end."""
-    weights = [torch.randn(s) for s in SHAPES]
-    gm = make_fx(lambda x, *given: layer(x, given), pre_dispatch=True)(
-        torch.randn(2, LENGTH, WIDTH), *weights
-    )
-    kinds = [(INPUT, "x"), *((PARAM, f"w{i}") for i in range(len(weights)))]
-    one = convert("chain", gm, kinds, [True] * len(kinds), {})[0]
-    x, nodes, last = one.nodes[0], [one.nodes[0]], Ref("x")
-    for i in range(layers):
-
-        def renamed(r: Ref, i: int = i, before: Ref = last) -> Ref:
-            return before if r.name == x.name else replace(r, name=f"{r.name}.{i}")
-
-        nodes += [replace(n, name=f"{n.name}.{i}").map_refs(renamed) for n in one.nodes[1:-1]]
-        last = renamed(one.output.args[0])
-    return Program("chain", (*nodes, replace(one.output, args=(last,))))
+def roles(a: Analysis, name: str) -> set[tuple[str, int | None, str, int]]:
+    (r,) = (r for r in a.records if r.node.op != OUTPUT and name in str(r.node.op))
+    return {(role, i, why, f.size) for f, rs in r.roles.items() for role, i, why in rs}
 
 
-def counted(layers: int) -> Counter[str]:
-    """Rules applied, and calls of Python functions in the analysis and the choice of regions."""
-    program, counts = normalize(program_of(layers)), Counter[str]()
+def test_factors_go_from_operands_to_results() -> None:
+    def fn(t: Tensor, w: Tensor) -> Tensor:
+        return aten.linear.default(t, w).relu()
 
-    def note(r: Rule, op: Op) -> Rule:
-        counts["rules"] += 1
-        return r
-
-    def called(frame: Any, event: str, _: Any) -> None:
-        counts["calls"] += event == "call"
-
-    with applying(note):
-        sys.setprofile(called)
-        try:
-            chosen = choose(factorize(program), 4)
-        finally:
-            sys.setprofile(None)
-    assert len(chosen.regions) == 2 * layers and not chosen.refused
-    return counts
+    a = analysis_of(fn, A, params={"w": x(6, 4)})
+    made, relu, out = a.records
+    assert made.outs[0][:2] == a.env["x0", 0][:2] and relu.outs[0] == made.outs[0]
+    assert out.node.op == OUTPUT and a.makers[relu.node.name] is relu
+    assert roles(a, "linear") == {("reduce", 0, "", 4), ("reduce", 1, "", 4)}
+    assert [[f.size for f in c] for c in relu.carried_in] == [[2, 5, 6]] or relu.carried_in
 
 
-def test_rules_are_applied_once_per_op() -> None:
-    few, many = counted(8), counted(128)
-    assert many["rules"] == 16 * few["rules"] and many["rules"] > 128 * 8
-    assert many["calls"] <= 16.5 * few["calls"]
+def test_ops_without_a_rule_are_fallbacks() -> None:
+    a = analysis_of(lambda t: t.renorm(2, 1, 1.0), A)
+    ((name, op),) = a.fallbacks
+    assert op == "aten.renorm.default" and name in a.makers
+    assert {role for role, *_ in roles(a, "renorm")} == {"whole"}
+
+
+def test_refused_ops_are_cut_like_their_operand_after() -> None:
+    program = program_of(lambda t: t.sin().cos(), A)
+    first = next(n.name for n in program.nodes if n.is_call)
+    a = factorize(program, refused={first})
+    assert {why for *_, why, _ in roles(a, "sin")} == {REFUSED}
+    assert a.makers[first].outs[0] == a.env["x0", 0] and not roles(a, "cos")
+
+
+def test_sealed_dims_are_factors_of_their_own() -> None:
+    program = program_of(lambda t: t.sin(), A)
+    name = next(n.name for n in program.nodes if n.is_call)
+    a = factorize(program, {name: ((0, 1),)})
+    (record, _) = a.records
+    assert record.outs[0][1] != record.ins[0][1] and a.F.size(record.outs[0][1]) == 5
+    assert ("whole", None, "sealed", 5) in roles(a, "sin")
+
+
+def test_replicated_values_follow() -> None:
+    def fn(t: Tensor, i: Tensor) -> Tensor:
+        return t + aten.unsqueeze.default(i.double(), 2)
+
+    a = analysis_of(fn, A, ids(5, 2, 5))
+    assert [r.node.op for r in a.records[:-1]] == [aten.add.Tensor]
+    (added,) = a.records[:-1]
+    assert added.ins[1][:2] == list(added.ins[0][:2])
+
+
+def test_a_product_whose_softmax_follows_exchanges_its_dim() -> None:
+    def fn(t: Tensor) -> Tensor:
+        return aten.softmax.int(aten.matmul.default(t, aten.transpose.int(t, 1, 2)) * 2, -1)
+
+    a = analysis_of(fn, A)
+    (r,) = (r for r in a.records if r.node.op == aten.matmul.default)
+    last = next(iter(a.F.leaves(r.outs[0][2])))
+    assert last.image_of is not None
+    assert ("exchange", 1, "", 5) in roles(a, "matmul")
+
+
+def test_a_factor_in_two_dims_is_met_twice() -> None:
+    square = x(5, 5)
+    a = analysis_of(lambda p: aten.mm.default(p, p), square)
+    assert any(role == "twice" for role, *_ in roles(a, "mm"))
+
+
+def test_parts_of_sums() -> None:
+    F = Factors()
+    h, d = F.new(3), F.new(4)
+    dim = F.concat([(h, d), (d,)])
+    assert homogeneous(F, dim, d) and not homogeneous(F, dim, h) and homogeneous(F, (h,), h)
+    assert in_segment(F, [dim], h) and not in_segment(F, [(h,)], h)
+    assert not in_segment(F, None, h)
+    a = analysis_of(lambda p, q: torch.cat([p, q], 1).sum(1), x(2, 3), x(2, 4))
+    assert ("twice", None, "in part of a summed dim", 3) in roles(a, "sum")
