@@ -15,12 +15,7 @@ from torch import Tensor
 import tspc
 from tspc.backend.simulated import Simulated, simulated_backend
 from tspc.ir.kinds import WHOLE
-from tspc.ir.layout import Layout, Span
 from tspc.passes.lower.unit import Unit
-from tspc.runtime.comm import halo as along
-from tspc.runtime.comm.drivers import lockstep
-from tspc.runtime.comm.requests import Axis
-from tspc.runtime.execute import GENERATORS
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(3)]
 
@@ -246,74 +241,3 @@ def test_other_forms_run_whole(form: Callable, given: dict, op: str) -> None:
     model = Model(Conv(form, **given)).double()
     (graph,) = tspc.verify(model, (tokens,), {}, 3, {}, 1e-9).graphs
     assert op in {f.op.split(".")[1] for f in graph.rewritten.typed.fallbacks}
-
-
-# what ranks tell each other
-
-
-def cut(tiles: along.Tiles, rank: int, x: Tensor) -> Tensor:
-    """A rank's part of [lead * length * trail, n], with numbers in the pads."""
-    width = tiles.span.rows * tiles.trail
-    parts = [(first, count) for _, first, count in tiles.of(rank)]
-    pads = (x.new_full((width - count, x.shape[1]), 99.0) for _, count in parts)
-    return torch.cat([t for (i, n), p in zip(parts, pads) for t in (x[i : i + n], p)])
-
-
-LAYOUTS = [
-    (Layout(ranks, order), lead, trail, length)
-    for ranks in (1, 2, 3, 4)
-    for order in ("contiguous", "zigzag")
-    for lead, trail in ((1, 1), (3, 2))
-    for length in (1, 5, 12, 17)
-]
-
-
-@pytest.mark.parametrize("layout,lead,trail,length", LAYOUTS)
-def test_exchanged_rows(layout: Layout, lead: int, trail: int, length: int) -> None:
-    """Against the whole dim; the backward is the adjoint."""
-    rows = layout.chunk_rows(length)
-    tiles, ranks = along.Tiles(Span(layout, rows, length), lead, trail), layout.ranks
-    draw = torch.Generator().manual_seed(length)
-    x = torch.randn(tiles.size, 1, generator=draw, dtype=torch.float64)
-    width, axes = rows * trail, [Axis("tsp", ranks, r) for r in range(ranks)]
-    for left, right, way in ((3, 0, "zeros"), (1, 30, "zeros"), (-2, 2, "zeros"), (4, -4, "wrap")):
-        p = along.plan(tiles, left, right, way)
-        mine = [cut(tiles, r, x) for r in range(ranks)]
-        got = lockstep([along.moved(a, m, 0, p) for a, m in zip(axes, mine)])
-        v = [torch.randn(g.shape, generator=draw, dtype=g.dtype) for g in got]
-        back = lockstep([along.moved(a, t, 0, p.back()) for a, t in zip(axes, v)])
-        for r, g in enumerate(got):
-            for n, first, count in (t for t in tiles.of(r) if t[2]):
-                places = torch.arange(first - left, first + count + right)
-                inside = (places >= 0) & (places < tiles.size)
-                want = x[places % tiles.size]
-                want = want if way == "wrap" else torch.where(inside[:, None], want, 0.0)
-                at = n * (width + left + right)
-                torch.testing.assert_close(g[at : at + len(places)], want, rtol=0, atol=0)
-        forth = sum((g * t).sum() for g, t in zip(got, v))
-        torch.testing.assert_close(sum((m * b).sum() for m, b in zip(mine, back)), forth)
-
-
-def test_sums_before_and_behind() -> None:
-    for ranks, order, lead in itertools.product((1, 2, 3), ("contiguous", "zigzag"), (1, 3)):
-        layout = Layout(ranks, order)
-        x = torch.arange(lead * ranks * layout.chunks, dtype=torch.float64).square()
-        by_rank = x.view(lead, -1)[:, layout.all_chunk_ids()].view(lead, ranks, -1)
-        axes = [Axis("tsp", ranks, r) for r in range(ranks)]
-        for after in (False, True):
-            want = (x.flip(0).cumsum(0).flip(0) if after else x.cumsum(0)) - x
-            want = want.view(lead, -1)[:, layout.all_chunk_ids()].view(lead, ranks, -1)
-            steps = [
-                along.carry(a, layout, by_rank[:, a.rank].flatten(), 0, lead, after) for a in axes
-            ]
-            for r, got in enumerate(lockstep(steps)):
-                torch.testing.assert_close(got, want[:, r].flatten())
-
-
-def test_a_varied_value_is_contiguous() -> None:
-    """As its fake says, also where the value is not."""
-    x = torch.arange(12.0).view(3, 4).t()
-    for (y,) in lockstep(
-        [GENERATORS["vary"](Axis("tsp", 2, r), [x], None, "tsp") for r in range(2)]
-    ):
-        assert y.is_contiguous() and torch.equal(x, y)

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from tests.support.models import make, tokens_of
 from tspc.backend.simulated import relative_errors, simulated_backend
-from tspc.runtime.comm.drivers import lockstep, record
+from tspc.runtime.comm.drivers import lockstep
 from tspc.runtime.comm.replicas import gather, mean, scatter_mean
 from tspc.runtime.comm.requests import Axis
 from tspc.runtime.params.storage import default_dim
@@ -157,26 +157,3 @@ def test_steps_equal_one_device(
     assert len(names) > 5
     errors = relative_errors(dict(zip(names, mine)), dict(zip(names, one)))
     assert max(errors.values()) <= 1e-9
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_parts_of_any_length(replicas: int) -> None:
-    """Empty parts, other dims, two dtypes: gathered whole, and the mean of the gradients."""
-    shapes = [((1, 4), 0, torch.float64), ((0, 3), 0, torch.float64), ((5, 7), 1, torch.float64)]
-    shapes += [((7, 2), 0, torch.float32), ((2, 3, 4), 1, torch.float32)]
-    torch.manual_seed(0)
-    wholes = [torch.randn(s, dtype=t) for s, _, t in shapes]
-    dims = [d for _, d, _ in shapes]
-    sizes = [x.shape[d] for x, d in zip(wholes, dims)]
-    parts = [[chunks(x, d, replicas)[r] for x, d in zip(wholes, dims)] for r in range(replicas)]
-    with record() as sent:
-        found = lockstep([gather(a, p, dims, sizes) for a, p in zip(axes(replicas), parts)])
-    assert len(sent) == (2 if replicas > 1 else 0)
-    for mine in found:
-        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(mine, wholes))
-    grads = [[torch.randn_like(x) for x in wholes] for _ in range(replicas)]
-    found = lockstep([scatter_mean(a, g, dims) for a, g in zip(axes(replicas), grads)])
-    for r, mine in enumerate(found):
-        for i, (g, d) in enumerate(zip(mine, dims)):
-            wanted = torch.stack([x[i] for x in grads]).mean(0)
-            torch.testing.assert_close(g, chunks(wanted, d, replicas)[r])

@@ -1,9 +1,13 @@
-"""A process group of this one process, and tensors that are stored on its mesh."""
+"""Process groups of this one process: of one rank, with tensors that are stored on its mesh, or of
+several, a thread each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tspc.base.state import CALL, GROUP, reset
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -26,3 +32,14 @@ def alone() -> Iterator[DeviceMesh]:
 
 def cut(x: torch.Tensor, mesh: DeviceMesh, dim: int = 0) -> DTensor:
     return distribute_tensor(x, mesh, [Shard(dim)], src_data_rank=None)
+
+
+def in_threads(fn: Callable[[int, Any], Result], ranks: int) -> list[Result]:
+    """fn(rank, group) on a thread each, over gloo groups of this process."""
+    store, limit = dist.HashStore(), timedelta(seconds=20)
+
+    def run(rank: int) -> Result:
+        return fn(rank, dist.ProcessGroupGloo(store, rank, ranks, limit))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
