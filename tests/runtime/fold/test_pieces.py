@@ -1,51 +1,85 @@
-"""The bodies of folds: shared by layers, told apart by program; what a backward is compiled for."""
+"""Pieces of a body, eager and compiled: what they write and save, what is made again, gradients."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+import sympy
 import torch
 
-from examples.llama_like import LlamaLike
-from tests.support.zoo import build
-from tspc.backend.simulated import Simulated, simulated_backend
-from tspc.runtime.fold.pieces import cotangent_names
+from tests.support.tiny import Attention, Mlp, proved
+from tspc.ir.body import Body, Piece, evaluate
+from tspc.runtime.fold.pieces import EagerPieces, InductorPieces, Values, cotangent_names
 
 
-class Renamed(torch.nn.Module):
-    """The same model, its sizes the sizes of other arguments."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, words: torch.Tensor, wanted: torch.Tensor) -> Any:
-        return self.inner(words, wanted)
+def bodies_of(model: torch.nn.Module) -> Body:
+    (graph,) = proved(model, 2)
+    (body,) = graph.rewritten.bodies.values()
+    return body
 
 
-def test_programs_with_other_symbols_share_no_body() -> None:
-    torch.manual_seed(0)
-    model, tokens = LlamaLike(layers=2).double(), torch.randint(0, 23, (2, 9))
-    made: list[Simulated] = []
-    for m in (model, Renamed(model)):
-        torch._dynamo.reset()
-        fn = torch.compile(m, backend=simulated_backend(2, None, made), dynamic=True)
-        torch.testing.assert_close(fn(tokens, tokens), model(tokens, tokens), rtol=1e-9, atol=0)
-    keys = [[b.key for b in g.rewritten.bodies.values()] for g in made]
-    assert made[0].rewritten.symbols != made[1].rewritten.symbols
-    assert not set(keys[0]) & set(keys[1])
-    assert [len(set(k)) for k in keys] == [3, 3]  # attention, MLP and head; layers share theirs
+def operands(body: Body, symbols: dict[sympy.Symbol, int], names: tuple[str, ...]) -> Values:
+    draw = torch.Generator().manual_seed(0)
+    out = {}
+    for n in names:
+        t = body.values[n]
+        shape = [evaluate(s, symbols) for s in t.shape]
+        out[n] = torch.randn(shape, generator=draw, dtype=torch.float64).to(t.dtype)
+    return out
 
 
-@pytest.mark.parametrize("name", ["titan", "llama"])
-def test_queries_and_keys_have_a_gradient(name: str) -> None:
-    """Also when they were turned as complex numbers: compiled pieces trust what is declared."""
-    torch._dynamo.reset()
-    (model, kwargs), made = build(name, 9), list[Simulated]()
-    torch.compile(model, backend=simulated_backend(2, None, made))(**kwargs)
-    bodies = [b for b in made[0].rewritten.bodies.values() if b.attentions]
-    assert bodies
-    for body in bodies:
-        wanted = {n for a in body.attentions for n in a.operands.all[:3]}
-        assert wanted <= set(cotangent_names(body, 0))
+def sizes_of(body: Body) -> dict[sympy.Symbol, int]:
+    return dict(zip(body.sizes, [3] * len(body.symbols) + [4] * len(body.extents)))
+
+
+def test_a_piece_writes_saves_and_is_made_again() -> None:
+    body = bodies_of(Attention())
+    symbols, step, eager = sizes_of(body), torch.tensor(0), EagerPieces(body)
+    first = body.steps[0]
+    assert isinstance(first, Piece) and first.saves
+    values = operands(body, symbols, first.reads)
+    forward = eager.forward(0, symbols, step, values)
+    assert set(forward) == {*first.writes, *first.saves}
+    again = eager.again(0, symbols, step, {**values, **forward})
+    assert set(again) == set(first.writes)
+    assert all(torch.equal(again[n], forward[n]) for n in again)
+
+
+def test_gradients_of_what_a_piece_reads_are_autograds() -> None:
+    body = bodies_of(Mlp())
+    symbols, step, eager = sizes_of(body), torch.tensor(0), EagerPieces(body)
+    (piece,) = body.pieces
+    values = operands(body, symbols, piece.reads)
+    leaves = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in values.items()}
+    (out,) = (piece.run(symbols, step, dict(leaves), {})[n] for n in piece.writes)
+    g = torch.randn_like(out)
+    wanted = [n for n in piece.reads if body.values[n].requires_grad]
+    grads = torch.autograd.grad(out, [leaves[n] for n in wanted], g)
+    values |= eager.forward(0, symbols, step, values)
+    got = eager.backward(0, symbols, step, values, {piece.writes[0]: g})
+    assert set(got) == set(wanted) and cotangent_names(body, 0) == piece.writes
+    for n, d in zip(wanted, grads):
+        torch.testing.assert_close(got[n], d)
+    assert eager.backward(0, symbols, step, values, {}) == {}
+
+
+@pytest.mark.slow
+def test_compiled_pieces_are_eager_ones() -> None:
+    body = bodies_of(Attention())
+    hints = {s: 3 for s in body.symbols}
+    compiled = InductorPieces(body, hints, [8] * len(body.extents), torch.device("cpu"))
+    symbols, step, eager = sizes_of(body), torch.tensor(1), EagerPieces(body)
+    for index, piece in enumerate(body.steps):
+        if not isinstance(piece, Piece):
+            continue
+        values = operands(body, symbols, piece.reads)
+        a, b = (p.forward(index, symbols, step, values) for p in (eager, compiled))
+        torch.testing.assert_close(a, b)
+        values |= a
+        a, b = (p.again(index, symbols, step, values) for p in (eager, compiled))
+        torch.testing.assert_close({n: b[n] for n in a}, a)
+        gs = {n: torch.ones_like(values[n]) for n in cotangent_names(body, index)[:1]}
+        a, b = (p.backward(index, symbols, step, values, gs) for p in (eager, compiled))
+        assert a or not gs
+        for n, g in a.items():
+            torch.testing.assert_close(b[n], g)
+    assert all(isinstance(g, sympy.Basic) for g in compiled.guards)
