@@ -11,12 +11,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tspc.base.options import parse
 from tspc.base.state import CALL, GROUP, reset
+from tspc.runtime.comm.place import Place
+from tspc.runtime.mesh import resolve
+from tspc.runtime.params.convert import convert
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
@@ -43,3 +49,13 @@ def in_threads(fn: Callable[[int, Any], Result], ranks: int) -> list[Result]:
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
+
+
+@contextmanager
+def stored(model: Model) -> Iterator[tuple[Model, Place]]:
+    """The model with its parameters stored on a mesh of one rank, and the rank's place."""
+    with alone():
+        place, mesh = resolve(parse(None), torch.device("cpu"))
+        assert mesh is not None
+        convert(model, mesh, place.axis.name, {})
+        yield model, place
