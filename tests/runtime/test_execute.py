@@ -136,7 +136,8 @@ def test_a_rank_that_does_not_come_is_told_the_region() -> None:
     (body,) = graph.rewritten.bodies.values()
     shards = [torch.zeros([int(s) for s in body.values[n].shape]).double() for n in body.shards]
     tokens = [draw(2, 7, 6)]
-    values = (tokens, [], shards, [2] * len(body.symbols), [4], [7], "mlp", body.key, "t")
+    held = [torch.zeros([int(s) for s in body.values[n].shape]).double() for n in body.invariants]
+    values = (tokens, held, shards, [2] * len(body.symbols), [4], [7], "mlp", body.key, "t")
     steps = GENERATORS["fold"](Axis("t", 2, 0), *values)
     next(steps)
     with pytest.raises(Lost) as caught:

@@ -4,13 +4,16 @@ device, and compared."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.support.ranks import on_ranks
 from tspc.backend.brute import values
 from tspc.frontend.capture import convert
+from tspc.ir.body import registered
 from tspc.ir.program import INPUT, OUTPUT, PARAM, PLACEHOLDERS, SEED, Program, Ref
 from tspc.passes.analyse.factorize import Analysis, factorize
 from tspc.passes.lower.unit import Unit
@@ -68,3 +71,26 @@ def analysis_of(
     fn: Callable[..., Any], *tensors: Tensor, params: Mapping[str, Tensor] | None = None
 ) -> Analysis:
     return factorize(program_of(fn, *tensors, params=params))
+
+
+def run_local(unit: Unit, *tensors: Tensor) -> list[list[Any]]:
+    """What each rank's program of a unit after all passes gives; its axis is AXIS, its sizes are
+    numbers. tensors: whole ones, in the order of its placeholders."""
+    unit = replace(unit, bodies=registered(unit.bodies))
+    nodes = [n for n in unit.program.nodes if n.op in PLACEHOLDERS]
+    rows = [int(e.chunk_rows(unit.ranks, {})) for e in unit.choice.extents]
+    maps = [s.map if (s := unit.choice.storages.get(n.name)) else None for n in nodes]
+    held = [
+        [m.take(x, rank) if m else x for m, x in zip(maps, tensors)] for rank in range(unit.ranks)
+    ]
+    return on_ranks(lambda *args: unit.local(*rows, *args), held)
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
+    return [torch.tanh(x @ up) @ down]
+
+
+def mlp_program(units: int = 5, length: int = 7) -> Program:
+    """One region, m, of m.up and m.down."""
+    weights = {"m.up": torch.zeros(6, units), "m.down": torch.zeros(units, 6)}
+    return program_of(mlp, torch.zeros(2, length, 6), params=weights)
