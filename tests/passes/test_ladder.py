@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 import tspc
 from examples.llama_like import LlamaLike
 from tspc.explain.report import reports, warnings
+from tspc.ir.program import Node
 from tspc.passes import pipeline
 from tspc.passes.analyse import factorize
+from tspc.passes.ladder import at_hand
 from tspc.passes.lower import localize, pieces, propagate
 
 aten = torch.ops.aten
@@ -196,3 +199,15 @@ def test_a_rank_that_climbs_alone_is_told(world: Any) -> None:
     for *_, message in world(2).run(lowered, ranks=[1]):
         assert re.search(r"ranks \[1\] of axis .* differ from rank 0", message)
         assert "rank 1 after an error inside of tspc refuses tanh: KeyError" in message
+
+
+def test_what_the_frames_of_an_error_hold() -> None:
+    def fails(n: Node, other: int) -> None:
+        raise ValueError
+
+    ours = FunctionType(fails.__code__, {"__name__": "tspc.sample", "ValueError": ValueError})
+    node = Node("t", torch.ops.aten.tanh.default)
+    for fn, held in ((fails, []), (ours, [node])):
+        with pytest.raises(ValueError) as e:
+            fn(node, 3)
+        assert list(at_hand(e.value)) == held

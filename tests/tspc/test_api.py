@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 import tspc
+from tspc import api
 from tspc.base.options import Options, parse
 
 MODEL = nn.Linear(4, 4)
@@ -111,3 +112,23 @@ def test_a_mode_is_inductors() -> None:
     torch._dynamo.reset()
     with pytest.raises(tspc.OptionError, match="mode='fastest'; valid: 'default'"):
         torch.compile(MODEL, backend="tsp", mode="fastest")(X)
+
+
+def test_what_a_model_returns_is_plain() -> None:
+    from transformers.modeling_outputs import CausalLMOutput
+
+    plain = api._plain(CausalLMOutput(loss=torch.ones(())))
+    assert isinstance(plain, dict) and set(plain) == {"loss"}
+    assert api._plain([X]) == [X]
+
+
+def test_the_device_of_a_plan() -> None:
+    assert api._device([3, X], None) == torch.device("cpu")
+
+
+def test_a_model_as_it_is_compiled() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    plan = tspc.plan(model, (X,), ranks=2)
+    assert "fold[" in str(plan)
+    verified = tspc.verify(model, (X,), ranks=2)
+    assert verified.graphs

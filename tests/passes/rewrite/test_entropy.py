@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 
 from tests.support.programs import agree, inputs, ops, program_of
 from tests.support.samples import ids, x
+from tspc.passes.rewrite import entropy
 from tspc.passes.rewrite.normalize import normalize
 
 Tensor = torch.Tensor
@@ -65,3 +67,10 @@ def test_other_forms_stay(form: str) -> None:
 
     other = x(7, 5).softmax(-1) if form == "probabilities" else x(5).abs()
     assert "cross_entropy_loss" in ops(normalize(program_of(fn, x(7, 5), other)))
+
+
+def test_the_weight_of_each_class() -> None:
+    """Of label smoothing: the share of all classes together, over symbols too."""
+    n = sympy.Symbol("n", positive=True, integer=True)
+    assert entropy._ratio(0.5, 4) == 0.125
+    assert entropy._ratio(0.5, n).subs(n, 4) == 0.125  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tspc
 from tests.support.models import whole
+from tspc.backend import brute
 from tspc.base.errors import RuleError
 from tspc.factors.registry import RULES
 
@@ -164,3 +165,16 @@ def test_what_is_no_rule_is_told(registered: None, op: Any, text: str, message: 
     roles = {"reduce": "f"} if "o f ->" in text else {}
     with pytest.raises(RuleError, match=message):
         tspc.rule(op, text, **roles)
+
+
+def test_one_position_alone() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    got = brute.only(x, 1, 2)
+    assert got.shape == x.shape and got[:, 2].tolist() == [2, 5] and got[:, :2].abs().sum() == 0
+
+
+def test_pieces_of_a_factor() -> None:
+    from tspc.factors.factor import Factors
+
+    parts = brute.pieces(Factors().new(4))
+    assert sorted(i for p in parts for i in p) == [0, 1, 2, 3] and len(parts) > 1

@@ -11,8 +11,11 @@ import torch
 import tspc
 from examples.llama_like import LlamaLike
 from tests.support.models import VOCABULARY, make, tokens_of
+from tests.support.programs import mlp_program, unit_of
 from tspc.backend.simulated import Simulated, simulated_backend
 from tspc.base.options import parse
+from tspc.cost import budget
+from tspc.ir.body import recomputing
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 
@@ -111,3 +114,9 @@ def test_a_bad_value(value: Any) -> None:
         tspc.OptionError, match="memory_budget=.*valid: 'max-speed', 'min', a share"
     ):
         parse({"memory_budget": value})
+
+
+def test_sizes_of_one_body() -> None:
+    body = unit_of(mlp_program(), "pieces").bodies["m"]
+    assert budget.kept_bytes(body, {}) > 0 and budget.spared(body, {}) > 0
+    assert budget.kept_bytes(recomputing(body), {}) == 0 == budget.spared(recomputing(body), {})

@@ -7,6 +7,8 @@ import torch
 
 import tspc
 from examples.llama_like import LlamaLike
+from tests.support.programs import mlp_program, unit_of
+from tspc.explain.origin import origin
 
 TOKENS = torch.zeros(2, 12, dtype=torch.long)
 TOLD = {
@@ -42,3 +44,14 @@ def test_values() -> None:
         assert plan.origin(n.name)
     with pytest.raises(tspc.PlanError, match="'nothing' in this program; its regions are b"):
         plan.origin("nothing")
+
+
+def test_of_a_unit() -> None:
+    unit = unit_of(mlp_program(), "localize")
+    assert origin(unit, "m", {}) == origin(unit, "%fold_0", {})
+    assert origin(unit, "m", {}).startswith("region m: sums over 5 pieces of ")
+    assert "m.up" in origin(unit, "m.up", {}) and "x0" in origin(unit, "x0", {})
+    inside = "%matmul is computed inside of region m, for one shard at a time"
+    assert origin(unit, "matmul", {}) == inside
+    with pytest.raises(tspc.PlanError, match="no region, parameter or value 'z' in this program; "):
+        origin(unit, "z", {})

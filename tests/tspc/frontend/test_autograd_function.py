@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tspc
 from tspc.backend.simulated import simulated_backend
+from tspc.frontend import autograd_function
 
 Tensor = torch.Tensor
 WORDS, H = 11, 8
@@ -243,3 +244,9 @@ def test_under_vmap() -> None:
     torch.manual_seed(0)
     model = Model(lambda m, x: torch.vmap(Doubles.apply)(x).square().mean()).double()
     tspc.verify(model, (IDS,), {}, 2, {}, 1e-9)
+
+
+def test_what_can_have_a_gradient() -> None:
+    kinds = (torch.float32, torch.complex64, torch.int64, torch.bool)
+    numbers = [autograd_function._is_number(torch.ones(2, dtype=t)) for t in kinds]
+    assert numbers == [True, True, False, False] and not autograd_function._holds_numbers(3)

@@ -14,6 +14,7 @@ import tspc
 from examples.llama_like import LlamaLike
 from tests.support.models import VOCABULARY, call, make, tokens_of
 from tspc.backend.simulated import Simulated
+from tspc.frontend import checkpoint as module
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 
@@ -130,3 +131,12 @@ def test_gradient_checkpointing_enable(name: str) -> None:
         found.append(graph)
     assert activations(found[1]) < activations(found[0])
     assert folds(found[1]).count("fold") == 2
+
+
+def test_a_graph_without_a_part_is_itself() -> None:
+    g = torch.fx.Graph()
+    g.output(g.call_function(torch.tanh, (g.placeholder("x"),)))
+    gm = torch.fx.GraphModule({}, g)
+    same = module.inlined(gm)
+    assert [n.name for n in same.graph.nodes] == ["x", "tanh", "output"]
+    assert not any(module._is_body(gm, n) for n in gm.graph.nodes)

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
+from tspc.frontend import scalars
 
 
 class Base(nn.Module):
@@ -116,3 +117,13 @@ def test_types_are_those_of_numbers() -> None:
         assert [x.dtype for x in mine] == [x.dtype for x in one]
         # float32 products are summed in another order before they are halved
         assert all(torch.allclose(a.float(), b.float(), atol=2e-2) for a, b in zip(mine, one))
+
+
+def test_a_graph_without_floats_is_itself() -> None:
+    g = torch.fx.Graph()
+    g.output(g.call_function(torch.tanh, (g.placeholder("x"),)))
+    gm = torch.fx.GraphModule({}, g)
+    assert scalars.as_tensors(gm, [torch.ones(2)]) is gm
+    scalars.fixed_inside(gm)
+    assert not any(scalars._floats(n) for n in gm.graph.nodes)
+    assert scalars._number(3) == 3

@@ -11,6 +11,7 @@ import torch.nn as nn
 
 import tspc
 from tspc.backend.simulated import simulated_backend
+from tspc.frontend import vmap
 
 Tensor = torch.Tensor
 
@@ -80,3 +81,12 @@ def test_a_part_without_gradient_is_refused() -> None:
     model = Mapping(lambda m, x: torch.vmap(one)(x))
     with pytest.raises(Exception, match=r"test_vmap.py:\d+: no_grad inside a function that vmap"):
         tspc.plan(model, (torch.randn(2, 7, 6),), ranks=2)
+
+
+def test_a_graph_without_a_loop_stays() -> None:
+    g = torch.fx.Graph()
+    g.output(g.call_function(torch.tanh, (g.placeholder("x"),)))
+    gm = torch.fx.GraphModule({}, g)
+    assert list(vmap._loops(gm.graph)) == []
+    with pytest.raises(tspc.UnsupportedError, match="no part"):
+        vmap._refuse([*gm.graph.nodes], "no part")
