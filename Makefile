@@ -9,7 +9,7 @@ export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules docs mutants graphs scripts wide integrations soak clean
+.PHONY: demo test quick check dist bench profile zoo rules docs mutants broken graphs scripts wide integrations soak clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,9 @@ docs: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.house.mutants
+
+broken: $(READY)
+	$(BIN)/python -m tests.house.broken $(MODULES)
 
 graphs: $(READY)
 	$(BIN)/python -m pytest tests/parity/test_graphs.py --graphs 200 -n $(JOBS) --dist worksteal
