@@ -11,9 +11,10 @@ import torch
 
 import tspc
 from tests.support.goldens import ARROW, BY_NAME, FILES, FOLDER, cases
+from tests.support.programs import program_of
 from tests.support.zoo import build
 from tspc.base import state
-from tspc.ir.program import Program
+from tspc.ir.program import SEED, Program
 from tspc.passes import pipeline
 from tspc.passes.lower.unit import Unit
 from tspc.passes.pipeline import PIPELINE
@@ -72,3 +73,10 @@ def test_passes_run_no_op_and_write_no_registry(name: str, monkeypatch: pytest.M
 def test_an_op_in_a_pass_is_seen() -> None:
     with pytest.raises(AssertionError, match="a pass runs aten"), NoOps():
         torch.ones(2) + 1
+
+
+def test_a_program_as_one_device_runs_it() -> None:
+    program = program_of(lambda x: [torch.nn.functional.dropout(x, 0.5)], torch.zeros(2, 3))
+    prepared = pipeline.prepare(program)
+    assert [n.name for n in prepared.nodes].count(SEED) == 1
+    assert not any(str(n.op) == "aten.dropout.default" for n in prepared.nodes)

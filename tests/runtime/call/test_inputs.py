@@ -4,6 +4,7 @@ that differs."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tspc.base.options import parse
 from tspc.runtime.call import inputs
 from tspc.runtime.call.inputs import Checker, Section, agree, facts, signature
 from tspc.runtime.comm.place import Place
+from tspc.runtime.comm.requests import Axis
 from tspc.runtime.mesh import resolve
 
 PROGRAM = program_of(lambda t, w: t @ w * 0.5, x(2, 3), params={"w": x(3, 4)})
@@ -158,3 +160,27 @@ def test_a_graph_by_its_inputs_and_ops() -> None:
     with torch.no_grad():
         assert inputs.graph_in_words(PROGRAM).endswith("without gradients")
     assert inputs.text(torch.int64, (2, 8)) == "int64[2, 8]"
+
+
+def test_who_agrees_on_what(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of the axis by its group of checks, replicas by theirs, on one word of all facts."""
+    seen: list[Any] = []
+    monkeypatch.setattr(inputs, "_compare", lambda *args: seen.append(args))
+    agree(place, {"a": "1", "b": "2"}, "compiles")
+    agree(place, {"b": "2", "a": "1"}, "compiles")
+    agree(place, {"b": "2", "a": "3"}, "compiles")
+    first, same, other = seen
+    assert first[0].axis is place.axis and first[0].group is place.groups["checks"]
+    assert first[1] == same[1] != other[1] and first[2]() == [first[1]]
+    assert first[3]() == [Section("compiles", {"a": "1", "b": "2"}, inputs.ADVICE)]
+    inputs.replicas_agree(place, FACTS, "compiles")
+    assert len(seen) == 3  # there are none
+    group = place.groups["checks"]
+    both = replace(place, replicas=Axis("r", 2, 0), groups={"replica checks": group})
+    inputs.replicas_agree(both, FACTS, "compiles")
+    assert seen[3][0].axis.name == "r" and seen[3][3]()[0].advice == inputs.SAME_GRAPHS
+
+
+def test_numbers_and_what_comes_late() -> None:
+    assert inputs._hash_of([1, 2]) == inputs._hash_of(iter([1, 2])) != inputs._hash_of([2, 1])
+    assert inputs._is_late(torch.ones(1, device="meta")) and not inputs._is_late(torch.ones(1))

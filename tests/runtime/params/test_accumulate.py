@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tests.support.group import stored
 from tspc.base.errors import PendingGradientError, PlanError
@@ -95,3 +96,11 @@ def test_without_replicas_nothing_is_kept(sharded: tuple[nn.Linear, Place]) -> N
 def test_what_is_no_module() -> None:
     with pytest.raises(PlanError, match="no_sync takes a module"), no_sync(3):  # type: ignore[arg-type]
         pass
+
+
+def test_chunks_that_are_cut_over_the_replicas_too() -> None:
+    def on(*placements: Placement) -> Any:
+        return SimpleNamespace(placements=placements)
+
+    assert accumulate.is_cut(on(Shard(0), Shard(1)))
+    assert not accumulate.is_cut(on(Shard(0), Replicate())) and not accumulate.is_cut(on(Shard(0)))

@@ -13,7 +13,7 @@ from tests.support.group import stored
 from tspc.base.errors import PlanError
 from tspc.runtime.comm.place import Place
 from tspc.runtime.comm.requests import Axis
-from tspc.runtime.params.initialise import Wholes, initialise
+from tspc.runtime.params.initialise import Wholes, _needs, initialise
 from tspc.seams.compiler import storage_key
 
 
@@ -134,3 +134,8 @@ def test_one_whole_tensor_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
         wholes.store(part, b)
         assert part.tolist() == [0, 2, 4, 6] and b.untyped_storage().nbytes() == 0
     assert wholes.kept[storage_key(b)].written == "a test"
+
+
+def test_what_needs_arguments() -> None:
+    assert _needs(lambda m: m) and not _needs(lambda: 0)
+    assert not _needs(lambda m=1, *args, **kwargs: m)
