@@ -9,7 +9,7 @@ export TORCH_FAKE_TENSOR_DISPATCH_CACHE = 0
 # tests at a time: most are one process with one thread
 JOBS ?= 2
 
-.PHONY: demo test quick check dist bench profile zoo rules docs mutants graphs scripts wide integrations soak clean
+.PHONY: demo test quick check dist bench profile zoo rules docs mutants broken graphs scripts wide integrations soak clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,26 +40,29 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/house/test_imports.py
 
 zoo: $(READY)
-	$(BIN)/python -m tests.run_zoo
+	$(BIN)/python -m tests.support.run_zoo
 
 rules: $(READY)
-	$(BIN)/python -m pytest tests/test_samples.py tests/test_example_scripts.py -k "not curves" --update-golden
+	$(BIN)/python -m pytest tests/behaviour/test_samples.py tests/docs/test_example_scripts.py -k "not curves" --update-golden
 
 docs: $(READY)
 	$(BIN)/python -m docs.picture
 	$(BIN)/python -m docs.reference
 
 mutants: $(READY)
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.house.mutants
+
+broken: $(READY)
+	$(BIN)/python -m tests.house.broken $(MODULES)
 
 graphs: $(READY)
-	$(BIN)/python -m pytest tests/test_graphs.py --graphs 200 -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest tests/parity/test_graphs.py --graphs 200 -n $(JOBS) --dist worksteal
 
 scripts: $(READY)
-	$(BIN)/python -m pytest tests/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest tests/parity/test_scripts.py --scripts 200 -n $(JOBS) --dist worksteal
 
 wide: $(READY)
 	$(BIN)/python -m pytest tests -m wide --wide -n $(JOBS) --dist worksteal
@@ -69,7 +72,7 @@ integrations: $(READY)
 	$(BIN)/python -m pytest tests -m integrations --integrations
 
 soak: $(READY)
-	$(BIN)/python -m pytest tests/test_soak.py --soak
+	$(BIN)/python -m pytest tests/dist/test_soak.py --soak
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

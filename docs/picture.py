@@ -11,7 +11,7 @@ import inspect
 import re
 from pathlib import Path
 
-from tests.test_imports import FOLDERS
+from tests.house.test_imports import FOLDERS
 from tspc.passes.pipeline import PIPELINE
 from tspc.passes.runner import Pass
 
@@ -45,8 +45,8 @@ def purpose(file: str) -> str:
 
 
 def arrows() -> list[str]:
-    """Between folders, as the table of `tests/test_imports.py` has them, but for those that others
-    imply."""
+    """Between folders, as the table of `tests/house/test_imports.py` has them, but for those that
+    others imply."""
     below = {f: set(names.split()) for f, names in FOLDERS.items()}
     further: dict[str, set[str]] = {}
     for f in below:  # those below come first

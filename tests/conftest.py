@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests import preload  # noqa: F401
-from tests.world import World
+from tests.support import preload  # noqa: F401
+from tests.support.world import World
 
 # a compile makes many objects that stay: looking through them took a fifth of the time
 gc.set_threshold(50_000, 20, 20)

@@ -54,7 +54,6 @@ def make_body(n: Node, unit: Unit, save: bool) -> Body:
         k, lead, i = m.where(e.dims)
         outs.append(Out(m.names[e.ref].value, e.kind, k, lead, e.type.requires_grad, i))
     return Body(
-        fold.name,
         tuple(unit.symbols),
         extents,
         unit.ranks,
@@ -70,6 +69,7 @@ def make_body(n: Node, unit: Unit, save: bool) -> Body:
         *_products(fold, m.names, m.values, steps),
         unit.hardware,
         unit.options.reduce_dtype,
+        fold.name,
     )
 
 

@@ -16,7 +16,6 @@ from tspc.base.options import Options
 from tspc.cost.budget import Keeping
 from tspc.ir.body import Body, chunk_of
 from tspc.ir.program import FOLD, PARAM, SEED, Node, Program, Ref, Type
-from tspc.ir.text import show
 from tspc.ops.lookup import Lookups
 from tspc.passes.analyse.factorize import Analysis
 from tspc.passes.analyse.outputs import Range, Result
@@ -64,10 +63,8 @@ class Unit:
         While nothing is placed, of each value the factors of its dims; then where it lives.
         """
         program = self.program if self.local is None else self.local
-        bodies = (f"{name}, {b.key}: {show(b)}" for name, b in self.bodies.items())
-        notes = [*self._decided(), *bodies]
-        lines = [f"// {line}".rstrip() for note in notes for line in note.split("\n")]
-        return "\n".join([str(program), *lines])
+        lines = [f"// {line}".rstrip() for note in self._decided() for line in note.split("\n")]
+        return "\n".join([str(program), *lines, *(b.text() for b in self.bodies.values())])
 
     def stored(self, n: Node) -> Type:
         """A placeholder as one rank has it."""
@@ -94,6 +91,7 @@ class Unit:
             stored = self.choice.storages.items()
             lines += [f"{Ref(n)}: {s.kind}{f' {s.map.dim}' if s.map else ''}" for n, s in stored]
         lines += [f"output {i}: {kind}" for i, kind in self.leaving.items()]
+        lines += [f"body of {name}: {b.key}" for name, b in self.bodies.items()]
         return lines
 
     @property

@@ -71,7 +71,7 @@ class Rows:
         return others[0] if others else sympy.Integer(0)
 
     def made(
-        self, n: Node, by_name: dict[str, Node], batch: Size, length: Size
+        self, n: Node, by_name: Mapping[str, Node], batch: Size, length: Size
     ) -> tuple[list[Node], Ref | None]:
         """The nodes that make the rows before node n, and their value."""
         key = tuple(self.sources)
@@ -89,8 +89,8 @@ class Rows:
 class _Maker:
     """Nodes in the place of one."""
 
-    def __init__(self, n: Node, by_name: dict[str, Node]):
-        self.b = Builder(by_name)
+    def __init__(self, n: Node, by_name: Mapping[str, Node]):
+        self.b = Builder(dict(by_name))
         self.b.at(n)
 
     def emit(

@@ -23,9 +23,10 @@ from tspc.base.state import MODEL, remembered
 from tspc.ir.layout import Layout
 from tspc.ir.program import Node, Size, Type
 from tspc.ir.spec import AttentionSpec, Operands
-from tspc.ir.text import show, textual
+from tspc.ir.text import declared, fields_of, textual
 from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
+textual(Hardware)
 Lengths = Mapping[sympy.Symbol, IntLikeType]  # of a call
 Value = TypeVar("Value")
 ROWS = sympy.Symbol("rows", positive=True, integer=True)
@@ -133,7 +134,6 @@ class Body:
     """y = sum_j body(tokens, invariants, shard j). steps of pads only (j * units >= size) are
     skipped. Regions whose bodies have one text share it, under its hash."""
 
-    name: str = field(compare=False)
     symbols: tuple[sympy.Symbol, ...]
     extents: tuple[Extent, ...]  # its sequences
     ranks: int
@@ -151,14 +151,19 @@ class Body:
     spared: Size = 0  # of the FLOPs, those of products that are saved
     hardware: Hardware = HARDWARE["cpu"]
     reduce: torch.dtype | None = None  # what weight gradients add up in; None: fp32 or wider
+    name: str = field(default="", compare=False)  # of a region
     compiled: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def key(self) -> str:
         """What its compiled pieces and its schedule hang on; sizes are over the program's own
         symbols."""
-        parts = (show(self), *map(sympy.srepr, self.symbols), torch.__version__)
+        parts = (fields_of(self), *map(sympy.srepr, self.symbols), torch.__version__)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+    def text(self) -> str:
+        """Its symbols, and its fields. `tspc.ir.program.parts` reads it."""
+        return f"{declared(self.sizes)}\nbody {self.name!r} {fields_of(self)}"
 
     @cached_property
     def sizes(self) -> tuple[sympy.Symbol, ...]:

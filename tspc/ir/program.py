@@ -20,7 +20,7 @@ import sympy
 import torch
 
 from tspc.base.context import Arguments, Keywords
-from tspc.ir.text import CLASSES, Reader, show
+from tspc.ir.text import CLASSES, Reader, declared, show
 from tspc.seams.tensors import OpOverload
 
 Size = int | sympy.Expr
@@ -205,16 +205,13 @@ class Program:
 
     def __str__(self) -> str:
         """The symbols, then the nodes."""
-        lines = [f"program {self.name!r}"]
-        for s in self.symbols:
-            kind = "".join(f" {k}" if v else f" not {k}" for k, v in s._assumptions_orig.items())
-            lines.append(f"symbol {s}{kind}" + (f" = {self.hints[s]}" if s in self.hints else ""))
-        return "\n".join([*lines, *(n.line() for n in self.nodes)])
+        symbols = filter(None, [declared(self.symbols, self.hints)])
+        return "\n".join([f"program {self.name!r}", *symbols, *(n.line() for n in self.nodes)])
 
     @classmethod
     def parse(cls, text: str) -> Program:
         """What `str` writes. Raises `ValueError` with the line that cannot be read."""
-        return _Reader(text).program()
+        return parts(text)[0]
 
     @property
     def symbols(self) -> list[sympy.Symbol]:
@@ -249,26 +246,43 @@ def _symbols(value: object) -> Iterator[sympy.Symbol]:
         yield from _symbols([getattr(value, f.name) for f in fields(value) if f.compare])
 
 
+def parts(text: str) -> tuple[Program, dict[str, object]]:
+    """A program, and the bodies behind it by name. Raises `ValueError`."""
+    reader = _Reader(text)
+    program, bodies = reader.program(), dict[str, object]()
+    while reader.peek() in ("symbol", "body"):
+        reader.declared()
+        if reader.take("body"):
+            name = reader.of(str, "a name")
+            bodies[name] = reader.value()
+    if reader.kind != "end":
+        raise reader.error("a node")
+    return program, bodies
+
+
 class _Reader(Reader):
     """Programs and nodes."""
 
     def program(self) -> Program:
         self.expect("program")
-        name, hints = self.of(str, "a name"), dict[sympy.Symbol, int]()
+        name, hints = self.of(str, "a name"), self.declared()
+        nodes = []
+        while self.kind == "ref":
+            nodes.append(self.node())
+        return Program(name, tuple(nodes), hints)
+
+    def declared(self) -> dict[sympy.Symbol, int]:
+        """Those with an example."""
+        hints: dict[sympy.Symbol, int] = {}
         while self.take("symbol"):
             symbol, kinds = self.next(), dict[str, bool]()
-            while self.kind == "name" and self.peek() != "symbol":
+            while self.kind == "name" and self.peek() not in ("symbol", "body"):
                 holds = not self.take("not")
                 kinds[self.next()] = holds
             self.symbols[symbol] = sympy.Symbol(symbol, **kinds)
             if self.take("="):
                 hints[self.symbols[symbol]] = self.of(int, "a number")
-        nodes = []
-        while self.kind == "ref":
-            nodes.append(self.node())
-        if self.kind != "end":
-            raise self.error("a node")
-        return Program(name, tuple(nodes), hints)
+        return hints
 
     def name(self) -> str:
         token = self.next()[1:]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -73,13 +73,30 @@ def show(value: object) -> str:
         return f"[{', '.join(map(show, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
-    if is_dataclass(value) and type(value).__name__ in CLASSES:
-        compared = (f for f in fields(value) if f.compare and getattr(value, f.name) != _default(f))
-        parts = ", ".join(f"{f.name}={show(getattr(value, f.name))}" for f in compared)
-        return f"{type(value).__name__}({parts})"
+    if type(value).__name__ in CLASSES:
+        return fields_of(value)
     if isinstance(value, complex):
         return f"complex({value.real!r}, {value.imag!r})"
     return repr(value)
+
+
+def fields_of(value: Any) -> str:
+    """A dataclass that is `textual`."""
+    compared = (f for f in fields(value) if f.compare and getattr(value, f.name) != _default(f))
+    parts = ", ".join(f"{f.name}={show(getattr(value, f.name))}" for f in compared)
+    return f"{type(value).__name__}({parts})"
+
+
+def declared(
+    symbols: Iterable[sympy.Symbol], hints: Mapping[sympy.Symbol, int] | None = None
+) -> str:
+    """A line for each."""
+
+    def line(s: sympy.Symbol) -> str:
+        kinds = "".join(f" {k}" if v else f" not {k}" for k, v in s._assumptions_orig.items())
+        return f"symbol {s}{kinds}" + (f" = {hints[s]}" if hints and s in hints else "")
+
+    return "\n".join(map(line, symbols))
 
 
 def indented(text: str) -> str:

@@ -1,4 +1,5 @@
-"""What of Dynamo is private and used here; `tests/test_dynamo_seams.py` fails where it changes."""
+"""What of Dynamo is private and used here; `tests/tspc/seams/test_dynamo.py` fails where it
+changes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""Persistent parameters: a shard under its own name, read whole where it is called, moved,
+loaded, copied; what a program takes of it, and its gradient back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from tests.support.group import stored
+from tspc.base.errors import ShardedParameterError, UnsupportedError
+from tspc.ir.shard import ShardMap
+from tspc.runtime.params import storage
+from tspc.runtime.params.storage import Prologue, Taken, default_dim, placed
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 3)
+        self.tied = self.up.weight
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def model() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().double()
+
+
+X = torch.randn(2, 3, dtype=torch.float64)
+
+
+def test_parameters_become_shards_under_their_names() -> None:
+    plain = model()
+    with stored(model()) as (m, _):
+        assert all(isinstance(p, DTensor) for p in m.parameters())
+        assert [n for n, _ in m.named_parameters()] == [n for n, _ in plain.named_parameters()]
+        assert type(m).__name__ == "Mlp" and isinstance(m, Mlp) and m.tied is m.up.weight
+        assert m.up.weight.placements == (Shard(0),) and m.up.bias.placements == (Replicate(),)
+        assert storage._sharded_class(Mlp, ("tied",), "x") is storage._sharded_class(
+            Mlp, ("tied",), "x"
+        )
+
+
+def test_a_call_reads_them_whole_and_gradients_are_cut() -> None:
+    plain = model()
+    with stored(model()) as (m, _):
+        y = m(X)
+        assert torch.equal(y.detach(), plain(X).detach()) and type(y) is torch.Tensor
+        y.sum().backward()
+        plain(X).sum().backward()
+        for p, q in zip(m.parameters(), plain.parameters()):
+            assert isinstance(p.grad, DTensor) and p.grad.placements == p.placements
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+
+def test_whole_states_are_cut_when_they_are_loaded() -> None:
+    other = {k: torch.randn_like(v) for k, v in model().state_dict().items()}
+    with stored(model()) as (m, _):
+        m.load_state_dict(other)
+        assert all(isinstance(x, DTensor) for n, x in m.state_dict().items() if n != "scale")
+        torch.testing.assert_close(m.down.weight.full_tensor(), other["down.weight"])
+
+
+def test_moved_models_keep_their_parameters() -> None:
+    with stored(model()) as (m, _):
+        before = list(m.parameters())
+        m(X).sum().backward()
+        m.float()
+        assert all(a is b for a, b in zip(before, m.parameters()))
+        assert {p.dtype for p in m.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in m.parameters() if p.grad is not None} == {torch.float32}
+        assert m(X.float()).dtype == torch.float32
+
+
+def test_copies_of_a_model() -> None:
+    with stored(model()) as (m, _):
+        other = copy.deepcopy(m)
+        assert other.up.weight is not m.up.weight and other.tied is other.up.weight
+        with torch.no_grad():
+            other.up.weight.zero_()
+        assert m.up.weight.full_tensor().abs().sum() > 0
+        assert torch.equal(m(X), m(X)) and isinstance(other, Mlp)
+        other(X).sum().backward()
+        assert isinstance(other.down.weight.grad, DTensor)
+        with pytest.raises(ShardedParameterError, match="was to be pickled"):
+            pickle.dumps(m.up.weight)
+
+
+def test_which_dim_is_cut() -> None:
+    assert default_dim(torch.ones(3, 5)) == 1 and default_dim(torch.ones(())) is None
+    assert default_dim(torch.ones(100)) is None and default_dim(torch.ones(1 << 15)) == 0
+    assert placed(None) == Replicate() and placed(ShardMap(1, ((0,),), ((True,),))) == Shard(1)
+
+
+def test_what_a_program_takes_and_gives_back() -> None:
+    with stored(model()) as (m, place):
+        params = [m.up.weight, m.up.bias, m.down.weight]
+        padded = ShardMap(0, ((5, 4, 3, 2, 1, 0, -1),), ((*(True,) * 6, False),))
+        elsewhere = ShardMap(0, ((0, 1, 2),), ((True,) * 3,))
+        taken = Taken(place, ["w", "b", "d"], [padded, None, elsewhere])
+        assert taken.wanted == [Shard(0), Replicate(), Shard(0)]
+        w, b, d = Prologue.apply(taken, *params)
+        assert torch.equal(w, padded.take(m.up.weight.full_tensor().detach(), 0))
+        assert torch.equal(b, m.up.bias.full_tensor()) and torch.equal(d, m.down.weight.to_local())
+        g = torch.randn_like(w)
+        (w * g).sum().backward(inputs=params)
+        assert isinstance(m.up.weight.grad, DTensor)
+        torch.testing.assert_close(m.up.weight.grad.full_tensor(), padded.put([g], 6))
+
+
+def test_a_gradient_that_is_due_and_does_not_come() -> None:
+    with stored(model()) as (m, place):
+        taken = Taken(place, ["w", "d"], [None, None], due=frozenset(["d"]))
+        w, d = Prologue.apply(taken, m.up.bias, m.down.bias)
+        with pytest.raises(UnsupportedError, match="^d: has a gradient on one device"):
+            w.sum().backward()
+        assert d.shape == (3,)
+
+
+def test_gradients_that_are_to_be_finite() -> None:
+    from tspc.base.errors import NonFiniteError
+
+    with stored(model()) as (m, place):
+        (b,) = Prologue.apply(Taken(place, ["b"], [None], check=True), m.up.bias)
+        with pytest.raises(NonFiniteError, match="the gradient of b is not finite"):
+            (b * float("nan")).sum().backward()
