@@ -65,7 +65,7 @@ class _Finder(Reading):
 
     def replaced(self, n: Node) -> list[Node] | None:
         """The nodes instead of a product of probabilities and values."""
-        self.at, self.new = n, []
+        self.start(n)
         product = self._product(n)
         if product is None:
             return None
@@ -90,13 +90,12 @@ class _Finder(Reading):
         args = Operands(q, k, v, mask, sinks=sinks).args
         out = self._emit(ATTENTION, args, shape, kinds.pop(), spec.kwargs)
         out = to_out(self._led(out, self._type(values).shape[:-2]))
-        last = self.new[-1]
+        last = self.b.nodes[-1]
         if Ref(last.name) != out or last.types[0] is None or last.type.shape != n.type.shape:
             return None
-        self.new[-1] = replace(last, name=n.name, types=n.types)
-        for new in self.new:
-            self.by_name[new.name] = new
-        return self.new
+        new = [*self.b.nodes[:-1], replace(last, name=n.name, types=n.types)]
+        self.by_name.update((m.name, m) for m in new)
+        return new
 
     def _with_sinks(self, r: Ref) -> tuple[Ref, Ref] | None:
         """(scores, sinks [heads]) of scores beside a column that is one number per head; less
@@ -314,14 +313,11 @@ class _Finder(Reading):
         dtype: torch.dtype = torch.bool,
         kwargs: Keywords | None = None,
     ) -> Ref:
-        name = f"{self.at.name}.attend{len(self.new)}"
-        grad = any(self._type(r).requires_grad for r in Node("", op, tuple(args)).refs())
-        kind = Type(tuple(shape), dtype, grad and dtype.is_floating_point)
-        at = self.at
-        self.new.append(Node(name, op, tuple(args), kwargs or {}, (kind,), at.source, at.recompute))
-        if all(r.name in self.replicated for r in self.new[-1].refs()):
-            self.replicated.add(name)
-        return Ref(name)
+        suffix = f"attend{len(self.b.nodes)}"
+        out = self.b.of(op, tuple(args), shape, dtype, suffix, **(kwargs or {}))
+        if all(r.name in self.replicated for r in self.b.nodes[-1].refs()):
+            self.replicated.add(out.name)
+        return out
 
     def _permuted(self, x: Ref, before: list[str], after: list[str]) -> Ref:
         if before == after:
@@ -376,7 +372,7 @@ class _Finder(Reading):
         """No row is filled as a whole."""
         if not self.types:
             expressions(self.program.nodes, self.env, self.types, self.refused)
-        expressions(self.new, self.env, self.types)
+        expressions(self.b.nodes, self.env, self.types)
         e = self.env.get(gone)
         mask = as_known(e, self.types[gone]) if e is not None else None
         return mask is not None and Known(negate(mask.predicate)).is_safe

@@ -241,7 +241,7 @@ class _Recogniser:
             return None
         nodes, rows = self.rows.made(n, self.by_name, q[0], q[-2])
         self.nodes += nodes
-        self.by_name |= {m.name: m for m in nodes}
+        self.by_name.update((m.name, m) for m in nodes)
         self.types |= {Ref(m.name): m.type for m in nodes}
         return text, rows, tuple(symbols)
 

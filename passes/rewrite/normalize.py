@@ -30,12 +30,17 @@ from tspc.passes.rewrite.sequence_ops import canonical
 from tspc.seams.tensors import OpOverload
 
 aten = torch.ops.aten
-PASSED = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default)
+PASSED = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.clone.default,
+)
 CONVOLUTIONS = {
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
-BIG = 2**40
 NARROW = (torch.bfloat16, torch.float16)
 WIDENED = (aten.cross_entropy_loss.default, aten.logsumexp.default)
 

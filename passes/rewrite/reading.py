@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 
+from tspc.ir.builder import Builder
 from tspc.ir.program import Node, Program, Ref, Type
 
 
 class Reading:
-    """Of the program as it is. at: the node that is read from. new: what is made in its place."""
+    """Of the program as it is. b: what is made in the place of the node that is read from."""
 
     def __init__(self, program: Program):
         self.by_name = {n.name: n for n in program.nodes}
         self.users = Counter(r.name for n in program.nodes for r in n.refs())
-        self.at, self.new = program.nodes[0], list[Node]()
+        self.start(program.nodes[0])
+
+    def start(self, n: Node) -> None:
+        self.b = Builder(ChainMap({}, self.by_name))
+        self.b.at(n)
 
     def _type(self, r: Ref) -> Type:
-        new = {m.name: m for m in self.new}
-        return (new.get(r.name) or self.by_name[r.name]).type
+        return self.b.type(r)
 
     def _inner(self, r: object) -> Node | None:
         """What makes a value that has this one use, in the same part of the model."""
@@ -26,7 +30,7 @@ class Reading:
         node = self.by_name[r.name]
         if not node.is_call or self.users[node.name] != 1 or r.item is not None:
             return None
-        return node if node.recompute == self.at.recompute else None
+        return node if node.recompute == self.b.node.recompute else None
 
     def _keeps_rows(self, n: Node) -> bool:
         """The last two dims are those of the operand."""

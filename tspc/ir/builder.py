@@ -8,7 +8,7 @@ b.end(aten.add.Tensor, y, z)  # n itself, with its types
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,9 +25,9 @@ Types = tuple[Type | None, ...]
 class Builder:
     """The nodes so far. by_name: those of a program, which the new ones join."""
 
-    def __init__(self, by_name: dict[str, Node] | None = None):
+    def __init__(self, by_name: MutableMapping[str, Node] | None = None):
         self.nodes: list[Node] = []
-        self.by_name = {} if by_name is None else by_name
+        self.by_name: MutableMapping[str, Node] = {} if by_name is None else by_name
         self.node, self.types, self._count = Node("", ""), Types(), 0
         self._instead: dict[str, Ref] = {}
 
@@ -62,6 +62,7 @@ class Builder:
         shape: Iterable[Size],
         dtype: torch.dtype,
         suffix: str = "",
+        /,
         **kwargs: Any,
     ) -> Ref:
         """The same, of one result; autograd follows what it is made of."""

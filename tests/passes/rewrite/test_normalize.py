@@ -132,12 +132,14 @@ def test_an_embedding_has_its_flags_as_arguments() -> None:
 
 
 @pytest.mark.parametrize("at,end", [(2, 3), (-1, 2**63 - 1)])
-def test_a_constant_index_of_one_row_is_a_slice(at: int, end: int) -> None:
+@pytest.mark.parametrize("passed", ["detach", "detach_", "alias", "clone"])
+def test_a_constant_index_of_one_row_is_a_slice(at: int, end: int, passed: str) -> None:
     program = Program.parse(f"""program 'p'
 %x0: f64[3, 10, 4] = input()
 %at: i64[1] = constant(value=[{at}])
 %copy: i64[1] = aten.lift_fresh_copy.default(%at)
-%row: f64[3, 1, 4] = aten.index.Tensor(%x0, (None, %copy))
+%same: i64[1] = aten.{passed}.default(%copy)
+%row: f64[3, 1, 4] = aten.index.Tensor(%x0, (None, %same))
 %output = output(%row)""")
     after = normalize(program)
     assert [n.args[1:] for n in after.nodes if n.is_call] == [(1, at, end)]

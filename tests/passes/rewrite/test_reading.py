@@ -24,19 +24,19 @@ PROGRAM = Program.parse("""program 'p'
 
 def test_what_makes_a_value_of_one_use_in_the_same_part() -> None:
     r = Reading(PROGRAM)
-    r.at = PROGRAM.node("view")
+    r.start(PROGRAM.node("view"))
     once = r._inner(Ref("once"))
     assert once is not None and once.name == "once"
     for other in (Ref("twice"), Ref("x"), Ref("apart"), Ref("two", 0), 3.0):
         assert r._inner(other) is None
-    r.at = PROGRAM.node("apart")
+    r.start(PROGRAM.node("apart"))
     assert r._inner(Ref("once")) is None and r._inner(Ref("apart")) is PROGRAM.node("apart")
 
 
 def test_types_of_new_nodes_come_first() -> None:
     r = Reading(PROGRAM)
     assert r._type(Ref("turned")) == Type((2, 4, 3), torch.float32)
-    r.new = [Node("turned", "new", types=(Type((1,), torch.int64),))]
+    r.b.add(Node("turned", "new", types=(Type((1,), torch.int64),)))
     assert r._type(Ref("turned")) == Type((1,), torch.int64)
 
 
