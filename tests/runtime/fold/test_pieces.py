@@ -8,6 +8,7 @@ import torch
 
 from tests.support.tiny import Attention, Mlp, proved
 from tspc.ir.body import Body, Piece, evaluate
+from tspc.ops.run import run_piece
 from tspc.runtime.fold.pieces import EagerPieces, InductorPieces, Values, cotangent_names
 
 
@@ -50,7 +51,7 @@ def test_gradients_of_what_a_piece_reads_are_autograds() -> None:
     (piece,) = body.pieces
     values = operands(body, symbols, piece.reads)
     leaves = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in values.items()}
-    (out,) = (piece.run(symbols, step, dict(leaves), {})[n] for n in piece.writes)
+    (out,) = (run_piece(piece, symbols, step, dict(leaves), {})[n] for n in piece.writes)
     g = torch.randn_like(out)
     wanted = [n for n in piece.reads if body.values[n].requires_grad]
     grads = torch.autograd.grad(out, [leaves[n] for n in wanted], g)

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tspc.base.errors import CaptureError
-from tspc.frontend.from_fx import constant, convert, divided, type_of
+from tspc.frontend.from_fx import _Conversion, constant, convert, divided, type_of
 from tspc.ir.program import INPUT, OUTPUT, Ref
 from tspc.seams.sizes import FloorDiv
 from tspc.seams.tensors import FakeTensorMode
@@ -47,3 +47,8 @@ def test_a_graph() -> None:
     assert grads["mul"] == [True] and grads["split"] == [True, True] and grads["detach"] == [False]
     assert grads["add"] == [True] and program.output.op == OUTPUT
     assert program.node("detach").args == (Ref("split", 0),) and program.output.args[1] == 2
+
+
+def test_names_are_unique() -> None:
+    conversion = _Conversion(torch.fx.GraphModule({}, torch.fx.Graph()))
+    assert [conversion.unique(n) for n in ("a", "a", "b", "a")] == ["a", "a_1", "b", "a_2"]
