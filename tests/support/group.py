@@ -20,6 +20,7 @@ from tspc.base.state import CALL, GROUP, reset
 from tspc.runtime.comm.place import Place
 from tspc.runtime.mesh import resolve
 from tspc.runtime.params.convert import convert
+from tspc.runtime.params.stored import _MESHES, _SEEN
 
 Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +28,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def alone() -> Iterator[DeviceMesh]:
-    """A mesh of one rank, while it lasts."""
+    """A mesh of one rank, while it lasts; no parameters are stored on it yet."""
+    _MESHES.clear()
+    _SEEN.clear()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,), mesh_dim_names=("tsp",))
