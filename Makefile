@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
 
 quick: $(READY)
-	$(BIN)/python -m pytest tests -m "not dist and not slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest tests/tspc tests/passes tests/runtime -m "not dist and not slow" -n $(JOBS) --dist worksteal
 
 dist: $(READY)
 	$(BIN)/python -m pytest tests -m dist
