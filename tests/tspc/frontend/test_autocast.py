@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tspc.frontend import autocast
-from tspc.frontend.autocast import Entered, OneType, ambient, explicit, retraced
+from tspc.frontend.autocast import Entered, OneType, ambient, explicit
 from tspc.seams.tensors import enter_autocast
 
 Tensor = torch.Tensor
@@ -86,8 +86,21 @@ def test_state_is_left_as_it_was() -> None:
     assert torch.get_autocast_dtype("cpu") == before
     with torch.autocast("cpu", dtype=BF16), autocast.off():
         assert F.linear(X, W).dtype == torch.float32
+    gm = traced(OPS["product"], X, W)
     with torch.autocast("cpu", dtype=BF16):
-        gm = retraced(torch.fx.Interpreter(traced(OPS["product"], X, W)), [X, W])
+        assert explicit(gm, {}, [X, W]) is gm
+    assert gm(X, W).dtype == torch.float32
+
+
+def test_to_end_autocast_where_there_is_none_costs_no_trace() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, w)
+
+    gm = traced(fn, X, W)
+    assert any(n.target is enter_autocast for n in gm.graph.nodes)
+    after = explicit(gm, {}, [X, W])
+    assert after is gm and not any(n.target is enter_autocast for n in gm.graph.nodes)
     assert gm(X, W).dtype == torch.float32
 
 
