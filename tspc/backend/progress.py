@@ -32,7 +32,8 @@ class Compiling:
     def __enter__(self) -> Compiling:
         self.start, self.before = time.monotonic(), _hits()
         self.thresholds = gc.get_threshold()
-        gc.set_threshold(*(max(*pair) for pair in zip(self.thresholds, RARELY)))
+        if all(self.thresholds):  # 0: never
+            gc.set_threshold(*map(max, self.thresholds, RARELY))
         self.timer = threading.Timer(AFTER, self._slow)
         self.timer.daemon = True
         if not self.quiet:

@@ -221,12 +221,12 @@ def capture(
     again = _again(kept, kinds, fakes, graph_break(gm))
     if again is not None:
         return again
+    env = context.fake_mode.shape_env
+    assert env is not None
+    guards = len(env.guards)  # from here on nothing is done for a graph that is captured again
     batched.inlined(gm, fakes, context.fake_mode)
     custom.inlined(gm, fakes, context.fake_mode)
     trace = _Trace(gm, kinds, precision.OneType(param_dtype))
-    env = context.fake_mode.shape_env
-    assert env is not None
-    guards = len(env.guards)
     with context.fake_mode, torch.enable_grad(), preserve_node_meta():
         traced = make_fx(
             dispatch_functionalize(trace.run, trace.functional),

@@ -137,3 +137,26 @@ def test_the_first_call_captures_once_and_keeps_its_assumptions(world: Any) -> N
         assert all(error < 1e-12 for *_, error in calls)
         traced, graphs = calls[-1][:2]
         assert traced == graphs - 1
+
+
+def test_what_is_assumed_before_the_trace_is_kept_too() -> None:
+    """Parts that are traced apart, an autograd.Function's and vmap's, assume sizes as well."""
+    captures: list[front.Captured] = []
+    long: list[list[bool]] = []
+
+    def assuming(gm: torch.fx.GraphModule, fakes: Any, mode: Any) -> None:
+        long.append([bool(n > 3) for x in fakes if isinstance(x, torch.Tensor) for n in x.shape])
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        for custom in (assuming, lambda *_: None):
+            with mock.patch.object(front.custom, "inlined", custom):
+                captures.append(front.capture(gm, inputs))
+            front.keep(captures[-1])
+        return gm.forward
+
+    torch._dynamo.reset()
+    calls = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    calls(torch.ones(8, 9))
+    assert captures[1].program is captures[0].program and captures[0].guards
+    calls(torch.ones(2, 9))  # is not what was assumed
+    assert len(captures) == 4 and long == [[True, True], [False, True]]
