@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from tspc.factors.factor import Dim, Dims, Factor
 from tspc.ir.builder import Builder
-from tspc.ir.program import Node, Ref, Size
+from tspc.ir.program import Node, Ref, Size, Type
 from tspc.passes.analyse.sizes import Sizes
 
 aten = torch.ops.aten
@@ -37,6 +38,11 @@ MEANS = {
     aten.mean.dim: aten.sum.dim_IntList,
     aten.mean.default: aten.sum.default,
 }
+
+
+def types(n: Node, outs: Sequence[Dims], sizes: Sizes) -> tuple[Type | None, ...]:
+    """Of the node's results as they are here. outs: their dims."""
+    return tuple(t and replace(t, shape=sizes.shape(d)) for t, d in zip(n.types, outs))
 
 
 def lower(b: Builder, n: Node, ins: Sequence[Dims], outs: Sequence[Dims], sizes: Sizes) -> Ref:

@@ -72,7 +72,7 @@ def localize(typed: Typed, target: Target, stored: Callable[[Node], Type]) -> Pr
     for n in typed.program.nodes:
         if n.op == OUTPUT:
             local.output(n)
-        elif n.op not in PLACEHOLDERS and not local.is_done(n):
+        elif n.op not in PLACEHOLDERS and n.name not in local.varied:
             local.node(n)
     return replace(typed.program, nodes=tuple(local.b.nodes))
 
@@ -107,10 +107,7 @@ class _Local:
         cut = {f: local_rows(chunk_of(i), orders[i]) for i, f in enumerate(typed.leaves)}
         self.sizes, self.whole = Sizes(typed.factors, cut), Sizes(typed.factors, {})
         self.kinds = [r.kind if r is not None else "whole" for r in results(typed, target.leaving)]
-        self.varied: set[str] = set()
-
-    def is_done(self, n: Node) -> bool:
-        return n.name in self.varied
+        self.varied: set[str] = set()  # in the one op that stands first
 
     def dims(self, ref: Ref) -> Dims:
         return self.typed.dims[ref.name, ref.item or 0]
@@ -223,7 +220,7 @@ class _Local:
         lengths = tuple(self.typed.leaves[i].size for i in sequences)
         operands = (body.symbols, rows, lengths, fold.name, body.key, self.target.axis)
         inside = (tokens, (*invariants, *sliced), weights)
-        types = self.b.types or ()
+        types = self.b.types
         summed = (t if e.kind == "sum" else None for e, t in zip(fold.exits, types))
         y = self.b.emit(tspc.fold.default, *inside, *operands, types=tuple(summed))
         for i, e in enumerate(fold.exits):
@@ -237,7 +234,7 @@ class _Local:
 
     def emit(self, op: Any, *args: Any) -> Ref:
         """With the types of the node at hand, under another name."""
-        return self.b.emit(op, *args, types=self.b.types or ())
+        return self.b.emit(op, *args, types=self.b.types)
 
     def unstack(self, x: Ref, dims: Dims, fold: Fold) -> Ref:
         """[D, local with units of one shard] -> local with all units, pads dropped."""
@@ -276,9 +273,7 @@ class _Local:
                 b.instead(old, x)
             for m in fold.body:
                 record = fold.records[m.name]
-                types = tuple(
-                    t and replace(t, shape=sizes.shape(d)) for t, d in zip(m.types, record.outs)
-                )
+                types = local_op.types(m, record.outs, sizes)
                 inner = replace(m, name=f"{n.name}.{m.name}", recompute=n.recompute)
                 b.at(inner, types)
                 local_op.lower(b, inner, record.ins, record.outs, sizes)

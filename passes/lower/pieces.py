@@ -238,9 +238,7 @@ class _Maker:
         record, f = self.fold.records[n.name], self.fold.factor
         outs = [self.names[Ref(n.name, i)].value for i, t in enumerate(n.types) if t is not None]
         (name,) = {Ref(o).name.partition("[")[0] for o in outs if o.startswith("v")}
-        types = tuple(
-            t and replace(t, shape=self.sizes.shape(d)) for t, d in zip(n.types, record.outs)
-        )
+        types = local_op.types(n, record.outs, self.sizes)
         n = replace(n.map_refs(lambda r: self.names[r]), name=name, source="", recompute=0)
         b.at(n, types)
         if n.op == PICK:

@@ -1,9 +1,11 @@
 """Nodes one after the other, each made in the place of one that there was.
 
-b = Builder()
-b.at(n)
-y = b.of(aten.mul.Tensor, (x, 2), shape, dtype)  # n.1: with the source of n
-b.end(aten.add.Tensor, y, z)  # n itself, with its types
+In the place of n, n.1 with its source, and n itself with its types:
+
+    b = Builder()
+    b.at(n)
+    y = b.of(aten.mul.Tensor, (x, 2), shape, dtype)
+    b.end(aten.add.Tensor, y, z)
 """
 
 from __future__ import annotations
