@@ -96,6 +96,12 @@ def used(module: nn.Module, name: str, p: torch.Tensor) -> None:
         call.cause = why_outside(call.of is EAGER)
 
 
+def of_module() -> bool:
+    """Whether this thread is in a call of a compiled module."""
+    roots = [c.of.root() for c in _open() if c.of.root is not None]
+    return any(isinstance(root, nn.Module) for root in roots)
+
+
 def enter(compiled: Compiled) -> Call:
     call = Call(compiled)
     _open().append(call)
@@ -112,14 +118,24 @@ def eager(module: nn.Module) -> Call | None:
     return None if _open() or EAGER.reported else enter(EAGER)
 
 
-def watched(compiled: Callable[..., object], root: object, strict: bool) -> Callable[..., object]:
-    """What `torch.compile` made, with each call looked at."""
+def watched(
+    compiled: Callable[..., object],
+    root: object,
+    strict: bool,
+    prepare: Callable[[list[nn.Module]], object] = len,
+) -> Callable[..., object]:
+    """What `torch.compile` made, with each call looked at.
+
+    prepare: gets the modules at hand before there is a graph of them.
+    """
     of = Compiled(weakref.ref(root), strict)
 
     @functools.wraps(compiled)
     def run(*args: object, **kwargs: object) -> object:
         if not of.has_graph and _ranks() > 1:
-            check_wrapped(of.root() if of.root is not None else None)
+            held = of.root() if of.root is not None else None
+            check_wrapped(held)
+            prepare([held] if isinstance(held, nn.Module) else _modules(held, (args, kwargs)))
         call = enter(of)
         try:
             out = compiled(*args, **kwargs)
@@ -205,6 +221,6 @@ def _number(name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def watch(backend: object) -> None:
-    """From now on, whatever is compiled with this backend."""
-    on_compile(backend, watched)
+def watch(backend: object, prepare: Callable[[list[nn.Module]], object]) -> None:
+    """From now on, whatever is compiled with this backend. prepare: as of `watched`."""
+    on_compile(backend, functools.partial(watched, prepare=prepare))

@@ -1,5 +1,4 @@
-"""The plain call: shard the parameters of the compiled root at its first call and have Dynamo
-trace again.
+"""The plain call: shard the parameters of the compiled root while its first graph is compiled.
 
 An optimizer made before keeps working, state included; a stale reference to a whole parameter
 raises when used.
@@ -21,8 +20,10 @@ from tspc.base.context import Arguments, Keywords
 from tspc.base.errors import ShardedParameterError, UnsupportedError
 from tspc.base.state import MODEL, PROCESS, remembered
 from tspc.runtime.params.handover import hand_over, release
+from tspc.runtime.params.modules import prepare
 from tspc.runtime.params.storage import shard_parameters
 from tspc.seams.compiler import RestartTrace, compiled_roots, move_shard, real_tensors
+from tspc.seams.dynamo import guard_instead
 from tspc.seams.tensors import OpOverload, unset_fake_temporarily
 
 _HOOKS: list[object] = remembered(PROCESS, [])
@@ -54,8 +55,9 @@ def convert(
     axis: str,
     dims: Mapping[int, int | None],
     cut: bool = False,
-) -> None:
-    """Shard in place, exchange the parameters in live optimizers, free the whole copies.
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Shard in place, exchange the parameters in live optimizers, free the whole copies. -> old to
+    new.
 
     dims: as in `shard_parameters`; others are cut anew by the first graph that takes them.
     """
@@ -80,6 +82,7 @@ def convert(
         old.grad = None
         hand_over(old, new, axis)
         old.__class__ = ShardedParameter
+    return exchanged
 
 
 def _refuse_sparse(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -115,15 +118,18 @@ def rebind(optimizer: Optimizer) -> None:
                 optimizer.state[new] = state
 
 
-def convert_and_restart(
+def store(
     gm: torch.fx.GraphModule,
     mesh: DeviceMesh,
     axis: str,
     dims: Mapping[int, int | None],
     cut: bool,
-) -> None:
-    """Called inside of the backend for a graph with whole parameters: raises so that Dynamo
-    traces again."""
+) -> dict[int, nn.Parameter]:
+    """Called inside of the backend for a graph with whole parameters. -> id of each -> its shard,
+    which Dynamo expects from now on.
+
+    Where modules were not of their classes when Dynamo traced them, it traces again.
+    """
     roots = compiled_roots(gm)
     owned = {id(p) for m in roots for p in m.parameters()}
     left = [n for n, p in real_tensors(gm) if isinstance(p, nn.Parameter) and id(p) not in owned]
@@ -132,16 +138,21 @@ def convert_and_restart(
             f"{', '.join(left)}: a parameter that no compiled module owns; compile the module "
             "that holds it"
         )
+    ready, exchanged = prepare(roots), dict[int, nn.Parameter]()
     with unset_fake_temporarily(), torch.inference_mode(False):
         for m in roots:
             if any(not isinstance(p, DTensor) for p in m.parameters()):
-                convert(m, mesh, axis, dims, cut)
-    raise RestartTrace(restart_reason="tspc sharded the parameters")
+                new = convert(m, mesh, axis, dims, cut)
+                exchanged.update((id(old), p) for old, p in new.items())
+    if not ready:
+        raise RestartTrace(restart_reason="tspc sharded the parameters")
+    guard_instead(exchanged)
+    return exchanged
 
 
 def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
     """Called inside of the backend for a graph that takes these stored parameters: those that no
-    graph took before are cut as this one wants them, and Dynamo traces again.
+    graph took before are cut as this one wants them.
 
     One with a gradient or a state in an optimizer stays as it is. Collective.
     """
@@ -151,9 +162,7 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
         for (p, placement), was_open in zip(wanted, were_open)
         if was_open and p.grad is None and p.placements[0] != placement
     ]
-    if not again:
-        return
-    states = [o.state for o in _optimizers()]
+    states = [o.state for o in _optimizers()] if again else []
     with unset_fake_temporarily(), torch.no_grad():
         for p, placement in again:
             if any(p in s for s in states):
@@ -163,4 +172,3 @@ def settle(wanted: Sequence[tuple[DTensor, Placement]], cut: bool) -> None:
             plain = p.detach()
             assert isinstance(plain, DTensor)
             move_shard(p, plain.redistribute(placements=[placement, *chunk]))
-    raise RestartTrace(restart_reason="tspc cut parameters that no graph had taken")

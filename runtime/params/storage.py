@@ -1,20 +1,16 @@
-"""Persistent parameters: a DTensor each under its own name, read whole only while tracing or
-inside a compiled root.
+"""Persistent parameters: a DTensor each under its own name.
 
-`shard_parameters` exchanges a module's parameters in place; the module's class becomes one whose
-properties read them. `Prologue` turns what is stored into the equal shards that the folds take,
-and gradients back. Stored are torch's chunks over the TSP axis, and then over the replicas, where
-there are some: whole chunks or, with `cut`, parts of them. See docs/design.md, "Parameters".
+`shard_parameters` exchanges a module's parameters in place. `Prologue` turns what is stored into
+the equal shards that the folds take, and gradients back. Stored are torch's chunks over the TSP
+axis, and then over the replicas, where there are some: whole chunks or, with `cut`, parts of them.
+See docs/design.md, "Parameters".
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from tspc.base.context import Context
 from tspc.base.errors import ShardedParameterError, UnsupportedError
-from tspc.base.state import CALL, MODEL, remembered
 from tspc.ir.shard import ShardMap
-from tspc.runtime.call import frames as calls
 from tspc.runtime.call.finite import check_gradients
 from tspc.runtime.call.twice import refused
 from tspc.runtime.comm.drivers import distributed
@@ -36,168 +30,17 @@ from tspc.runtime.comm.repack import fits, repack, repack_backward
 from tspc.runtime.params import libraries, writing
 from tspc.runtime.params.accumulate import is_cut, reduced
 from tspc.runtime.params.gradients import arrives_cut
+from tspc.runtime.params.modules import prepare
 from tspc.runtime.params.stored import dim_of, is_stored
 from tspc.runtime.params.values import store_on
 from tspc.seams.compiler import (
     assign_data_of_shards,
     find_nan_in_shards,
-    move_shard,
     orthogonalise_whole,
     outside_of_dynamo,
-    skip_code,
 )
 
 EXCHANGE = "the exchange of stored weights for the shards of the folds"
-_STATE = remembered(CALL, threading.local())
-Kind = tuple[type[nn.Module], tuple[str, ...], str]  # a class, names of shards, the axis
-# a class dies with its last module
-_CLASSES: weakref.WeakValueDictionary[Kind, type] = remembered(MODEL, weakref.WeakValueDictionary())
-
-
-class _Sharded(nn.Module):
-    """What a module with shards has, besides what its own class says."""
-
-    _tspc_class: ClassVar[type[nn.Module]]  # its own
-    _tspc_names: ClassVar[tuple[str, ...]]  # of the parameters that are shards
-    _tspc_axis: ClassVar[str]
-
-
-def _reading() -> bool:
-    return torch.compiler.is_compiling() or getattr(_STATE, "depth", 0) > 0
-
-
-def _whole(p: DTensor, axis: str) -> torch.Tensor:
-    placement, local = p.placements[0], p.to_local()
-    if isinstance(placement, Replicate):
-        return torch.ops.tspc.whole_weight(local, -1, 0, False, axis)
-    dim = dim_of(placement)
-    return torch.ops.tspc.whole_weight(local, dim, p.shape[dim], is_cut(p), axis)
-
-
-_gathered = outside_of_dynamo(_whole)
-
-
-def _reader(name: str, axis: str) -> Callable[[nn.Module], torch.Tensor | None]:
-    def get(self: nn.Module) -> torch.Tensor | None:
-        p = self._parameters[name]
-        if not isinstance(p, DTensor) or not _reading():
-            return p
-        if torch.compiler.is_compiling():
-            return _whole(p, axis)
-        calls.used(self, name, p)
-        return _gathered(p, axis)
-
-    return get
-
-
-def _property(name: str, axis: str) -> property:
-    def put(self: nn.Module, value: torch.Tensor | nn.Module) -> None:
-        nn.Module.__setattr__(self, name, value)
-
-    return property(_reader(name, axis), put)
-
-
-def _call(self: nn.Module, *args: object, **kwargs: object) -> object:
-    if torch.compiler.is_compiling():
-        return nn.Module.__call__(self, *args, **kwargs)
-    _STATE.depth = getattr(_STATE, "depth", 0) + 1
-    call = calls.eager(self)
-    try:
-        return nn.Module.__call__(self, *args, **kwargs)
-    finally:
-        _STATE.depth -= 1
-        if call is not None:
-            calls.leave(call)
-            calls.tell(call)
-
-
-# Dynamo takes these into a graph where their caller is traced; where the caller is left to Python
-# they are too: a graph of its own would have no depth, or nothing but a weight.
-for read in (_call, _reading, _reader("", "")):
-    skip_code(read.__code__)
-
-
-def _reduce(self: _Sharded, protocol: object) -> object:
-    cls = type(self)
-    return _rebuild, (cls._tspc_class, cls._tspc_names, cls._tspc_axis, self.__dict__)
-
-
-def _save(self: _Sharded, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
-    """Whole tensors while a library writes them."""
-    type(self)._tspc_class._save_to_state_dict(self, destination, prefix, keep_vars)
-    libraries.adapt()
-    for n, p in self._parameters.items():
-        if isinstance(p, DTensor) and prefix + n in destination and writing.active():
-            destination[prefix + n] = writing.written(p)
-
-
-def _load(self: _Sharded, state: Mapping[str, object], prefix: str, *args: object) -> None:
-    """A whole tensor in a state is cut like the parameter; every rank has the same one."""
-    state = dict(state)
-    for n, p in self._parameters.items():
-        x = state.get(prefix + n)
-        if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and not isinstance(x, DTensor):
-            x = x.to(p.device_mesh.device_type)
-            state[prefix + n] = distribute_tensor(
-                x, p.device_mesh, p.placements, src_data_rank=None
-            )
-    type(self)._tspc_class._load_from_state_dict(self, state, prefix, *args)
-
-
-def _apply(
-    self: _Sharded, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> nn.Module:
-    """`.to()` and its kind keep every parameter the object that optimizers know."""
-    shards = {n: p for n, p in self._parameters.items() if isinstance(p, DTensor)}
-    self._parameters.update(dict.fromkeys(shards))
-    try:
-        type(self)._tspc_class._apply(self, fn, recurse)
-    finally:
-        self._parameters.update(shards)
-    with torch.no_grad():
-        for n, p in shards.items():
-            grad = None if p.grad is None else fn(p.grad)
-            p.grad = None
-            moved = fn(p)
-            kept = p if moved is p else move_shard(p, moved.detach())
-            arrives_cut(kept)
-            kept.grad = kept.grad if grad is None else grad
-            self._parameters[n] = kept
-    return self
-
-
-def _rebuild(
-    cls: type[nn.Module], names: tuple[str, ...], axis: str, state: dict[str, object]
-) -> nn.Module:
-    module = cls.__new__(cls)
-    module.__dict__.update(state)
-    module.__class__ = _sharded_class(cls, names, axis)
-    for p in module._parameters.values():
-        if isinstance(p, DTensor):
-            p.grad = None  # as a copied nn.Parameter
-            arrives_cut(p)
-    return module
-
-
-def _sharded_class(cls: type[nn.Module], names: tuple[str, ...], axis: str) -> type:
-    key = (cls, names, axis)
-    sharded = _CLASSES.get(key)
-    if sharded is None:
-        body: dict[str, object] = {n: _property(n, axis) for n in names}
-        body.update(
-            _tspc_class=cls,
-            _tspc_names=names,
-            _tspc_axis=axis,
-            __module__=cls.__module__,
-            __qualname__=cls.__qualname__,
-            __call__=_call,
-            __reduce_ex__=_reduce,
-            _save_to_state_dict=_save,
-            _load_from_state_dict=_load,
-            _apply=_apply,
-        )
-        sharded = _CLASSES[key] = type(cls.__name__, (cls,), body)
-    return sharded
 
 
 def shard_parameters(
@@ -220,16 +63,17 @@ def shard_parameters(
     store_on(mesh)
     writing.guard()
     libraries.adapt(module)
+    prepare([module])
     group = mesh.get_group(0)
     source = dist.get_process_group_ranks(group)[0]
     by_id: dict[int, nn.Parameter] = {}
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
     with torch.no_grad(), naming("the sharding of the parameters", group):
         for m in module.modules():
-            names = tuple(n for n, p in m._parameters.items() if p is not None)
-            for n in names:
-                p = m._parameters[n]
-                assert p is not None
+            for n, p in m._parameters.items():
+                if p is None:
+                    continue
+                m.__dict__["_tspc_axis"] = axis
                 if isinstance(p, DTensor):
                     continue
                 if id(p) not in by_id:
@@ -242,8 +86,6 @@ def shard_parameters(
                     arrives_cut(by_id[id(p)])
                     exchanged[p] = by_id[id(p)]
                 m._parameters[n] = by_id[id(p)]
-            if names and not hasattr(type(m), "_tspc_class"):
-                m.__class__ = _sharded_class(type(m), names, axis)
         for b in (b for b in module.buffers() if not b.is_meta):
             b.copy_(PLACES[axis].from_first_replica(b))
             dist.broadcast(b, source, group=group)

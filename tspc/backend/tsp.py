@@ -28,10 +28,9 @@ from tspc.base.state import MODEL, remembered
 from tspc.explain.report import reports, warnings
 from tspc.frontend.autocast import off
 from tspc.frontend.autograd_grad import reached
-from tspc.frontend.capture import Captured, capture, keep
+from tspc.frontend.capture import Captured, capture
 from tspc.frontend.outside import only_shards
 from tspc.frontend.overlap import before_writes, dense, overlap, written
-from tspc.frontend.retrace import assume
 from tspc.ir.body import Lengths, evaluate, rows_of
 from tspc.ir.layout import Span
 from tspc.ir.program import BUFFER, PARAM, PLACEHOLDERS, SEED, Type
@@ -57,10 +56,13 @@ from tspc.runtime.lowering import code_cache
 from tspc.runtime.lowering.inductor import compile_local
 from tspc.runtime.lowering.trace import Fakes, local_fakes
 from tspc.runtime.mesh import renew, resolve
-from tspc.runtime.params.convert import convert_and_restart, settle
+from tspc.runtime.params.convert import settle, store
+from tspc.runtime.params.modules import in_trace, prepare, shard_of
 from tspc.runtime.params.storage import Prologue, Taken, placed
-from tspc.seams.compiler import RestartTrace, compiled_roots, plainly
+from tspc.seams.compiler import compiled_roots, plainly
+from tspc.seams.dynamo import stand_ins
 from tspc.seams.lowering import compile_fx
+from tspc.seams.sizes import PythonReferenceAnalysis, sympy_interp
 
 
 @dataclass
@@ -103,6 +105,7 @@ def tsp(
     """
     chosen = parse(options)
     mode_options(mode)
+    traced, example_inputs = example_inputs, [shard_of(x) for x in example_inputs]
     stored = (x for x in example_inputs if isinstance(x, DTensor))
     meshes = [x.device_mesh for x in stored if isinstance(x, torch.nn.Parameter)]
     if chosen.mesh is None:
@@ -118,7 +121,7 @@ def tsp(
         if chosen.check_nan:
             log.warning("check_nan does nothing on one rank: torch.autograd.detect_anomaly does")
         calls.given()
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=mode_options(mode))
+        compiled: Any = compile_fx(gm, list(traced), config_patches=mode_options(mode))
         return compiled
     check_chosen(chosen, mode, place, gm)
     if only_shards(gm, example_inputs):
@@ -129,16 +132,13 @@ def tsp(
     what = f"a graph of {len(gm.graph.nodes)} ops"
     with torch.autograd.set_detect_anomaly(False), Compiling(what, quiet):
         stage("traces it")
-        captured = capture(gm, example_inputs, param_dtype=chosen.param_dtype)
-        try:
-            with off():  # the casts are in the program
-                return _compile(captured, chosen, gm, example_inputs, place, mesh)
-        except RestartTrace:
-            keep(captured)
-            raise
+        captured = capture(gm, traced, param_dtype=chosen.param_dtype)
+        with off():  # the casts are in the program
+            return _compile(captured, chosen, gm, example_inputs, place, mesh)
 
 
-calls.watch(tsp)
+calls.watch(tsp, prepare)
+stand_ins(tsp, in_trace)
 
 
 def _compile(
@@ -167,9 +167,10 @@ def _compile(
         isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor) for p in example_inputs
     ):
         dims = _storage_dims(captured, rewritten, example_inputs)
-        convert_and_restart(gm, mesh, place.axis.name, dims, chosen.cut)
+        shards = store(gm, mesh, place.axis.name, dims, chosen.cut)
+        example_inputs = [shards.get(id(x), x) for x in example_inputs]
     settle(_wanted(captured, rewritten, example_inputs), chosen.cut)
-    compiled = Compiled(replace(captured, form=None, units=[]), rewritten, place)
+    compiled = Compiled(captured, rewritten, place)
     try:
         run = code_cache.compiled(lambda: _function(compiled, chosen, example_inputs, gm))
     except Exception as e:
@@ -255,7 +256,8 @@ def _compile_bodies(compiled: Compiled, device: torch.device) -> None:
 
 def _require(guard: sympy.Expr | Boolean, bind: Lengths) -> None:
     """An assumption becomes a guard of Dynamo's."""
-    if not assume([guard], bind):
+    values = {s: bind[s] for s in guard.free_symbols if isinstance(s, sympy.Symbol)}
+    if not bool(sympy_interp(PythonReferenceAnalysis, values, guard)):
         raise InternalError(f"the local program assumes {guard}, which does not hold")
 
 

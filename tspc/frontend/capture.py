@@ -15,14 +15,12 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.fx.traceback import preserve_node_meta
 
 from tspc.base.errors import CaptureError, UnsupportedError
 from tspc.base.hardware import hardware
 from tspc.base.options import Options
-from tspc.base.state import CALL, remembered
 from tspc.frontend import autocast as precision
 from tspc.frontend import autograd_function as custom
 from tspc.frontend import checkpoint, scalars
@@ -33,7 +31,6 @@ from tspc.frontend.autograd_grad import is_input
 from tspc.frontend.decompose import taken_apart
 from tspc.frontend.from_fx import convert
 from tspc.frontend.overwritten import Overwriting
-from tspc.frontend.retrace import assume, assumed, form
 from tspc.ir.body import registered
 from tspc.ir.program import (
     BUFFER,
@@ -57,7 +54,7 @@ class Captured:
     """A Dynamo graph as a program.
 
     positions: placeholder name -> index among the graph's inputs. symbols: symbol -> (index, dim |
-    None if a SymInt). form, guards: of the Dynamo graph, and what its capture assumed of sizes.
+    None if a SymInt).
     """
 
     program: Program
@@ -67,10 +64,6 @@ class Captured:
     graph_break: str  # where the graph ends in one, else "": every output then comes back whole
     writes: tuple[int, ...] = ()  # graph inputs that get the last outputs at the end of a call
     same: Mapping[int, int] = field(default_factory=dict)  # output -> the written input that it is
-    kinds: Sequence[tuple[str, str]] = ()  # of the graph inputs: kind and name
-    form: object = None
-    guards: tuple[sympy.Expr | Boolean, ...] = ()
-    units: list[tuple[object, Unit]] = field(default_factory=list)  # what was asked, and its answer
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -92,54 +85,15 @@ class Captured:
         if not torch.is_grad_enabled():
             options = replace(options, memory_budget="min")
         symbols = tuple(sorted(self.symbols, key=str))
-        asked = (ranks, axis, replace(options, mesh=None), hardware(options.hardware, device))
-        asked = (self.program, symbols, *asked, len(self.writes), refused, self.graph_break)
-        unit = next((u for question, u in self.units if question == asked), None)
-        unit = rewrite(Unit(*asked)) if unit is None else unit
-        self.units[:] = [(asked, unit)]
-        return replace(unit, options=options, bodies=registered(unit.bodies))
-
-    def renumbered(
-        self, kinds: Sequence[tuple[str, str]], fakes: Sequence[object], ends: str
-    ) -> Captured | None:
-        """The same of a graph of the same form, whose inputs are in another order; what was assumed
-        of sizes becomes guards of this one. None where it does not hold, or is of other symbols.
-
-        ends: the graph break.
-        """
-        if not self.program.hints.keys() >= set(self.program.symbols):
-            return None
-        if not assume(self.guards, _symbols(fakes)[1]):
-            return None
-        symbols, outer = _symbols(fakes)
-        if symbols.keys() != self.symbols.keys():
-            return None
-        at = {i: kinds.index(k) for i, k in enumerate(self.kinds)}
-        return replace(
-            self,
-            positions={n: at[i] for n, i in self.positions.items()},
-            symbols=symbols,
-            outer_symbols=outer,
-            graph_break=ends,
-            writes=tuple(at[i] for i in self.writes),
-            same={k: at[i] for k, i in self.same.items()},
-            kinds=kinds,
-        )
+        asked = (ranks, axis, options, hardware(options.hardware, device), len(self.writes))
+        unit = rewrite(Unit(self.program, symbols, *asked, refused, self.graph_break))
+        return replace(unit, bodies=registered(unit.bodies))
 
     def sizes(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value of each symbol at a call."""
         return {
             s: int(args[i] if d is None else args[i].shape[d]) for s, (i, d) in self.symbols.items()
         }
-
-
-# of the graph that Dynamo is about to trace again
-_AGAIN: list[Captured] = remembered(CALL, [])
-
-
-def keep(captured: Captured) -> None:
-    """For the next graph, if it is the same."""
-    _AGAIN[:] = [captured]
 
 
 class _Trace:
@@ -179,27 +133,6 @@ class _Trace:
         return [*kept, *(args[i].detach() for i in self.writes)]
 
 
-def _form(
-    gm: torch.fx.GraphModule,
-    kinds: Sequence[tuple[str, str]],
-    fakes: Sequence[object],
-    context: tuple[object, ...],
-) -> object:
-    """Of the graph and what else decides how it is captured."""
-    of_graph = form(gm, kinds, fakes)
-    return None if of_graph is None else (of_graph, torch.is_grad_enabled(), *context)
-
-
-def _again(
-    of: object, kinds: Sequence[tuple[str, str]], fakes: Sequence[object], ends: str
-) -> Captured | None:
-    """What was kept, if it is of this form."""
-    kept, _AGAIN[:] = list(_AGAIN), []
-    if of is None or not kept or kept[0].form != of:
-        return None
-    return kept[0].renumbered(kinds, fakes, ends)
-
-
 def capture(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[object],
@@ -217,13 +150,6 @@ def capture(
     fakes = [_fake(context, x) for x in example_inputs]
     gm, fakes = _cut_whole_weights(gm, fakes, context.fake_mode)
     around = precision.ambient()
-    kept = _form(gm, kinds, fakes, (around, param_dtype, name))
-    again = _again(kept, kinds, fakes, graph_break(gm))
-    if again is not None:
-        return again
-    env = context.fake_mode.shape_env
-    assert env is not None
-    guards = len(env.guards)  # from here on nothing is done for a graph that is captured again
     batched.inlined(gm, fakes, context.fake_mode)
     custom.inlined(gm, fakes, context.fake_mode)
     trace = _Trace(gm, kinds, precision.OneType(param_dtype))
@@ -237,15 +163,14 @@ def capture(
         )(*fakes)
         traced = precision.explicit(traced, around, fakes)
         scalars.as_tensors(traced)
+    env = context.fake_mode.shape_env
     sizes = getattr(env, "backed_var_to_val", {})
     hints = {s: int(v) for s, v in sizes.items() if s.is_integer}
     grads = [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes]
     program, positions = convert(name, traced, kinds, grads, hints)
     symbols, outer = _symbols(fakes)
-    ends, facts = graph_break(gm), (kinds, kept, assumed(env, guards))
-    return Captured(
-        program, positions, symbols, outer, ends, tuple(trace.writes), trace.same, *facts
-    )
+    writes = tuple(trace.writes), trace.same
+    return Captured(program, positions, symbols, outer, graph_break(gm), *writes)
 
 
 def _fake(context: TracingContext, x: object) -> object:

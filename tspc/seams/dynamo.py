@@ -4,15 +4,25 @@ changes."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager
 from types import CodeType
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo import convert_frame, pgo
+from torch._dynamo import convert_frame, eval_frame, pgo
 from torch._dynamo.guards import DeletedGuardManagerWrapper
-from torch._guards import CompileId
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import CompileId, TracingContext
+from torch.utils.weak import TensorWeakRef
 
+from tspc.seams.compiler import replace_member
+
+Codes = Iterator[CodeType]
+Stand = AbstractContextManager[torch.Tensor] | None
 MANY = 10_000  # compiles of one function, where none of them stays
 
 
@@ -31,6 +41,47 @@ def isolated() -> Iterator[None]:
         with convert_frame.compile_lock:
             for code in _codes():
                 _forget(code, before.get(id(code), set()))
+
+
+def stand_ins(backend: object, stand_in: Callable[[torch.Tensor, Codes], Stand]) -> None:
+    """Whatever this backend is given, Dynamo traces with another tensor in the place of one.
+
+    stand_in(x, functions being traced, innermost first) -> None for x itself, or a context of the
+    tensor to trace with. The compiled code is given x.
+    """
+    plain = VariableBuilder.wrap_tensor
+
+    def wrap(self: VariableBuilder, value: torch.Tensor) -> VariableTracker:
+        compiler = self.tx.output.compiler_fn
+        inner = None if compiler is None else eval_frame.innermost_backend(compiler)
+        ours = getattr(inner, "compiler_fn", inner) is backend
+        stand = stand_in(value, _traced(self.tx)) if ours else None
+        if stand is None:
+            return plain(self, value)
+        with stand as other:
+            out = plain(self, other)
+            guard_instead([id(other)])
+            return out
+
+    replace_member(VariableBuilder, "wrap_tensor", wrap)
+
+
+def _traced(tx: InstructionTranslatorBase) -> Iterator[CodeType]:
+    at: InstructionTranslatorBase | None = tx
+    while at is not None:
+        yield at.f_code
+        at = getattr(at, "parent", None)
+
+
+def guard_instead(replaced: Container[int]) -> None:
+    """While Dynamo's backend works: its guards on these tensors, by id, are made of what stands at
+    their places when it is done."""
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        match = guard.create_fn
+        if isinstance(match, functools.partial) and "value" in match.keywords:
+            ref = match.keywords["value"]
+            if isinstance(ref, TensorWeakRef) and id(ref()) in replaced:
+                guard.create_fn = match.func
 
 
 def _codes() -> list[CodeType]:

@@ -116,12 +116,34 @@ def test_what_is_compiled_with_a_backend_is_watched(monkeypatch: pytest.MonkeyPa
     context = eval_frame._TorchDynamoContext
     monkeypatch.setattr(context, "__call__", context.__call__)
     seen: list[object] = []
-    monkeypatch.setattr(frames, "watched", lambda c, root, strict: seen.append(root) or c)
+    monkeypatch.setattr(frames, "watched", lambda c, root, s, prepare: seen.append(root) or c)
 
     def backend(gm: torch.fx.GraphModule, inputs: object) -> Any:
         return gm.forward
 
-    frames.watch(backend)
+    frames.watch(backend, len)
     model = nn.Linear(2, 2)
     torch.compile(model, backend=backend)
     assert seen == [model]
+
+
+def test_modules_at_hand_are_prepared_until_there_is_a_graph() -> None:
+    model, prepared = nn.Linear(2, 2), list[list[nn.Module]]()
+
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        inside.append(frames.of_module())
+        if len(prepared) == 2:
+            frames.ran()
+        return x
+
+    inside: list[bool] = []
+    run = watched(compiled, model, False, prepared.append)
+    for _ in range(3):
+        run(torch.ones(1))
+    assert prepared == [[model], [model]] and all(inside) and not frames.of_module()
+
+    def step(m: nn.Module) -> nn.Module:
+        return m
+
+    watched(compiled, step, False, prepared.append)(model)
+    assert prepared[-1] == [model] and not inside[-1]

@@ -14,7 +14,7 @@ from tspc.base.options import parse
 from tspc.runtime.mesh import resolve
 from tspc.runtime.params import convert as module
 from tspc.runtime.params.convert import convert, rebind, settle
-from tspc.seams.compiler import RestartTrace
+from tspc.runtime.params.modules import prepare
 
 
 def model() -> nn.Linear:
@@ -74,15 +74,18 @@ def test_parameters_that_no_graph_took_are_cut_anew() -> None:
         assert w.placements == (Shard(0),)
     with stored(model()) as (m, _):
         w, values = m.weight, m.weight.full_tensor().clone()
-        with pytest.raises(RestartTrace):
-            settle([(w, Shard(1)), (m.bias, Replicate())], False)
+        settle([(w, Shard(1)), (m.bias, Replicate())], False)
         assert m.weight is w and w.placements == (Shard(1),)
         assert torch.equal(w.full_tensor(), values)
 
 
-def test_a_compile_shards_and_traces_again() -> None:
-    """What the backend calls for a graph with whole parameters."""
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_compile_shards(ready: bool) -> None:
+    """What the backend calls for a graph with whole parameters: Dynamo traces again where the
+    modules were not ready."""
     m, traced = model(), list[bool]()
+    if ready:
+        prepare([m])
     with alone():
         place, mesh = resolve(parse(None), torch.device("cpu"))
         assert mesh is not None
@@ -91,13 +94,18 @@ def test_a_compile_shards_and_traces_again() -> None:
             whole = any(isinstance(x, nn.Parameter) and not isinstance(x, DTensor) for x in inputs)
             traced.append(whole)
             if whole:
-                module.convert_and_restart(gm, mesh, place.axis.name, {}, False)
+                shards = module.store(gm, mesh, place.axis.name, {}, False)
+                assert set(shards.values()) == set(m.parameters())
             return gm.forward
 
         x = torch.randn(2, 3, dtype=torch.float64)
         wanted = m(x).detach()
-        assert torch.equal(torch.compile(m, backend=backend)(x).detach(), wanted)
-        assert traced == [True, False] and isinstance(m.weight, DTensor)
+        fn = torch.compile(m, backend=backend)
+        out = fn(x).detach()
+        assert torch.equal(out.full_tensor() if isinstance(out, DTensor) else out, wanted)
+        fn(x)
+        assert traced == ([True] if ready else [True, False])
+        assert isinstance(m.weight, DTensor)
         stray = nn.Parameter(torch.ones(3, dtype=torch.float64))
         torch._dynamo.reset()
         with pytest.raises(Exception, match="a parameter that no compiled module owns"):

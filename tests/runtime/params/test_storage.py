@@ -3,18 +3,14 @@ loaded, copied; what a program takes of it, and its gradient back."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tests.support.group import stored
-from tspc.base.errors import ShardedParameterError, UnsupportedError
+from tspc.base.errors import UnsupportedError
 from tspc.ir.shard import ShardMap
-from tspc.runtime.params import storage
 from tspc.runtime.params.storage import Prologue, Taken, default_dim, placed
 
 
@@ -44,54 +40,6 @@ def test_parameters_become_shards_under_their_names() -> None:
         assert [n for n, _ in m.named_parameters()] == [n for n, _ in plain.named_parameters()]
         assert type(m).__name__ == "Mlp" and isinstance(m, Mlp) and m.tied is m.up.weight
         assert m.up.weight.placements == (Shard(0),) and m.up.bias.placements == (Replicate(),)
-        assert storage._sharded_class(Mlp, ("tied",), "x") is storage._sharded_class(
-            Mlp, ("tied",), "x"
-        )
-
-
-def test_a_call_reads_them_whole_and_gradients_are_cut() -> None:
-    plain = model()
-    with stored(model()) as (m, _):
-        y = m(X)
-        assert torch.equal(y.detach(), plain(X).detach()) and type(y) is torch.Tensor
-        y.sum().backward()
-        plain(X).sum().backward()
-        for p, q in zip(m.parameters(), plain.parameters()):
-            assert isinstance(p.grad, DTensor) and p.grad.placements == p.placements
-            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
-
-
-def test_whole_states_are_cut_when_they_are_loaded() -> None:
-    other = {k: torch.randn_like(v) for k, v in model().state_dict().items()}
-    with stored(model()) as (m, _):
-        m.load_state_dict(other)
-        assert all(isinstance(x, DTensor) for n, x in m.state_dict().items() if n != "scale")
-        torch.testing.assert_close(m.down.weight.full_tensor(), other["down.weight"])
-
-
-def test_moved_models_keep_their_parameters() -> None:
-    with stored(model()) as (m, _):
-        before = list(m.parameters())
-        m(X).sum().backward()
-        m.float()
-        assert all(a is b for a, b in zip(before, m.parameters()))
-        assert {p.dtype for p in m.parameters()} == {torch.float32}
-        assert {p.grad.dtype for p in m.parameters() if p.grad is not None} == {torch.float32}
-        assert m(X.float()).dtype == torch.float32
-
-
-def test_copies_of_a_model() -> None:
-    with stored(model()) as (m, _):
-        other = copy.deepcopy(m)
-        assert other.up.weight is not m.up.weight and other.tied is other.up.weight
-        with torch.no_grad():
-            other.up.weight.zero_()
-        assert m.up.weight.full_tensor().abs().sum() > 0
-        assert torch.equal(m(X), m(X)) and isinstance(other, Mlp)
-        other(X).sum().backward()
-        assert isinstance(other.down.weight.grad, DTensor)
-        with pytest.raises(ShardedParameterError, match="was to be pickled"):
-            pickle.dumps(m.up.weight)
 
 
 def test_which_dim_is_cut() -> None:
