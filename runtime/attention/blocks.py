@@ -6,18 +6,17 @@ blocks of keys: those that no query of the run sees are left out, those that all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from tspc.base.state import MODEL, remembered
 from tspc.ir.layout import Span
 from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.predicate import Bounds, mask, truth
 from tspc.ops.counter import kept_keys
+from tspc.runtime.attention.facts import known
 
 Tensor = torch.Tensor
 EDGE = 512  # queries of a run, and keys of what is looked at as one
@@ -72,6 +71,8 @@ class View:
     factors: zero or 1 / (1 - p) for every weight. top: what is taken off the scores of each query
     after the mask is added, where they would be lost in it; zero for others. score: what is done to
     the scores before, as `tspc.masks.score`'s text. scale: of the products of queries and keys.
+    first: the place of the first query on the diagonal. added: gets the gradient of the mask, which
+    is added to the scores.
     """
 
     causal: bool = False
@@ -80,11 +81,23 @@ class View:
     top: Tensor | None = None
     score: str = ""
     scale: float = 1.0
+    first: int = 0
+    added: Tensor | None = None
+
+    def rows(self, at: slice) -> View:
+        """Of some of the queries."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[-2] == 1 else x[..., at, :]
+
+        tensors = {n: part(getattr(self, n)) for n in ("mask", "factors", "top", "added")}
+        return replace(self, first=self.first + at.start, **tensors)
 
     @property
     def is_plain(self) -> bool:
         """A fused kernel takes it."""
-        return self.factors is None and self.top is None and not self.score
+        unusual = self.factors, self.top, self.added
+        return not self.score and all(x is None for x in unusual)
 
 
 def _segments(c: int, chunks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -165,16 +178,16 @@ def _checks(
     return tuple(out)
 
 
-# data -> (version, its bounds)
-_BOUNDS: MutableMapping[Tensor, tuple[int, Bounds]] = remembered(MODEL, WeakIdKeyDictionary())
+def _bounds(data: Tensor) -> Bounds | None:
+    return known(Bounds, [data], lambda: Bounds(data), None)
 
 
-def _bounds(data: Tensor) -> Bounds:
-    """Read once: on a device it waits."""
-    entry = _BOUNDS.get(data)
-    if entry is None or entry[0] != data._version:
-        entry = _BOUNDS[data] = data._version, Bounds(data)
-    return entry[1]
+@lru_cache(maxsize=1024)
+def _sees_none(m: Meeting, run: Run) -> bool:
+    """Whether for some query of a run all keys are hidden, where positions tell."""
+    q = torch.arange(run.first, run.first + run.q1 - run.q0).clamp(max=m.queries.length - 1)
+    keep = [mask(t, q, torch.arange(m.keys.length), m.spec.sizes, None) for t in m.spec.texts]
+    return bool(keep) and not bool(reduce(torch.logical_and, keep).any(-1).all())
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class Blocks:
         q = q.clamp(max=self.meeting.queries.length - 1)
         k = torch.arange(b.k0, b.k1, device=self.operands.q.device)
         parts = [mask(t, q, k, self.spec.sizes, self.operands.data) for t in b.checks]
-        return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+        return reduce(torch.logical_and, parts)
 
     def _operand(self, b: Block) -> Tensor | None:
         """The mask tensor on a block."""
@@ -260,12 +273,26 @@ class Blocks:
     def _top(self, run: Run) -> Tensor | None:
         """[b or 1, h or 1, queries, 1]: the greatest number that is added to a score of a query, if
         for some it is low."""
-        if not self.spec.fill:
+        m, fill = self.meeting, self.spec.fill
+        if not fill:
             return None
-        b = self._whole(run)
-        keep = self._keep(run, b)
+        read = [x for x in (self.operands.mask, self.operands.data) if x is not None]
+        if read:
+            low = known((m, run), read, lambda: self._has_low(run), False)
+        else:
+            low = fill <= LOW and _sees_none(m, run)
+        if not low:
+            return None
+        top = self._most(run)
+        return torch.where(top <= LOW, top, 0.0)
+
+    def _has_low(self, run: Run) -> bool:
+        keep = self._keep(run, self._whole(run))
         if not self._is_low and (keep is None or bool(keep.any(-1).all())):
-            return None
-        top = self._total(keep, self._operand(b)).amax(-1, keepdim=True)
-        low = top <= LOW
-        return torch.where(low, top, 0.0) if bool(low.any()) else None
+            return False
+        return bool((self._most(run) <= LOW).any())
+
+    def _most(self, run: Run) -> Tensor:
+        """The greatest number that is added to a score, of each query."""
+        b = self._whole(run)
+        return self._total(self._keep(run, b), self._operand(b)).amax(-1, keepdim=True)

@@ -37,7 +37,7 @@ def _shape(x: torch.Tensor, dim: int, before: int, after: int) -> list[int]:
 
 def take(span: Span, rank: int, x: torch.Tensor, dim: int, lead: int) -> torch.Tensor:
     """The rows of `rank`; pads repeat the last real row."""
-    at = span.layout.positions(rank, span.rows, span.length).to(x.device)
+    at = span.layout.positions(rank, span.rows, span.length, x.device)
     local = _split(x, dim, lead, span.length).index_select(1, at)
     return local.reshape(_shape(x, dim, span.length, span.local))
 
@@ -46,7 +46,7 @@ def clear(span: Span, rank: int, x: torch.Tensor, dim: int, lead: int) -> torch.
     """Zero in the pads."""
     if span.layout.ranks * span.local == span.length:
         return x.clone(memory_format=torch.contiguous_format)
-    valid = span.layout.valid(rank, span.rows, span.length).to(x.device)
+    valid = span.layout.valid(rank, span.rows, span.length, x.device)
     parts = _split(x, dim, lead, span.local)
     return torch.where(valid[None, :, None], parts, 0).reshape(x.shape).contiguous()
 
@@ -144,21 +144,23 @@ def embed(
     for turn in range(axis.size):
         target = (axis.rank - 1 - turn) % axis.size
         local = take(span, target, ids, ids.dim() - 1, 1)
-        places, index = _owned(local, axis.rank, shard.shape[0])
+        owned, index = _owned(local, axis.rank, shard.shape[0])
         looked_up = shard.index_select(0, index).to(dtype)
-        shape = (*local.shape, width)
-        rows_so_far = handle.wait() if handle else shard.new_zeros(shape, dtype=dtype)
-        rows_so_far.view(-1, width).index_copy_(0, places, looked_up)
+        others = handle.wait().view(-1, width) if handle else 0.0
+        rows_so_far = torch.where(owned, looked_up, others).view(*local.shape, width)
         if turn + 1 == axis.size:
             return rows_so_far
         handle = yield Shift(rows_so_far)
 
 
 def _owned(ids: torch.Tensor, rank: int, units: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(places in the flat ids that lie in this rank's rows, the rows)."""
+    """([n, 1]: which of the flat ids lie in this rank's rows, [n]: the row of each, of others any).
+
+    Of one size whatever the ids are: the host waits for none of them.
+    """
     index = ids.reshape(-1) - rank * units
-    places = ((index >= 0) & (index < units)).nonzero().squeeze(-1)
-    return places, index.index_select(0, places)
+    owned = (index >= 0) & (index < units)
+    return owned.unsqueeze(-1), index.clamp(0, units - 1)
 
 
 def embed_backward(
@@ -182,12 +184,13 @@ def embed_backward(
         handle = (yield Shift(g)) if turn + 1 < axis.size else None
         source = (axis.rank - turn) % axis.size
         local = take(span, source, ids, ids.dim() - 1, 1)
-        places, index = _owned(local, axis.rank, units)
-        total.index_add_(0, index, g.reshape(-1, g.shape[-1]).index_select(0, places).to(wide))
+        owned, index = _owned(local, axis.rank, units)
+        total.index_add_(0, index, torch.where(owned, g.reshape(-1, g.shape[-1]).to(wide), 0.0))
         g = g if handle is None else handle.wait()
     if scaled:
-        _, index = _owned(ids, axis.rank, units)
-        total /= torch.bincount(index, minlength=units).clamp(min=1)[:, None]
+        owned, index = _owned(ids, axis.rank, units)
+        taken = total.new_zeros((units, 1)).index_add_(0, index, owned.to(wide))
+        total /= taken.clamp(min=1)
     if 0 <= padding - axis.rank * units < units:
         total[padding - axis.rank * units] = 0
     return total

@@ -151,7 +151,8 @@ def carry(
     before = torch.cat([torch.zeros_like(ordered[:1]), ordered[:-1]]).cumsum(0)
     if after:
         before = before.flip(0)
-    local = before.view(shape)[:, layout.chunk_ids(axis.rank)].flatten(0, 1)
+    ordered = before.view(shape)
+    local = torch.stack([ordered[:, g] for g in layout.chunk_ids(axis.rank)], 1).flatten(0, 1)
     return local.to(x.dtype).movedim(0, dim).contiguous()
 
 

@@ -10,6 +10,19 @@ import torch
 
 from tspc.ir.shard import ShardMap
 from tspc.runtime.comm.requests import AllToAll, Axis, Steps
+from tspc.seams.tensors import FakeTensor
+
+
+def index(rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """On its device, brought there once."""
+    if isinstance(like, FakeTensor):
+        return torch.tensor(rows, device=like.device)
+    return _index(tuple(rows), like.device)
+
+
+@lru_cache(maxsize=1024)
+def _index(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, device=device)
 
 
 def _fit(m: ShardMap, rank: int, local: torch.Tensor, size: int) -> torch.Tensor:
@@ -22,8 +35,8 @@ def _fit(m: ShardMap, rank: int, local: torch.Tensor, size: int) -> torch.Tensor
         shape[dim] = len(rows)
         return local.new_zeros(shape)
     start = min(rank * -(-size // len(m.rows)), size)
-    at = torch.tensor([max(r - start, 0) for r in rows], device=local.device)
-    keep = torch.tensor([r >= 0 for r in rows], device=local.device)
+    at = index([max(r - start, 0) for r in rows], local)
+    keep = index([int(r >= 0) for r in rows], local) > 0
     shape = [1] * local.dim()
     shape[dim] = len(rows)
     return torch.where(keep.view(shape), local.index_select(dim, at), 0)
@@ -60,14 +73,14 @@ def repack(axis: Axis, m: ShardMap, local: torch.Tensor, size: int) -> Steps[tor
     for j in range(axis.size):
         source, _ = blocks.get((axis.rank, j), ([], []))
         if source:
-            send[j, : len(source)] = x[torch.tensor(source, device=x.device)]
+            send[j, : len(source)] = x[index(source, x)]
     handle = yield AllToAll(send, "weights")
     got = handle.wait()
     shard = x.new_zeros((m.length, *x.shape[1:]))
     for owner in range(axis.size):
         _, place = blocks.get((owner, axis.rank), ([], []))
         if place:
-            shard[torch.tensor(place, device=x.device)] = got[owner, : len(place)]
+            shard[index(place, x)] = got[owner, : len(place)]
     return shard.movedim(0, m.dim).contiguous()
 
 
@@ -84,12 +97,12 @@ def repack_backward(
     for owner in range(axis.size):
         _, place = blocks.get((owner, axis.rank), ([], []))
         if place:
-            send[owner, : len(place)] = x[torch.tensor(place, device=x.device)]
+            send[owner, : len(place)] = x[index(place, x)]
     handle = yield AllToAll(send, "weights")
     got = handle.wait()
     chunk = x.new_zeros((rows, *x.shape[1:]))
     for j in range(axis.size):
         source, _ = blocks.get((axis.rank, j), ([], []))
         if source:
-            chunk.index_add_(0, torch.tensor(source, device=x.device), got[j, : len(source)])
+            chunk.index_add_(0, index(source, x), got[j, : len(source)])
     return chunk.movedim(0, m.dim).contiguous()

@@ -85,7 +85,7 @@ class Call:
         return take(self.span(spec.sequence), rank, t, spec.dim, lead)
 
     def step(self, j: int) -> Tensor:
-        return torch.tensor(j, device=self.shards[0].device)
+        return torch.full((), j, device=self.shards[0].device)
 
     def local_tokens(self) -> Values:
         """This rank's rows of every token."""

@@ -27,7 +27,7 @@ FOLDERS = {
     "passes.lower": "base cost factors ir masks ops passes.analyse",
     "passes": "base cost factors ir ops passes.analyse passes.lower passes.rewrite seams",
     "runtime.comm": "base ir seams",
-    "runtime.attention": "base ir masks ops runtime.comm",
+    "runtime.attention": "base ir masks ops runtime.comm seams",
     "runtime.lowering": "base ir ops seams",
     "runtime.fold": "cost ir ops runtime.attention runtime.comm runtime.lowering seams",
     "runtime.call": "base ir ops runtime.comm seams",

@@ -43,16 +43,24 @@ class Layout:
         """Chunk ids in the order in which an all-gather over ranks delivers them."""
         return [g for r in range(self.ranks) for g in self.chunk_ids(r)]
 
-    def positions(self, rank: int, rows: int, length: int) -> torch.Tensor:
+    def positions(
+        self, rank: int, rows: int, length: int, device: torch.device | None = None
+    ) -> torch.Tensor:
         """Global position of each of the `chunks * rows` local rows, pads clamped to the last
         real row."""
-        pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
-        return pos.clamp(max=length - 1)
+        return self._rows(rank, rows, device).clamp(max=length - 1)
 
-    def valid(self, rank: int, rows: int, length: int) -> torch.Tensor:
+    def valid(
+        self, rank: int, rows: int, length: int, device: torch.device | None = None
+    ) -> torch.Tensor:
         """Bool per local row: not a pad."""
-        pos = torch.cat([torch.arange(g * rows, (g + 1) * rows) for g in self.chunk_ids(rank)])
-        return pos < length
+        return self._rows(rank, rows, device) < length
+
+    def _rows(self, rank: int, rows: int, device: torch.device | None) -> torch.Tensor:
+        parts = [
+            torch.arange(g * rows, (g + 1) * rows, device=device) for g in self.chunk_ids(rank)
+        ]
+        return torch.cat(parts)
 
     def in_order(self, blocks: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
         """[..., D * chunks * rows, ...] in rank order along `dim` -> in order, pads at the end."""

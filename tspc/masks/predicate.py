@@ -270,9 +270,8 @@ class Bounds:
 
     def __init__(self, rows: Tensor):
         parts = [p for p in rows.split(self.BLOCK, -1)]
-        self.low, self.high = (
-            torch.stack([f(p, (0, 2)) for p in parts]).tolist() for f in (torch.amin, torch.amax)
-        )
+        ends = [torch.stack([f(p, (0, 2)) for p in parts]) for f in (torch.amin, torch.amax)]
+        self.low, self.high = torch.stack(ends).tolist()
         self.last = rows.shape[-1] - 1
 
     def row(self, i: int) -> _Bounded:

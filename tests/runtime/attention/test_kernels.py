@@ -13,7 +13,7 @@ from tspc.ir.layout import Layout, Span
 from tspc.ir.spec import AttentionSpec, Operands
 from tspc.ops.attention import attention as whole_attention
 from tspc.runtime.attention import kernels
-from tspc.runtime.attention.blocks import Meeting, View
+from tspc.runtime.attention.blocks import Meeting
 from tspc.runtime.comm.drivers import lockstep
 
 Tensor = torch.Tensor
@@ -113,40 +113,3 @@ def test_the_gradient_of_an_added_mask(rows: int) -> None:
     done = kernels.attend(x, m, [0])
     for a, b in zip(kernels.attend_backward(g, x, done, m, [0], True), grads, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("takes", [True, False])
-def test_one_block_fused_is_one_written_out(
-    groups: int, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    k, v = K[:, : 4 // groups], V[:, : 4 // groups]
-    g, view = draw(*Q.shape), View(True, scale=0.4)
-    out, lse = kernels._kernel(Q, k, v, view)
-    fused = kernels._kernel_backward(g, Q, k, v, out, lse, view)
-    monkeypatch.setattr(kernels, "_takes_groups", lambda: takes)
-    results = [kernels._kernel(Q, k, v, view)]
-    backs = [kernels._kernel_backward(g, Q, k, v, out, lse, view)]
-    monkeypatch.setattr(kernels, "_is_fused", lambda q, v: False)
-    results.append(kernels._kernel(Q, k, v, view))
-    backs.append(kernels._kernel_backward(g, Q, k, v, out, lse, view))
-    for got in results:
-        torch.testing.assert_close(got, (out, lse))
-    for back in backs:
-        torch.testing.assert_close(back, fused)
-
-
-def test_what_the_fused_kernel_takes() -> None:
-    assert kernels._is_fused(Q, V) and not kernels._is_fused(Q, V[..., :NARROW])
-    assert isinstance(kernels._takes_groups(), bool)
-
-
-def test_masks_as_what_is_added() -> None:
-    flags = torch.tensor([[True, False], [False, False]])
-    added = kernels._additive(flags, Q)
-    assert added is not None and added.tolist() == [[0, -math.inf], [-math.inf, -math.inf]]
-    assert kernels._additive(None, Q) is None
-    assert kernels._sees_none(flags).tolist() == [False, True]
-    assert kernels._sees_none(added).tolist() == [False, True]
-    x = torch.arange(8.0).view(1, 4, 2)
-    assert torch.equal(kernels._summed(kernels._repeated(x, 3), 3), x * 3)

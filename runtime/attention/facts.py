@@ -1,0 +1,53 @@
+"""What the host has to know of masks and data, read once for each batch: on a device it waits for
+that, and for nothing else in a step."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tspc.base.state import CALL, MODEL, remembered
+from tspc.seams.tensors import FakeTensor
+
+Tensor = torch.Tensor
+Fact = TypeVar("Fact")
+# tensor -> (versions of all that facts are of, the facts by key)
+_KNOWN: MutableMapping[Tensor, tuple[object, dict[Hashable, object]]] = remembered(
+    MODEL, WeakIdKeyDictionary()
+)
+# of a run without values: what each wait is for, and where
+WAITS: list[str] = remembered(CALL, [])
+
+
+def known(
+    key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unknown: Fact
+) -> Fact:
+    """A fact of tensors: read where their contents changed since it was.
+
+    unknown: the answer for tensors without values.
+    """
+    first, others = tensors[0], tensors[1:]
+    state = tuple((id(x), x._version) for x in others), first._version
+    entry = _KNOWN.get(first)
+    if entry is None or entry[0] != state:
+        entry = _KNOWN[first] = state, {}
+    facts = entry[1]
+    if key not in facts:
+        if isinstance(first, FakeTensor):
+            noted(first, "what a mask or data holds, once a batch")
+            facts[key] = unknown
+        else:
+            facts[key] = read()
+    fact: Fact = facts[key]  # type: ignore[assignment]
+    return fact
+
+
+def noted(x: Tensor, what: str) -> None:
+    """A wait of the host for a device, in a run without values."""
+    if x.device.type != "cpu":
+        frame = traceback.extract_stack(limit=3)[0]
+        WAITS.append(f"{what} ({frame.name})")
