@@ -24,6 +24,7 @@ from tspc.runtime.comm.requests import Axis, Steps
 from tspc.runtime.fold import schedules
 from tspc.runtime.fold.pieces import EagerPieces
 from tspc.runtime.fold.step import Call
+from tspc.seams.compiler import storage_key
 
 GENERATORS: dict[str, Callable[..., Steps]] = remembered(CODE, {})
 
@@ -236,13 +237,13 @@ def _where(region: str, call: Call) -> str:
 
 def _apart(results: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each contiguous in memory of its own, as an op must give it; copied only where it is not."""
-    taken = {x.untyped_storage().data_ptr() for x in operands}
+    taken = {storage_key(x) for x in operands}
     out = []
     for x in results:
-        held = x.untyped_storage()
-        if held.data_ptr() in taken or held.nbytes() > x.nbytes or not x.is_contiguous():
+        larger = x.untyped_storage().nbytes() > x.nbytes
+        if storage_key(x) in taken or larger or not x.is_contiguous():
             x = x.clone(memory_format=torch.contiguous_format)
-        taken.add(x.untyped_storage().data_ptr())
+        taken.add(storage_key(x))
         out.append(x)
     return out
 

@@ -40,10 +40,10 @@ def run(
         elif n.op == "get_attr":
             values = [getattr(graph, n.target)] * ranks
         elif n.op == "output":
-            return [list(_load(n.args[0], e)) for e in env]
+            return [list(arguments(n.args[0], e)) for e in env]
         else:
-            args = [_load(n.args, e) for e in env]
-            kwargs = [_load(n.kwargs, e) for e in env]
+            args = [arguments(n.args, e) for e in env]
+            kwargs = [arguments(n.kwargs, e) for e in env]
             if getattr(n.target, "namespace", "") == "tspc":
                 values = _together(n.target, axis, args, kwargs)
             else:
@@ -59,7 +59,8 @@ def run(
     raise AssertionError("a graph without output")
 
 
-def _load(a: Argument, env: dict[torch.fx.Node, Any]) -> Any:
+def arguments(a: Argument, env: dict[torch.fx.Node, Any]) -> Any:
+    """With the values of nodes in their places."""
     return torch.fx.map_arg(a, lambda n: env[n])
 
 

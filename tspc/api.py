@@ -4,7 +4,7 @@ against one device."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tspc.backend.dry import DryRun, dry_run
 from tspc.backend.planned import check_planned, parameters_of
 from tspc.backend.reference import reference_backend
 from tspc.backend.simulated import Simulated, relative_errors, simulated_backend
@@ -23,6 +24,7 @@ from tspc.base.hardware import device_name
 from tspc.base.options import Options, parse
 from tspc.base.usage import (
     check_called,
+    check_device,
     check_function,
     check_mesh,
     check_module,
@@ -104,6 +106,25 @@ class Plan:
         dims = {id(parameters[n]): d for n, d in self.dims().items() if n in parameters}
         if storage is not None and (self.ranks > 1 or place.replicas is not None):
             convert(model, storage, place.axis.name, dims, self.options.cut)
+
+    def dry_run(
+        self,
+        device: str = "cuda",
+        optimizer: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+        | None = torch.optim.AdamW,
+    ) -> DryRun:
+        """Run one rank of a training step without values: memory, traffic, FLOPs, the kernels of
+        attention, and what the host waits for. Nothing is computed or sent, no group is needed.
+
+        device: its kind, of which there need be none here; then a C++ compiler makes torch a guard.
+        optimizer: makes one of the parameters, None for no step. -> a `DryRun`, of the sizes that
+        were planned. Raises `OptionError` for a bad argument.
+        """
+        where = "plan.dry_run(...)"
+        check_device(where, device)
+        if optimizer is not None:
+            check_function(where, "optimizer", optimizer)
+        return dry_run(self.rewritten, self.sizes, device, optimizer)
 
     def init(
         self,

@@ -21,6 +21,7 @@ _KNOWN: MutableMapping[Tensor, tuple[object, dict[Hashable, object]]] = remember
 )
 # of a run without values: what each wait is for, and where
 WAITS: list[str] = remembered(CALL, [])
+KERNELS: list[str] = remembered(CALL, [])  # of such a run, as blocks take them
 
 
 def known(

@@ -16,6 +16,7 @@ import torch
 
 from tspc.base.journal import log
 from tspc.masks.score import modified, pulled_back
+from tspc.runtime.attention import facts
 from tspc.runtime.attention.blocks import View
 from tspc.seams.tensors import FakeTensor
 
@@ -79,8 +80,11 @@ def chosen(q: Tensor, k: Tensor, v: Tensor, b: View) -> tuple[Kernel, bool]:
     """The kernel of a block, and whether it takes fewer K/V heads than query heads."""
     grouped = q.shape[1] != k.shape[1]
     case = Case(q.device, q.dtype, q.shape[-1], v.shape[-1], b.causal, b.mask is not None, grouped)
-    kernels = KERNELS if b.is_plain else ()
-    return _chosen(case, kernels, isinstance(q, FakeTensor))
+    is_fake = isinstance(q, FakeTensor)
+    kernel, is_grouped = _chosen(case, KERNELS if b.is_plain else (), is_fake)
+    if is_fake:
+        facts.KERNELS.append(kernel.name)
+    return kernel, is_grouped
 
 
 @lru_cache(maxsize=256)

@@ -202,6 +202,35 @@ def _issue_directly(
     return direct.reduce_scatter(x, rank, ranks, group)
 
 
+def alone(steps: Steps[Result], axis: Axis) -> Result:
+    """Run one rank's generator; what the others would send has its shape and no values."""
+    handle: Handle | None = None
+    with torch.no_grad():
+        while True:
+            try:
+                request = next(steps) if handle is None else steps.send(handle)
+            except StopIteration as stop:
+                return stop.value
+            if axis.size > 1:
+                _note(request, axis.size)
+            handle = _Done(_shaped(request, axis))
+
+
+def _shaped(request: Request, axis: Axis) -> torch.Tensor | None:
+    x = request.tensor.contiguous()
+    if isinstance(request, Broadcast) and request.source == axis.rank:
+        return x
+    if isinstance(request, Reduce):
+        return x if request.target == axis.rank else None
+    if isinstance(request, AllGather):
+        return x.new_empty((axis.size, *x.shape))
+    if isinstance(request, ReduceScatter):
+        return x.new_empty(x.shape[1:])
+    if isinstance(request, Exchange):
+        return x.new_empty((sum(request.received), *x.shape[1:]))
+    return torch.empty_like(x)
+
+
 def lockstep(generators: Sequence[Steps[Result]]) -> list[Result]:
     """Run all ranks' generators together; they must yield the same kinds and shapes in the same
     order."""

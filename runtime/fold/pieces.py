@@ -14,7 +14,7 @@ from torch.types import IntLikeType
 from tspc.ir.body import Body, Lengths, Piece, evaluate, symbol_values
 from tspc.ir.program import Type
 from tspc.ops.run import run_piece
-from tspc.runtime.lowering.trace import local_fakes
+from tspc.runtime.lowering.trace import Fakes, local_fakes
 from tspc.seams.lowering import TracingContext, V, compile_fx_inner, select_decomp_table, tracing
 
 Values = dict[str, torch.Tensor]
@@ -181,12 +181,17 @@ class InductorPieces:
         gm.recompile()
         out = next(n for n in gm.graph.nodes if n.op == "output")
         out.meta["user_visible_output_idxs"] = list(range(len(out.args[0])))
-        context = tracing(TracingContext(fakes.mode))
-        with V.set_fake_mode(fakes.mode), context, torch.no_grad():
-            compiled = compile_fx_inner(gm, inputs, is_backward=is_backward)
+        compiled = self._made(gm, inputs, fakes, is_backward)
         named = {v.node.expr: s for s, v in fakes.symbols.items() if isinstance(v, torch.SymInt)}
         self.guards += [g.expr.xreplace(named) for g in fakes.env.guards]
-        assert callable(compiled)
+        return compiled
+
+    def _made(
+        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], fakes: Fakes, is_backward: bool
+    ) -> Lowered:
+        context = tracing(TracingContext(fakes.mode))
+        with V.set_fake_mode(fakes.mode), context, torch.no_grad():
+            compiled: Any = compile_fx_inner(gm, inputs, is_backward=is_backward)
         return compiled
 
     def _given(
@@ -232,3 +237,22 @@ class InductorPieces:
             symbols, step, [*(values[n] for n in (*piece.reads, *piece.saves)), *gs]
         )
         return dict(zip(names, compiled(inputs)))
+
+
+class TracedPieces(InductorPieces):
+    """The same graphs, before a compiler takes them. run: of a graph, on its inputs."""
+
+    def __init__(
+        self,
+        body: Body,
+        hints: Mapping[sympy.Symbol, int],
+        rows: Sequence[int],
+        run: Callable[[torch.fx.GraphModule, list[Any]], Sequence[torch.Tensor]],
+    ):
+        self.run = run
+        super().__init__(body, hints, rows, torch.device("cpu"))
+
+    def _made(
+        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], fakes: Fakes, is_backward: bool
+    ) -> Lowered:
+        return lambda values: self.run(gm, values)

@@ -30,6 +30,7 @@ from tspc.seams.lowering import (
 from tspc.seams.tensors import FakeTensorMode
 
 Program = Callable[..., Sequence[object]]  # of one rank: sizes, rows, placeholders -> outputs
+Cut = Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]]  # of a joint graph
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,16 @@ class _NoTangents(Exception):
     """No output wants a gradient."""
 
 
-def partition(fn: Program, fakes: Fakes) -> Partitioned:
-    """The joint graph of a local program, cut in two."""
+def partition(fn: Program, fakes: Fakes, cut: Cut | None = None) -> Partitioned:
+    """The joint graph of a local program, cut in two; by default all that was computed is saved."""
     wants = any(x.requires_grad for x in fakes.tensors) and torch.is_grad_enabled()
     try:
-        return _partition(fn, fakes, wants)
+        return _partition(fn, fakes, wants, cut)
     except _NoTangents:
-        return _partition(fn, fakes, False)
+        return _partition(fn, fakes, False, cut)
 
 
-def _partition(fn: Program, fakes: Fakes, joined: bool) -> Partitioned:
+def _partition(fn: Program, fakes: Fakes, joined: bool, cut: Cut | None) -> Partitioned:
     tangents: list[int] = []
     count = 0
 
@@ -149,7 +150,8 @@ def _partition(fn: Program, fakes: Fakes, joined: bool) -> Partitioned:
         checks = torch.ops.aten._assert_tensor_metadata.default  # a cast's; no part of a result
         for n in traced.graph.find_nodes(op="call_function", target=checks):
             traced.graph.erase_node(n)
-        if any("ac_graph_id" in n.meta for n in traced.graph.nodes):
+        if cut is not None or any("ac_graph_id" in n.meta for n in traced.graph.nodes):
             tag(traced)
-        forward, backward = default_partition(traced, fakes.inputs, num_fwd_outputs=count)
+        cut = cut or default_partition
+        forward, backward = cut(traced, fakes.inputs, num_fwd_outputs=count)
     return Partitioned(forward, backward, count, tuple(tangents))

@@ -23,6 +23,7 @@ from tspc.runtime.params.accumulate import is_cut
 from tspc.runtime.params.gradients import arrives_cut
 from tspc.runtime.params.stored import dim_of, is_stored
 from tspc.seams.compiler import move_shard, outside_of_dynamo, skip_code
+from tspc.seams.dynamo import leave_to_python
 
 _STATE = remembered(CALL, threading.local())
 # shard -> the whole parameter that is traced in its place
@@ -94,6 +95,8 @@ def in_trace(
 ) -> AbstractContextManager[nn.Parameter] | None:
     """A whole parameter, without values, that Dynamo is to trace in the place of a shard inside of
     a module's call."""
+    if "_tspc_gradient" in vars(p):
+        leave_to_python("the gradient of a sharded parameter is read")
     if not (isinstance(p, nn.Parameter) and is_stored(p)):
         return None
     inside = getattr(_STATE, "depth", 0) > 0 or calls.of_module() or _call.__code__ in functions
@@ -106,14 +109,20 @@ def _as_whole(p: DTensor) -> Iterator[nn.Parameter]:
     if kept is None or (kept.shape, kept.dtype, kept.device, kept.requires_grad) != kind:
         kept = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
         _WHOLE[p], vars(kept)["_tspc_of"] = kept, weakref.ref(p)
-    storage = kept.untyped_storage()
-    storage.resize_(kept.numel() * kept.element_size())
-    kept.grad = p.grad
+    held = [kept]
+    if p.grad is None:
+        kept.grad = None
+    else:  # Dynamo looks for one, and may come upon code that reads it
+        kept.grad = torch.empty_like(kept, requires_grad=False)
+        vars(kept.grad)["_tspc_gradient"] = True
+        held.append(kept.grad)
+    for x in held:
+        x.untyped_storage().resize_(x.numel() * x.element_size())
     try:
         yield kept
     finally:
-        kept.grad = None
-        storage.resize_(0)
+        for x in held:
+            x.untyped_storage().resize_(0)
 
 
 def shard_of(x: object) -> object:
@@ -209,8 +218,8 @@ def _sharded_class(cls: type[nn.Module], names: tuple[str, ...]) -> type:
 
 
 def prepare(modules: Iterable[nn.Module]) -> bool:
-    """Modules become of classes that read parameters, whole ones as well as shards. -> whether all
-    of them were already."""
+    """They become of classes that read parameters, whole ones as well as shards. -> whether all of
+    them were already."""
     ready = True
     for m in (m for root in modules for m in root.modules()):
         names = tuple(n for n, p in m._parameters.items() if p is not None)

@@ -124,7 +124,7 @@ def tsp(
         compiled: Any = compile_fx(gm, list(traced), config_patches=mode_options(mode))
         return compiled
     check_chosen(chosen, mode, place, gm)
-    if only_shards(gm, example_inputs):
+    if only_shards(gm, traced):
         calls.given()
         return gm
     # anomaly mode reads gradients, which have no values while they are traced

@@ -53,6 +53,15 @@ def check_ranks(where: str, ranks: object) -> None:
         )
 
 
+def check_device(where: str, device: object) -> None:
+    try:
+        kind = torch.device(device).type if isinstance(device, str) else "meta"
+    except RuntimeError:
+        kind = "meta"
+    if kind == "meta":
+        raise OptionError(f"{where}: device is a kind like 'cuda' or 'cpu', not {said(device)}")
+
+
 def check_mesh(where: str, mesh: object) -> None:
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise OptionError(f"{where}: mesh is {MESH}, not {said(mesh)}")

@@ -8,10 +8,12 @@ import functools
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from types import CodeType
+from typing import NoReturn
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo import convert_frame, eval_frame, pgo
+from torch._dynamo.exc import unimplemented
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
@@ -64,6 +66,11 @@ def stand_ins(backend: object, stand_in: Callable[[torch.Tensor, Codes], Stand])
             return out
 
     replace_member(VariableBuilder, "wrap_tensor", wrap)
+
+
+def leave_to_python(why: str) -> NoReturn:
+    """Called while Dynamo traces: the graph ends before what it is at."""
+    unimplemented(gb_type="tspc", context=why, explanation=why, hints=[])
 
 
 def _traced(tx: InstructionTranslatorBase) -> Iterator[CodeType]:

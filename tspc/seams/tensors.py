@@ -8,7 +8,12 @@ from torch._C import _disabled_torch_function_impl as no_torch_function
 from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
 from torch._C import _has_storage as has_storage
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
     FunctionalTensorMode,
@@ -29,6 +34,7 @@ make_wrapper = torch.Tensor._make_wrapper_subclass
 
 __all__ = [
     "DTensorSpec",
+    "DataDependentOutputException",
     "DisableAutocast",
     "DisableTorchFunction",
     "DisableTorchFunctionSubclass",

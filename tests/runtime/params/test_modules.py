@@ -62,15 +62,19 @@ def test_what_dynamo_traces_in_the_place_of_a_shard() -> None:
             assert stand is not None
             with stand as p:
                 assert type(p) is nn.Parameter and (p.shape, p.dtype) == (w.shape, w.dtype)
-                assert p.grad is w.grad and modules.shard_of(p) is w
+                assert p.grad is not None and p.grad.shape == w.shape
+                with pytest.raises(torch._dynamo.exc.Unsupported, match="gradient of a sharded"):
+                    modules.in_trace(p.grad, [modules._call.__code__])
+                assert modules.shard_of(p) is w
                 assert p.untyped_storage().nbytes() == w.numel() * w.element_size()
-            assert p.grad is None and p.untyped_storage().nbytes() == 0
+            assert p.untyped_storage().nbytes() == p.grad.untyped_storage().nbytes() == 0
         assert modules._WHOLE[w] is p
         w.requires_grad_(False)
+        w.grad = None
         stand = modules.in_trace(w, [modules._call.__code__])
         assert stand is not None
         with stand as p:
-            assert not p.requires_grad
+            assert not p.requires_grad and p.grad is None
         assert modules.shard_of(w) is w and modules.shard_of(3) == 3
 
 

@@ -1,0 +1,375 @@
+"""One rank's step without values: what it keeps, sends and computes, on a device that need not be
+there.
+
+In: a rewritten program and its sizes. One rank of D runs forward, backward and the optimizer's
+step on fake tensors, op by op, the runtime's own generators included; the other ranks only answer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from tspc.base.errors import InternalError, PlanError
+from tspc.base.state import CALL, reset
+from tspc.ir.program import PARAM, PLACEHOLDERS, Node
+from tspc.ops.run import LocalProgram
+from tspc.passes.lower.unit import Unit
+from tspc.runtime.attention import facts
+from tspc.runtime.comm.drivers import alone, record
+from tspc.runtime.comm.place import chunk_rows
+from tspc.runtime.comm.repack import fits, repack, repack_backward
+from tspc.runtime.comm.requests import Axis
+from tspc.runtime.execute import GENERATORS
+from tspc.runtime.fold.pieces import TracedPieces
+from tspc.runtime.lowering.trace import Partitioned, local_fakes, partition
+from tspc.runtime.simulate import RESHAPED, arguments
+from tspc.seams.fake_device import allow
+from tspc.seams.lowering import min_cut_rematerialization_partition
+from tspc.seams.tensors import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map,
+)
+
+CPU = torch.device("cpu")
+Parameters = Iterable[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """One rank's training step, of which nothing was computed. MiB are 2^20 bytes.
+
+    peak: bytes on the device at the most, all that a step has at a time counted op by op, as it is
+    before a compiler fuses ops. at: the phase and the op of the peak. memory: bytes by kind then.
+    traffic: bytes that leave the rank, by collective, on average over the ranks. flops: of matrix
+    products, convolutions and attention. kernels: of attention, by name. waits: what the host waits
+    for the device for, each with its place.
+    """
+
+    peak: int
+    at: str
+    memory: Mapping[str, int]
+    traffic: Mapping[str, int]
+    flops: int
+    kernels: tuple[str, ...]
+    waits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{k} {_mib(n)}" for k, n in self.memory.items())
+        sent = ", ".join(f"{k} {_mib(n)}" for k, n in self.traffic.items()) or "nothing"
+        return "\n".join(
+            [
+                f"peak: {_mib(self.peak)} a rank, at {self.at}: {kinds}",
+                f"sent: {_mib(sum(self.traffic.values()))} a rank: {sent}",
+                f"computed: {self.flops / 1e12:.3g} TFLOP a rank",
+                f"attention: {', '.join(self.kernels) or 'none'}",
+                f"waits of the host: {'; '.join(self.waits) or 'none'}",
+            ]
+        )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+@dataclass
+class _Meter(TorchDispatchMode):
+    """Bytes that are alive on a device, by the phase that made them, and FLOPs."""
+
+    kind: str
+    phase: str = ""
+    where: str = ""
+    flops: int = 0
+    peak: int = 0
+    at: str = ""
+    memory: dict[str, int] = field(default_factory=dict)
+    alive: dict[int, tuple[str, int]] = field(default_factory=dict)
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    __hash__ = object.__hash__
+
+    def __torch_dispatch__(
+        self, op: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> object:
+        out = op(*args, **(kwargs or {}))
+        counted = flop_registry.get(op._overloadpacket)
+        if counted is not None:
+            self.flops += int(counted(*args, **(kwargs or {}), out_val=out))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.hold(x)
+        return out
+
+    def hold(self, x: torch.Tensor, kind: str | None = None) -> None:
+        """kind: what it is from now on."""
+        if x.device.type != self.kind:
+            return
+        storage = x.untyped_storage()
+        key = storage._cdata
+        known = key in self.alive
+        if known and kind is None:
+            return
+        self.alive[key] = kind or self.phase, storage.nbytes()
+        if not known:
+            weakref.finalize(storage, self._gone, key)
+            self.total += storage.nbytes()
+            if self.total > self.peak:
+                self.peak, self.at = self.total, f"{self.phase}, {self.where}"
+                self.memory = self.kinds()
+
+    def _gone(self, key: int) -> None:
+        self.total -= self.alive.pop(key)[1]
+
+    def kinds(self) -> dict[str, int]:
+        counts = Counter[str]()
+        for kind, size in self.alive.values():
+            counts[kind] += size
+        return dict(counts.most_common())
+
+    def restart(self) -> None:
+        """What came before is no part of a step."""
+        self.flops, self.peak, self.at, self.memory = 0, self.total, "its start", self.kinds()
+
+
+@dataclass
+class _Rank:
+    """Runs graphs of one rank, values without contents. region: whose pieces they are."""
+
+    axis: Axis
+    device: torch.device
+    meter: _Meter
+    region: str = ""
+
+    def run(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
+        """The list is emptied; a value is freed after its last use."""
+        env: dict[torch.fx.Node, Any] = {}
+        uses = {n: len(n.users) for n in gm.graph.nodes}
+        streams = iter(inputs[:])
+        inputs.clear()
+        for n in gm.graph.nodes:
+            if n.op == "placeholder":
+                env[n] = next(streams)
+            elif n.op == "get_attr":
+                env[n] = self.constant(getattr(gm, str(n.target)))
+            elif n.op == "output":
+                return list(arguments(n.args[0], env))
+            else:
+                env[n] = self.call(n, arguments(n.args, env), arguments(n.kwargs, env))
+            for used in n.all_input_nodes:
+                uses[used] -= 1
+                if not uses[used]:
+                    del env[used]
+            if n.op != "placeholder" and not uses[n]:
+                del env[n]
+        raise InternalError("a graph without output")
+
+    def constant(self, x: object) -> object:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.empty(x.shape, dtype=x.dtype, device=self.device)
+
+    def call(self, n: torch.fx.Node, args: Any, kwargs: Any) -> object:
+        target: Any = n.target
+        args, kwargs = (tree_map(self._moved, x) for x in (args, kwargs))
+        if getattr(target, "namespace", "") != "tspc":
+            self.meter.where = f"{target} in {self.region}" if self.region else f"{target}"
+            return (RESHAPED.get(target) or target)(*args, **kwargs)
+        names = [a.name for a in target._schema.arguments]
+        full = [*args, *(kwargs[name] for name in names[len(args) :])]
+        kind = target._schema.name.split("::")[1]
+        region = full[names.index("region")] if "region" in names else n.name
+        self.region = self.meter.where = f"{kind} of {region}"
+        try:
+            return alone(GENERATORS[kind](self.axis, *full), self.axis)
+        finally:
+            self.region = ""
+
+    def _moved(self, a: object) -> object:
+        """The graphs were traced on the CPU."""
+        return self.device if isinstance(a, torch.device) and a == CPU else a
+
+
+def dry_run(
+    unit: Unit,
+    sizes: Mapping[sympy.Symbol, int],
+    device: str,
+    optimizer: Callable[[Parameters], torch.optim.Optimizer] | None,
+) -> DryRun:
+    """A step of rank 0 at these sizes."""
+    try:
+        allow(device)
+    except RuntimeError as e:
+        raise PlanError(f"dry_run(...): {e}") from None
+    parts = _parts(unit, sizes)
+    reset(CALL)
+    bodies = list(dict.fromkeys(unit.bodies.values()))
+    before = [b.compiled.get("pieces") for b in bodies]
+    meter = _Meter(torch.device(device).type)
+    rank = _Rank(Axis(unit.axis, unit.ranks, 0), torch.device(device), meter)
+    try:
+        for b in bodies:
+            rows = [int(e.rows(b.ranks, sizes)) for e in b.extents]
+            b.compiled["pieces"] = TracedPieces(b, sizes, rows, rank.run)
+        with FakeTensorMode(), meter, record() as sent:
+            _step(unit, sizes, parts, rank, optimizer)
+    except DataDependentOutputException as e:
+        raise InternalError(f"a step waits for {e.func} at {meter.phase}, {meter.where}") from e
+    finally:
+        for b, pieces in zip(bodies, before):
+            b.compiled["pieces"] = pieces
+            if pieces is None:
+                del b.compiled["pieces"]
+    traffic = Counter[str]()
+    for s in sent:
+        traffic[s.kind] += round(s.elements * s.dtype.itemsize)
+    noted = tuple(dict.fromkeys(facts.KERNELS)), tuple(dict.fromkeys(facts.WAITS))
+    reset(CALL)
+    return DryRun(meter.peak, meter.at, meter.memory, dict(traffic), meter.flops, *noted)
+
+
+def _parts(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> Partitioned:
+    rows = [int(e.chunk_rows(unit.ranks, sizes)) for e in unit.choice.extents]
+    types = [(unit.stored(n), CPU) for n in _placeholders(unit)]
+    fakes = local_fakes(unit.symbols, sizes, rows, types)
+    program = LocalProgram(unit.local, (*unit.symbols, *unit.chunks))
+    return partition(program, fakes, min_cut_rematerialization_partition)
+
+
+def _placeholders(unit: Unit) -> list[Node]:
+    return [n for n in unit.typed.program.nodes if n.op in PLACEHOLDERS]
+
+
+def _step(
+    unit: Unit,
+    sizes: Mapping[sympy.Symbol, int],
+    parts: Partitioned,
+    rank: _Rank,
+    optimizer: Callable[[Parameters], torch.optim.Optimizer] | None,
+) -> None:
+    meter = rank.meter
+    meter.phase = "inputs"
+    given = {n.name: _stored(unit, n, sizes, rank) for n in _placeholders(unit)}
+    trained = {
+        n.name: given[n.name] for n in _placeholders(unit) if n.op == PARAM and n.type.requires_grad
+    }
+    steps = None
+    if optimizer is not None and trained and parts.backward is not None:
+        steps = optimizer([p.requires_grad_() for p in trained.values()])
+        meter.phase = "optimizer state"
+        for p in trained.values():
+            p.grad = torch.empty_like(p)
+        steps.step()
+        for p in trained.values():
+            p.grad = None
+    meter.restart()
+    with torch.no_grad():
+        grads = _forward_and_backward(unit, sizes, parts, rank, given)
+    meter.phase = "the optimizer's step"
+    for n, p in trained.items():
+        p.grad = grads.pop(n, None)
+        if p.grad is not None:
+            meter.hold(p.grad, "gradients")
+    if steps is not None:
+        steps.step()
+
+
+def _forward_and_backward(
+    unit: Unit,
+    sizes: Mapping[sympy.Symbol, int],
+    parts: Partitioned,
+    rank: _Rank,
+    given: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """-> gradients of the parameters, as they are stored."""
+    meter, placeholders = rank.meter, _placeholders(unit)
+    base = [*(sizes[s] for s in unit.symbols), *_rows(unit, sizes)]
+    meter.phase = "activations"
+    taken = [_taken(unit, n, sizes, rank, given[n.name].detach()) for n in placeholders]
+    outs = rank.run(parts.forward, [*base, *taken])
+    del taken
+    if parts.backward is None:
+        return {}
+    kept = parts.forward.graph.output_node().args[0]
+    names = [getattr(n, "name", "") for n in kept[parts.outputs :]]  # type: ignore[index]
+    saved = dict(zip(names, outs[parts.outputs :]))
+    tangents = iter([torch.empty_like(outs[i]) for i in parts.tangents])
+    del outs[parts.outputs :]
+    meter.phase = "temporaries of the backward"
+    holders = [n.name for n in parts.backward.graph.find_nodes(op="placeholder")]
+    inputs = [saved.pop(n) if n in saved else next(tangents) for n in holders]
+    saved.clear()
+    grads = rank.run(parts.backward, inputs)[len(base) :]
+    out: dict[str, torch.Tensor] = {}
+    for i, n in enumerate(placeholders):
+        g, grads[i] = grads[i], None
+        if n.op == PARAM and g is not None:
+            out[n.name] = _returned(unit, n, sizes, rank, g, given[n.name])
+            meter.hold(out[n.name], "gradients")
+    return out
+
+
+def _rows(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> list[int]:
+    return [int(e.chunk_rows(unit.ranks, sizes)) for e in unit.choice.extents]
+
+
+def _stored(unit: Unit, n: Node, sizes: Mapping[sympy.Symbol, int], rank: _Rank) -> torch.Tensor:
+    """A placeholder as this rank keeps it between steps: of a parameter torch's chunk."""
+    shape = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
+    storage = unit.choice.storages.get(n.name) if n.op == PARAM else None
+    if storage is not None and storage.map is not None:
+        shape[storage.map.dim] = chunk_rows(rank.axis, shape[storage.map.dim])
+    x = torch.empty(shape, dtype=n.type.dtype, device=rank.device)
+    rank.meter.hold(x, "parameters" if n.op == PARAM else "inputs")
+    return x
+
+
+def _taken(
+    unit: Unit,
+    n: Node,
+    sizes: Mapping[sympy.Symbol, int],
+    rank: _Rank,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """As the program takes it."""
+    storage = unit.choice.storages.get(n.name) if n.op == PARAM else None
+    if storage is None or storage.map is None:
+        return x
+    whole = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
+    if fits(storage.map, x.shape, whole):
+        return x
+    rank.meter.where = f"repack of {n.name}"
+    return alone(repack(rank.axis, storage.map, x, whole[storage.map.dim]), rank.axis)
+
+
+def _returned(
+    unit: Unit,
+    n: Node,
+    sizes: Mapping[sympy.Symbol, int],
+    rank: _Rank,
+    g: torch.Tensor,
+    stored: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of what is stored."""
+    storage = unit.choice.storages.get(n.name)
+    if storage is None or storage.map is None:
+        return g
+    whole = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
+    dim = storage.map.dim
+    if fits(storage.map, stored.shape, whole):
+        return g
+    rank.meter.where = f"repack of the gradient of {n.name}"
+    steps = repack_backward(rank.axis, storage.map, g, whole[dim], stored.shape[dim])
+    return alone(steps, rank.axis)
