@@ -1,8 +1,9 @@
 """A torch.compile backend that trains an unmodified model with folded tensor and sequence
 parallelism."""
 
-from tspc.api import Plan, Verification, explain, plan, verify
+from tspc.api import Plan, explain, plan
 from tspc.backend.brute import check_rule
+from tspc.backend.dry import DryRun
 from tspc.backend.tsp import tsp
 from tspc.base.errors import (
     CacheError,
@@ -22,6 +23,7 @@ from tspc.base.errors import (
 )
 from tspc.base.version import __version__ as __version__
 from tspc.factors.registry import rule
+from tspc.parity import Verification, verify
 from tspc.runtime.params.accumulate import no_sync
 from tspc.runtime.params.reading import load_safetensors
 from tspc.runtime.params.whole import full_state_dict, load_full_state_dict
@@ -29,6 +31,7 @@ from tspc.runtime.params.whole import full_state_dict, load_full_state_dict
 __all__ = [
     "CacheError",
     "CaptureError",
+    "DryRun",
     "IndexRangeError",
     "NonFiniteError",
     "OptionError",

@@ -109,7 +109,7 @@ def _as_whole(p: DTensor) -> Iterator[nn.Parameter]:
     if kept is None or (kept.shape, kept.dtype, kept.device, kept.requires_grad) != kind:
         kept = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
         _WHOLE[p], vars(kept)["_tspc_of"] = kept, weakref.ref(p)
-    held = [kept]
+    held: list[torch.Tensor] = [kept]
     if p.grad is None:
         kept.grad = None
     else:  # Dynamo looks for one, and may come upon code that reads it

@@ -36,7 +36,8 @@ FOLDERS = {
     "frontend": "base ir masks ops passes passes.analyse passes.lower seams",
     "explain": "base cost ir masks ops passes passes.analyse passes.lower runtime.attention",
     "backend": "base explain factors frontend ir ops passes passes.analyse passes.lower runtime "
-    "runtime.call runtime.comm runtime.fold runtime.lowering runtime.params seams",
+    "runtime.attention runtime.call runtime.comm runtime.fold runtime.lowering runtime.params "
+    "seams",
     "tspc": "backend base cost explain factors frontend passes.lower runtime runtime.comm "
     "runtime.fold runtime.params seams",
 }

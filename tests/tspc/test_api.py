@@ -114,14 +114,6 @@ def test_a_mode_is_inductors() -> None:
         torch.compile(MODEL, backend="tsp", mode="fastest")(X)
 
 
-def test_what_a_model_returns_is_plain() -> None:
-    from transformers.modeling_outputs import CausalLMOutput
-
-    plain = api._plain(CausalLMOutput(loss=torch.ones(())))
-    assert isinstance(plain, dict) and set(plain) == {"loss"}
-    assert api._plain([X]) == [X]
-
-
 def test_the_device_of_a_plan() -> None:
     assert api._device([3, X], None) == torch.device("cpu")
 

@@ -19,7 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 from tspc.base.errors import InternalError, PlanError
 from tspc.base.state import CALL, reset
+from tspc.ir.body import evaluate
 from tspc.ir.program import PARAM, PLACEHOLDERS, Node
+from tspc.ir.shard import ShardMap
 from tspc.ops.run import LocalProgram
 from tspc.passes.lower.unit import Unit
 from tspc.runtime.attention import facts
@@ -224,7 +226,7 @@ def dry_run(
             rows = [int(e.rows(b.ranks, sizes)) for e in b.extents]
             b.compiled["pieces"] = TracedPieces(b, sizes, rows, rank.run)
         with FakeTensorMode(), meter, record() as sent:
-            _step(unit, sizes, parts, rank, optimizer)
+            _Step(unit, sizes, parts, rank).run(optimizer)
     except DataDependentOutputException as e:
         raise InternalError(f"a step waits for {e.func} at {meter.phase}, {meter.where}") from e
     finally:
@@ -242,134 +244,104 @@ def dry_run(
 
 def _parts(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> Partitioned:
     rows = [int(e.chunk_rows(unit.ranks, sizes)) for e in unit.choice.extents]
-    types = [(unit.stored(n), CPU) for n in _placeholders(unit)]
-    fakes = local_fakes(unit.symbols, sizes, rows, types)
+    nodes = [n for n in unit.typed.program.nodes if n.op in PLACEHOLDERS]
+    fakes = local_fakes(unit.symbols, sizes, rows, [(unit.stored(n), CPU) for n in nodes])
     program = LocalProgram(unit.local, (*unit.symbols, *unit.chunks))
     return partition(program, fakes, min_cut_rematerialization_partition)
 
 
-def _placeholders(unit: Unit) -> list[Node]:
-    return [n for n in unit.typed.program.nodes if n.op in PLACEHOLDERS]
+@dataclass
+class _Step:
+    """A training step of a rank."""
 
+    unit: Unit
+    sizes: Mapping[sympy.Symbol, int]
+    parts: Partitioned
+    rank: _Rank
 
-def _step(
-    unit: Unit,
-    sizes: Mapping[sympy.Symbol, int],
-    parts: Partitioned,
-    rank: _Rank,
-    optimizer: Callable[[Parameters], torch.optim.Optimizer] | None,
-) -> None:
-    meter = rank.meter
-    meter.phase = "inputs"
-    given = {n.name: _stored(unit, n, sizes, rank) for n in _placeholders(unit)}
-    trained = {
-        n.name: given[n.name] for n in _placeholders(unit) if n.op == PARAM and n.type.requires_grad
-    }
-    steps = None
-    if optimizer is not None and trained and parts.backward is not None:
-        steps = optimizer([p.requires_grad_() for p in trained.values()])
-        meter.phase = "optimizer state"
-        for p in trained.values():
-            p.grad = torch.empty_like(p)
-        steps.step()
-        for p in trained.values():
-            p.grad = None
-    meter.restart()
-    with torch.no_grad():
-        grads = _forward_and_backward(unit, sizes, parts, rank, given)
-    meter.phase = "the optimizer's step"
-    for n, p in trained.items():
-        p.grad = grads.pop(n, None)
-        if p.grad is not None:
-            meter.hold(p.grad, "gradients")
-    if steps is not None:
-        steps.step()
+    def run(self, optimizer: Callable[[Parameters], torch.optim.Optimizer] | None) -> None:
+        meter, steps = self.rank.meter, None
+        meter.phase = "inputs"
+        given = {n.name: self.stored(n) for n in self.nodes}
+        nodes = [n for n in self.nodes if n.op == PARAM and n.type.requires_grad]
+        trained = {n.name: given[n.name] for n in nodes}
+        if optimizer is not None and trained and self.parts.backward is not None:
+            steps = optimizer([p.requires_grad_() for p in trained.values()])
+            meter.phase = "optimizer state"
+            for p in trained.values():
+                p.grad = torch.empty_like(p)
+            steps.step()
+            for p in trained.values():
+                p.grad = None
+        meter.restart()
+        with torch.no_grad():
+            grads = self.gradients(given)
+        meter.phase = "the optimizer's step"
+        for n, p in trained.items():
+            p.grad = grads.pop(n, None)
+        if steps is not None:
+            steps.step()
 
+    @property
+    def nodes(self) -> list[Node]:
+        """What the program is given."""
+        return [n for n in self.unit.typed.program.nodes if n.op in PLACEHOLDERS]
 
-def _forward_and_backward(
-    unit: Unit,
-    sizes: Mapping[sympy.Symbol, int],
-    parts: Partitioned,
-    rank: _Rank,
-    given: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """-> gradients of the parameters, as they are stored."""
-    meter, placeholders = rank.meter, _placeholders(unit)
-    base = [*(sizes[s] for s in unit.symbols), *_rows(unit, sizes)]
-    meter.phase = "activations"
-    taken = [_taken(unit, n, sizes, rank, given[n.name].detach()) for n in placeholders]
-    outs = rank.run(parts.forward, [*base, *taken])
-    del taken
-    if parts.backward is None:
-        return {}
-    kept = parts.forward.graph.output_node().args[0]
-    names = [getattr(n, "name", "") for n in kept[parts.outputs :]]  # type: ignore[index]
-    saved = dict(zip(names, outs[parts.outputs :]))
-    tangents = iter([torch.empty_like(outs[i]) for i in parts.tangents])
-    del outs[parts.outputs :]
-    meter.phase = "temporaries of the backward"
-    holders = [n.name for n in parts.backward.graph.find_nodes(op="placeholder")]
-    inputs = [saved.pop(n) if n in saved else next(tangents) for n in holders]
-    saved.clear()
-    grads = rank.run(parts.backward, inputs)[len(base) :]
-    out: dict[str, torch.Tensor] = {}
-    for i, n in enumerate(placeholders):
-        g, grads[i] = grads[i], None
-        if n.op == PARAM and g is not None:
-            out[n.name] = _returned(unit, n, sizes, rank, g, given[n.name])
-            meter.hold(out[n.name], "gradients")
-    return out
+    def gradients(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Forward and backward -> gradients of the parameters, as they are stored."""
+        parts, meter = self.parts, self.rank.meter
+        rows = [int(e.chunk_rows(self.unit.ranks, self.sizes)) for e in self.unit.choice.extents]
+        base = [*(self.sizes[s] for s in self.unit.symbols), *rows]
+        meter.phase = "activations"
+        taken = [self.taken(n, given[n.name].detach()) for n in self.nodes]
+        outs = self.rank.run(parts.forward, [*base, *taken])
+        del taken
+        if parts.backward is None:
+            return {}
+        results: Any = parts.forward.graph.output_node().args[0]
+        names = [getattr(n, "name", "") for n in results[parts.outputs :]]
+        saved = dict(zip(names, outs[parts.outputs :]))
+        tangents = iter([torch.empty_like(outs[i]) for i in parts.tangents])
+        del outs[parts.outputs :]
+        meter.phase = "temporaries of the backward"
+        holders = [n.name for n in parts.backward.graph.find_nodes(op="placeholder")]
+        inputs = [saved.pop(n) if n in saved else next(tangents) for n in holders]
+        grads = self.rank.run(parts.backward, inputs)[len(base) :]
+        out: dict[str, torch.Tensor] = {}
+        for i, n in enumerate(self.nodes):
+            g, grads[i] = grads[i], None
+            if n.op == PARAM and g is not None:
+                out[n.name] = self.returned(n, g, given[n.name])
+                meter.hold(out[n.name], "gradients")
+        return out
 
+    def cut(self, n: Node) -> tuple[ShardMap | None, list[int]]:
+        """How a placeholder is cut, and its whole shape."""
+        storage = self.unit.choice.storages.get(n.name) if n.op == PARAM else None
+        shape = [int(evaluate(s, self.sizes)) for s in n.type.shape]
+        return storage.map if storage is not None else None, shape
 
-def _rows(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> list[int]:
-    return [int(e.chunk_rows(unit.ranks, sizes)) for e in unit.choice.extents]
-
-
-def _stored(unit: Unit, n: Node, sizes: Mapping[sympy.Symbol, int], rank: _Rank) -> torch.Tensor:
-    """A placeholder as this rank keeps it between steps: of a parameter torch's chunk."""
-    shape = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
-    storage = unit.choice.storages.get(n.name) if n.op == PARAM else None
-    if storage is not None and storage.map is not None:
-        shape[storage.map.dim] = chunk_rows(rank.axis, shape[storage.map.dim])
-    x = torch.empty(shape, dtype=n.type.dtype, device=rank.device)
-    rank.meter.hold(x, "parameters" if n.op == PARAM else "inputs")
-    return x
-
-
-def _taken(
-    unit: Unit,
-    n: Node,
-    sizes: Mapping[sympy.Symbol, int],
-    rank: _Rank,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    """As the program takes it."""
-    storage = unit.choice.storages.get(n.name) if n.op == PARAM else None
-    if storage is None or storage.map is None:
+    def stored(self, n: Node) -> torch.Tensor:
+        """As this rank keeps it between steps: of a parameter torch's chunk."""
+        m, shape = self.cut(n)
+        if m is not None:
+            shape[m.dim] = chunk_rows(self.rank.axis, shape[m.dim])
+        x = torch.empty(shape, dtype=n.type.dtype, device=self.rank.device)
+        self.rank.meter.hold(x, "parameters" if n.op == PARAM else "inputs")
         return x
-    whole = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
-    if fits(storage.map, x.shape, whole):
-        return x
-    rank.meter.where = f"repack of {n.name}"
-    return alone(repack(rank.axis, storage.map, x, whole[storage.map.dim]), rank.axis)
 
+    def taken(self, n: Node, x: torch.Tensor) -> torch.Tensor:
+        """As the program takes it."""
+        (m, whole), axis = self.cut(n), self.rank.axis
+        if m is None or fits(m, x.shape, whole):
+            return x
+        self.rank.meter.where = f"repack of {n.name}"
+        return alone(repack(axis, m, x, whole[m.dim]), axis)
 
-def _returned(
-    unit: Unit,
-    n: Node,
-    sizes: Mapping[sympy.Symbol, int],
-    rank: _Rank,
-    g: torch.Tensor,
-    stored: torch.Tensor,
-) -> torch.Tensor:
-    """The gradient of what is stored."""
-    storage = unit.choice.storages.get(n.name)
-    if storage is None or storage.map is None:
-        return g
-    whole = [int(sympy.sympify(s).subs(sizes)) for s in n.type.shape]
-    dim = storage.map.dim
-    if fits(storage.map, stored.shape, whole):
-        return g
-    rank.meter.where = f"repack of the gradient of {n.name}"
-    steps = repack_backward(rank.axis, storage.map, g, whole[dim], stored.shape[dim])
-    return alone(steps, rank.axis)
+    def returned(self, n: Node, g: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """The gradient of what is stored."""
+        (m, whole), axis = self.cut(n), self.rank.axis
+        if m is None or fits(m, stored.shape, whole):
+            return g
+        self.rank.meter.where = f"repack of the gradient of {n.name}"
+        return alone(repack_backward(axis, m, g, whole[m.dim], stored.shape[m.dim]), axis)
