@@ -46,17 +46,17 @@ def test_constants_and_keywords() -> None:
 def test_values_are_let_go_after_their_last_use() -> None:
     gm = graph(lambda x: [(x + 1).sin().sum()], XS[0])
     alive: list[int] = []
-    plain = simulate._load
+    plain = simulate.arguments
 
     def counted(a: Any, env: dict[Any, Any]) -> Any:
         alive.append(len(env))
         return plain(a, env)
 
-    simulate._load, before = counted, simulate._load
+    simulate.arguments, before = counted, simulate.arguments
     try:
         simulate.run(gm, AXIS, [[XS[0]]])
     finally:
-        simulate._load = before
+        simulate.arguments = before
     assert max(alive) <= 2
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import flop_registry
 
 from tspc.base.errors import InternalError, PlanError
@@ -31,7 +32,7 @@ from tspc.runtime.comm.repack import fits, repack, repack_backward
 from tspc.runtime.comm.requests import Axis
 from tspc.runtime.execute import GENERATORS
 from tspc.runtime.fold.pieces import TracedPieces
-from tspc.runtime.lowering.trace import Partitioned, local_fakes, partition
+from tspc.runtime.lowering.trace import Fakes, Partitioned, partition
 from tspc.runtime.simulate import RESHAPED, arguments
 from tspc.seams.fake_device import allow
 from tspc.seams.lowering import min_cut_rematerialization_partition
@@ -243,11 +244,20 @@ def dry_run(
 
 
 def _parts(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> Partitioned:
+    """Of tensors alone: the sizes are numbers in it, which traces several times faster."""
     rows = [int(e.chunk_rows(unit.ranks, sizes)) for e in unit.choice.extents]
-    nodes = [n for n in unit.typed.program.nodes if n.op in PLACEHOLDERS]
-    fakes = local_fakes(unit.symbols, sizes, rows, [(unit.stored(n), CPU) for n in nodes])
+    numbers = [*(sizes[s] for s in unit.symbols), *rows]
     program = LocalProgram(unit.local, (*unit.symbols, *unit.chunks))
-    return partition(program, fakes, min_cut_rematerialization_partition)
+    types = [unit.stored(n) for n in unit.typed.program.nodes if n.op in PLACEHOLDERS]
+    mode, tensors = FakeTensorMode(allow_non_fake_inputs=True), []
+    with mode:
+        for t in types:
+            x = torch.empty([int(evaluate(s, sizes)) for s in t.shape], dtype=t.dtype)
+            tensors.append(x.requires_grad_(t.requires_grad))
+    fakes = Fakes(mode, ShapeEnv(), {}, [], tensors)
+    return partition(
+        lambda *given: program(*numbers, *given), fakes, min_cut_rematerialization_partition
+    )
 
 
 @dataclass
@@ -290,12 +300,9 @@ class _Step:
     def gradients(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Forward and backward -> gradients of the parameters, as they are stored."""
         parts, meter = self.parts, self.rank.meter
-        rows = [int(e.chunk_rows(self.unit.ranks, self.sizes)) for e in self.unit.choice.extents]
-        base = [*(self.sizes[s] for s in self.unit.symbols), *rows]
         meter.phase = "activations"
         taken = [self.taken(n, given[n.name].detach()) for n in self.nodes]
-        outs = self.rank.run(parts.forward, [*base, *taken])
-        del taken
+        outs = self.rank.run(parts.forward, taken)
         if parts.backward is None:
             return {}
         results: Any = parts.forward.graph.output_node().args[0]
@@ -306,7 +313,7 @@ class _Step:
         meter.phase = "temporaries of the backward"
         holders = [n.name for n in parts.backward.graph.find_nodes(op="placeholder")]
         inputs = [saved.pop(n) if n in saved else next(tangents) for n in holders]
-        grads = self.rank.run(parts.backward, inputs)[len(base) :]
+        grads = self.rank.run(parts.backward, inputs)
         out: dict[str, torch.Tensor] = {}
         for i, n in enumerate(self.nodes):
             g, grads[i] = grads[i], None
