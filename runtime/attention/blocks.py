@@ -16,7 +16,7 @@ from tspc.ir.layout import Span
 from tspc.ir.spec import AttentionSpec, Operands
 from tspc.masks.predicate import Bounds, mask, truth
 from tspc.ops.counter import kept_keys
-from tspc.runtime.attention.facts import known
+from tspc.runtime.attention.facts import fact
 
 Tensor = torch.Tensor
 EDGE = 512  # queries of a run, and keys of what is looked at as one
@@ -179,7 +179,7 @@ def _checks(
 
 
 def _bounds(data: Tensor) -> Bounds | None:
-    return known(Bounds, [data], lambda: Bounds(data), None)
+    return fact(Bounds, [data], lambda: Bounds(data), None)
 
 
 @lru_cache(maxsize=1024)
@@ -278,7 +278,7 @@ class Blocks:
             return None
         read = [x for x in (self.operands.mask, self.operands.data) if x is not None]
         if read:
-            low = known((m, run), read, lambda: self._has_low(run), False)
+            low = fact((m, run), read, lambda: self._has_low(run), False)
         else:
             low = fill <= LOW and _sees_none(m, run)
         if not low:

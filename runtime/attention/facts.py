@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,9 +24,7 @@ WAITS: list[str] = remembered(CALL, [])
 KERNELS: list[str] = remembered(CALL, [])  # of such a run, as blocks take them
 
 
-def known(
-    key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unknown: Fact
-) -> Fact:
+def fact(key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unknown: Fact) -> Fact:
     """A fact of tensors: read where their contents changed since it was.
 
     unknown: the answer for tensors without values.
@@ -43,8 +41,8 @@ def known(
             facts[key] = unknown
         else:
             facts[key] = read()
-    fact: Fact = facts[key]  # type: ignore[assignment]
-    return fact
+    answer: Any = facts[key]
+    return answer
 
 
 def noted(x: Tensor, what: str) -> None:

@@ -122,11 +122,11 @@ class _Meter(TorchDispatchMode):
             return
         storage = x.untyped_storage()
         key = storage._cdata
-        known = key in self.alive
-        if known and kind is None:
+        is_new = key not in self.alive
+        if not is_new and kind is None:
             return
         self.alive[key] = kind or self.phase, storage.nbytes()
-        if not known:
+        if is_new:
             weakref.finalize(storage, self._gone, key)
             self.total += storage.nbytes()
             if self.total > self.peak:
@@ -256,7 +256,7 @@ def _parts(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> Partitioned:
             tensors.append(x.requires_grad_(t.requires_grad))
     fakes = Fakes(mode, ShapeEnv(), {}, [], tensors)
     return partition(
-        lambda *given: program(*numbers, *given), fakes, min_cut_rematerialization_partition
+        lambda *args: program(*numbers, *args), fakes, min_cut_rematerialization_partition
     )
 
 
@@ -272,9 +272,9 @@ class _Step:
     def run(self, optimizer: Callable[[Parameters], torch.optim.Optimizer] | None) -> None:
         meter, steps = self.rank.meter, None
         meter.phase = "inputs"
-        given = {n.name: self.stored(n) for n in self.nodes}
+        tensors = {n.name: self.stored(n) for n in self.nodes}
         nodes = [n for n in self.nodes if n.op == PARAM and n.type.requires_grad]
-        trained = {n.name: given[n.name] for n in nodes}
+        trained = {n.name: tensors[n.name] for n in nodes}
         if optimizer is not None and trained and self.parts.backward is not None:
             steps = optimizer([p.requires_grad_() for p in trained.values()])
             meter.phase = "optimizer state"
@@ -285,7 +285,7 @@ class _Step:
                 p.grad = None
         meter.restart()
         with torch.no_grad():
-            grads = self.gradients(given)
+            grads = self.gradients(tensors)
         meter.phase = "the optimizer's step"
         for n, p in trained.items():
             p.grad = grads.pop(n, None)
@@ -297,11 +297,11 @@ class _Step:
         """What the program is given."""
         return [n for n in self.unit.typed.program.nodes if n.op in PLACEHOLDERS]
 
-    def gradients(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gradients(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Forward and backward -> gradients of the parameters, as they are stored."""
         parts, meter = self.parts, self.rank.meter
         meter.phase = "activations"
-        taken = [self.taken(n, given[n.name].detach()) for n in self.nodes]
+        taken = [self.taken(n, tensors[n.name].detach()) for n in self.nodes]
         outs = self.rank.run(parts.forward, taken)
         if parts.backward is None:
             return {}
@@ -318,7 +318,7 @@ class _Step:
         for i, n in enumerate(self.nodes):
             g, grads[i] = grads[i], None
             if n.op == PARAM and g is not None:
-                out[n.name] = self.returned(n, g, given[n.name])
+                out[n.name] = self.returned(n, g, tensors[n.name])
                 meter.hold(out[n.name], "gradients")
         return out
 

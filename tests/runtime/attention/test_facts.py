@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tspc.base.state import CALL, reset
 from tspc.runtime.attention import facts
-from tspc.runtime.attention.facts import known
+from tspc.runtime.attention.facts import fact
 from tspc.seams.fake_device import allow
 
 
@@ -18,14 +18,14 @@ def test_a_fact_is_read_again_when_one_of_its_tensors_changes() -> None:
         count[0] += 1
         return count[0]
 
-    assert [known("sum", [a, b], read, 0) for _ in range(2)] == [1, 1]
-    assert known("other", [a, b], read, 0) == 2
+    assert [fact("sum", [a, b], read, 0) for _ in range(2)] == [1, 1]
+    assert fact("other", [a, b], read, 0) == 2
     a.add_(1)
-    assert known("sum", [a, b], read, 0) == 3
+    assert fact("sum", [a, b], read, 0) == 3
     b.add_(1)
-    assert known("sum", [a, b], read, 0) == 4
-    assert known("sum", [a, b.clone()], read, 0) == 5  # of another batch
-    assert known("sum", [a], read, 0) == 6
+    assert fact("sum", [a, b], read, 0) == 4
+    assert fact("sum", [a, b.clone()], read, 0) == 5  # of another batch
+    assert fact("sum", [a], read, 0) == 6
     assert a in facts._KNOWN
     count_before = len(facts._KNOWN)
     del a
@@ -39,6 +39,6 @@ def test_without_values_a_wait_is_noted() -> None:
         for device in ("cpu", "cuda"):
             x = torch.empty(3, device=device)
             for _ in range(2):
-                assert known("any", [x], lambda x=x: bool(x.any()), False) is False
+                assert fact("any", [x], lambda x=x: bool(x.any()), False) is False
     assert len(facts.WAITS) == 1 and "once a batch" in facts.WAITS[0]
     reset(CALL)
