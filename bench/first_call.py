@@ -45,7 +45,7 @@ def timed(name):
 
     setattr(backend, name, run)
 
-for name in ("capture", "compile_local", "store"):
+for name in ("capture", "compile_local"):
     timed(name)
 dist.init_process_group("gloo")
 torch.manual_seed(0)
