@@ -51,4 +51,4 @@ def test_code_runs_on_ranks(number: int, before: str, tmp_path: Path) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
