@@ -37,7 +37,7 @@ def fact(key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unk
     facts = entry[1]
     if key not in facts:
         if isinstance(first, FakeTensor):
-            noted(first, "what a mask or data holds, once a batch")
+            _waits(first, "what a mask or data holds, once a batch")
             facts[key] = unknown
         else:
             facts[key] = read()
@@ -45,8 +45,16 @@ def fact(key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unk
     return answer
 
 
-def noted(x: Tensor, what: str) -> None:
-    """A wait of the host for a device, in a run without values."""
+def noted() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(kernels, waits) of the last run without values, each once. They are forgotten."""
+    out = tuple(dict.fromkeys(KERNELS)), tuple(dict.fromkeys(WAITS))
+    KERNELS.clear()
+    WAITS.clear()
+    return out
+
+
+def _waits(x: Tensor, what: str) -> None:
+    """The host, for a device, in a run without values."""
     if x.device.type != "cpu":
         frame = traceback.extract_stack(limit=3)[0]
         WAITS.append(f"{what} ({frame.name})")

@@ -106,16 +106,18 @@ def in_trace(
 @contextlib.contextmanager
 def _as_whole(p: DTensor) -> Iterator[nn.Parameter]:
     kept, kind = _WHOLE.get(p), (p.shape, p.dtype, p.device, p.requires_grad)
-    if kept is None or (kept.shape, kept.dtype, kept.device, kept.requires_grad) != kind:
-        kept = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
-        _WHOLE[p], vars(kept)["_tspc_of"] = kept, weakref.ref(p)
-    held: list[torch.Tensor] = [kept]
-    if p.grad is None:
-        kept.grad = None
-    else:  # Dynamo looks for one, and may come upon code that reads it
-        kept.grad = torch.empty_like(kept, requires_grad=False)
-        vars(kept.grad)["_tspc_gradient"] = True
-        held.append(kept.grad)
+    with torch.inference_mode(False):  # a trace under it is not the last one
+        if kept is None or (kept.shape, kept.dtype, kept.device, kept.requires_grad) != kind:
+            empty = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            kept = _WHOLE[p] = nn.Parameter(empty, p.requires_grad)
+            vars(kept)["_tspc_of"] = weakref.ref(p)
+        held: list[torch.Tensor] = [kept]
+        if p.grad is None:
+            kept.grad = None
+        else:  # Dynamo looks for one, and may come upon code that reads it
+            kept.grad = torch.empty_like(kept, requires_grad=False)
+            vars(kept.grad)["_tspc_gradient"] = True
+            held.append(kept.grad)
     for x in held:
         x.untyped_storage().resize_(x.numel() * x.element_size())
     try:

@@ -55,6 +55,10 @@ class Graded(Blocks):
         return super().forward(x)
 
 
+class Evaluated(Blocks):
+    """Is evaluated at each length before it is trained."""
+
+
 class Tied(Blocks):
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +124,9 @@ def calls(cls: type[Blocks], way: Callable[..., Any], lengths: list[int]) -> dic
     counts, worst = [], 0.0
     with mock.patch.object(backend, "capture", capturing):
         for length in lengths:
+            if cls is Evaluated:  # of a length that is traced here first
+                with torch.inference_mode():
+                    compiled(torch.randn(3, length, 8, dtype=torch.float64))
             x = torch.randn(2, length, 8, dtype=torch.float64)
             outs = [fn(x) for fn in (plain, compiled)]
             outs = [list(o) if isinstance(o, tuple) else [o] for o in outs]
@@ -151,7 +158,7 @@ def test_a_model_is_traced_once_and_serves_every_length(world: Any, way: Any) ->
         assert r["kept"] == r["graphs"][-1]  # none runs op by op on the shards
 
 
-@pytest.mark.parametrize("cls", [Regularised, Returned, Graded, Tied, Broken, Grown])
+@pytest.mark.parametrize("cls", [Regularised, Returned, Graded, Evaluated, Tied, Broken, Grown])
 def test_what_people_do_with_parameters(world: Any, cls: type[Blocks]) -> None:
     for r in world(2).run(calls, cls=cls, way=of_model, lengths=[12, 20, 12]):
         assert r["worst"] < 1e-12

@@ -19,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import flop_registry
 
 from tspc.base.errors import InternalError, PlanError
-from tspc.base.state import CALL, reset
 from tspc.ir.body import evaluate
 from tspc.ir.program import PARAM, PLACEHOLDERS, Node
 from tspc.ir.shard import ShardMap
@@ -85,7 +84,7 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Meter(TorchDispatchMode):
     """Bytes that are alive on a device, by the phase that made them, and FLOPs."""
 
@@ -101,8 +100,6 @@ class _Meter(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-
-    __hash__ = object.__hash__
 
     def __torch_dispatch__(
         self, op: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
@@ -217,7 +214,7 @@ def dry_run(
     except RuntimeError as e:
         raise PlanError(f"dry_run(...): {e}") from None
     parts = _parts(unit, sizes)
-    reset(CALL)
+    facts.noted()
     bodies = list(dict.fromkeys(unit.bodies.values()))
     before = [b.compiled.get("pieces") for b in bodies]
     meter = _Meter(torch.device(device).type)
@@ -238,9 +235,8 @@ def dry_run(
     traffic = Counter[str]()
     for s in sent:
         traffic[s.kind] += round(s.elements * s.dtype.itemsize)
-    noted = tuple(dict.fromkeys(facts.KERNELS)), tuple(dict.fromkeys(facts.WAITS))
-    reset(CALL)
-    return DryRun(meter.peak, meter.at, meter.memory, dict(traffic), meter.flops, *noted)
+    sums = meter.peak, meter.at, meter.memory, dict(traffic), meter.flops
+    return DryRun(*sums, *facts.noted())
 
 
 def _parts(unit: Unit, sizes: Mapping[sympy.Symbol, int]) -> Partitioned:

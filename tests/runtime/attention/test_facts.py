@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tspc.base.state import CALL, reset
 from tspc.runtime.attention import facts
 from tspc.runtime.attention.facts import fact
 from tspc.seams.fake_device import allow
@@ -34,11 +33,13 @@ def test_a_fact_is_read_again_when_one_of_its_tensors_changes() -> None:
 
 def test_without_values_a_wait_is_noted() -> None:
     allow("cuda")
-    reset(CALL)
+    facts.noted()
     with FakeTensorMode():
         for device in ("cpu", "cuda"):
             x = torch.empty(3, device=device)
             for _ in range(2):
                 assert fact("any", [x], lambda x=x: bool(x.any()), False) is False
-    assert len(facts.WAITS) == 1 and "once a batch" in facts.WAITS[0]
-    reset(CALL)
+    facts.KERNELS.extend(["flash", "flash"])
+    kernels, waits = facts.noted()
+    assert kernels == ("flash",) and len(waits) == 1 and "once a batch" in waits[0]
+    assert facts.noted() == ((), ())

@@ -14,7 +14,6 @@ from examples.llama_like import LlamaLike
 from tspc.backend.dry import DryRun, dry_run
 from tspc.backend.tsp import GRAPHS
 from tspc.base.errors import OptionError
-from tspc.base.state import CALL, reset
 from tspc.runtime.attention import facts
 from tspc.runtime.comm.drivers import record
 
@@ -37,7 +36,7 @@ def test_a_step_on_a_device_that_is_not_here() -> None:
     assert r.peak == sum(r.memory.values()) > 0 and r.flops > 0
     text = str(r)
     assert "peak: " in text and "waits of the host: none" in text and "attention: flash" in text
-    assert not facts.KERNELS and not facts.WAITS
+    assert facts.noted() == ((), ())
 
 
 def test_what_lives_between_steps_is_the_ranks_share() -> None:
@@ -96,7 +95,6 @@ def test_a_batch_that_is_read_is_a_wait() -> None:
 
     r = run(Packed(), torch.zeros(2, 64, 32), torch.zeros(2, 64, dtype=torch.long), ranks=2)
     assert len(r.waits) == 1 and "once a batch" in r.waits[0]
-    reset(CALL)
 
 
 def test_without_a_backward_there_is_no_optimizer() -> None:
