@@ -34,7 +34,7 @@ Backward = Callable[
 
 @dataclass(frozen=True)
 class Case:
-    """What decides which kernel takes a block. d, dv: head sizes."""
+    """What decides which kernel takes a block. d, dv: head sizes. square: as many rows as keys."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,6 +43,7 @@ class Case:
     causal: bool
     masked: bool
     grouped: bool
+    square: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def backward(
 def chosen(q: Tensor, k: Tensor, v: Tensor, b: View) -> tuple[Kernel, bool]:
     """The kernel of a block, and whether it takes fewer K/V heads than query heads."""
     grouped = q.shape[1] != k.shape[1]
-    case = Case(q.device, q.dtype, q.shape[-1], v.shape[-1], b.causal, b.mask is not None, grouped)
+    hidden = b.causal, b.mask is not None
+    square = q.shape[2] == k.shape[2]
+    case = Case(q.device, q.dtype, q.shape[-1], v.shape[-1], *hidden, grouped, square)
     is_fake = isinstance(q, FakeTensor)
     kernel, is_grouped = _chosen(case, KERNELS if b.is_plain else (), is_fake)
     if is_fake:
@@ -100,16 +103,18 @@ def _agrees(kernel: Kernel, case: Case) -> bool:
     """With what is written out, on a small case: units of the log-sum-exp, what the device and this
     torch take. On a device the host waits, once for each case."""
     heads, rows = (2 if case.grouped else 4), 2 * ALIGNED
+    keys = rows if case.square else rows - ALIGNED // 2
 
-    def draw(heads: int, width: int, phase: float) -> Tensor:
+    def draw(heads: int, rows: int, width: int, phase: float) -> Tensor:
         at = torch.arange(heads * rows * width, device=case.device, dtype=torch.float32)
         return (at * 0.37 + phase).sin().view(1, heads, rows, width).to(case.dtype)
 
-    q, g = draw(4, case.d, 0.0), draw(4, case.dv, 1.0)
-    k, v = draw(heads, case.d, 2.0), draw(heads, case.dv, 3.0)
+    q, g = draw(4, rows, case.d, 0.0), draw(4, rows, case.dv, 1.0)
+    k, v = draw(heads, keys, case.d, 2.0), draw(heads, keys, case.dv, 3.0)
     mask = None
     if case.masked:
-        mask = draw(1, rows, 4.0).masked_fill(draw(1, rows, 5.0) < -0.5, -torch.inf)
+        mask = draw(1, rows, keys, 4.0)
+        mask = mask.masked_fill(draw(1, rows, keys, 5.0) < -0.5, -torch.inf)
     view = View(case.causal, mask, scale=0.3)
     full = repeated(k, 4 // heads), repeated(v, 4 // heads)
     out, lse = WRITTEN.forward(q, *full, view)
@@ -174,9 +179,11 @@ def _cpu_backward(
 
 
 def _for_flash(case: Case) -> bool:
-    """FlashAttention 2 of NVIDIA and AMD devices."""
+    """FlashAttention 2 of NVIDIA and AMD devices; it hides keys from the last query on, which is
+    from the first on where there are as many."""
     heads = case.d == case.dv and case.d % 8 == 0 and case.d <= 256
-    return _on_gpu(case) and case.dtype in HALF and heads and not case.masked
+    hidden = case.masked or (case.causal and not case.square)
+    return _on_gpu(case) and case.dtype in HALF and heads and not hidden
 
 
 def _on_gpu(case: Case) -> bool:

@@ -155,6 +155,25 @@ def test_a_kernel_that_is_wrong_here_is_left_out() -> None:
     assert table._chosen(CASE, (*wrong, CPU), False) == (CPU, False)
 
 
+def test_the_diagonal_begins_at_the_first_query() -> None:
+    """A kernel that lays it at the last one is right where there are as many keys."""
+
+    def last(q: Tensor, k: Tensor, v: Tensor, b: View) -> tuple[Tensor, Tensor]:
+        return WRITTEN.forward(q, k, v, replace(b, first=k.shape[2] - q.shape[2]))
+
+    def last_backward(*args: Any) -> Any:
+        *tensors, b = args
+        rows, keys = tensors[1].shape[2], tensors[2].shape[2]
+        return WRITTEN.backward(*tensors, replace(b, first=keys - rows))
+
+    kernel = replace(WRITTEN, forward=last, backward=last_backward)
+    causal = replace(CASE, causal=True)
+    assert table._agrees(kernel, causal)
+    assert not table._agrees(kernel, replace(causal, square=False))
+    for square in (True, False):
+        assert table._agrees(CPU, replace(causal, square=square))
+
+
 def test_heads_are_repeated_where_a_kernel_takes_as_many_only() -> None:
     even = replace(CPU, takes=lambda case: not case.grouped)
     q, k, v, g = operands(2)
@@ -176,6 +195,7 @@ ENTRIES = {
     "memory-efficient, few heads": replace(GPU, masked=True, grouped=True),
     "memory-efficient, fp32": replace(GPU, dtype=torch.float32),
     "memory-efficient, narrow values": replace(GPU, dv=32),
+    "memory-efficient, fewer keys than queries": replace(GPU, causal=True, square=False),
     "written out": replace(GPU, dtype=torch.float64),
     "written out, odd heads": replace(GPU, d=62, dv=62),
 }
@@ -184,7 +204,8 @@ ENTRIES = {
 @pytest.mark.parametrize("name", ENTRIES)
 def test_each_entry_on_a_device_that_is_not_here(name: str) -> None:
     """Shapes and types; nothing that it does waits for a value."""
-    case, rows, keys = ENTRIES[name], 50, 40
+    case, rows = ENTRIES[name], 50
+    keys = rows if case.square else 40
     allow("cuda")
     with FakeTensorMode():
         made = {"dtype": case.dtype, "device": "cuda"}
