@@ -8,17 +8,16 @@ from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from tspc.base.state import CALL, MODEL, remembered
 from tspc.seams.tensors import FakeTensor
 
 Tensor = torch.Tensor
 Fact = TypeVar("Fact")
-# tensor -> (versions of all that facts are of, the facts by key)
-_KNOWN: MutableMapping[Tensor, tuple[object, dict[Hashable, object]]] = remembered(
-    MODEL, WeakIdKeyDictionary()
-)
+Known = tuple[list[int], list[TensorWeakRef], dict[Hashable, object]]
+# first tensor -> (versions of all that facts are of, these tensors, the facts by key)
+_KNOWN: MutableMapping[Tensor, Known] = remembered(MODEL, WeakIdKeyDictionary())
 # of a run without values: what each wait is for, and where
 WAITS: list[str] = remembered(CALL, [])
 KERNELS: list[str] = remembered(CALL, [])  # of such a run, as blocks take them
@@ -29,12 +28,14 @@ def fact(key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unk
 
     unknown: the answer for tensors without values.
     """
-    first, others = tensors[0], tensors[1:]
-    state = tuple((id(x), x._version) for x in others), first._version
+    first = tensors[0]
+    if any(x.is_inference() for x in tensors):  # nothing tells that one was written to
+        return unknown if isinstance(first, FakeTensor) else read()
+    versions = [x._version for x in tensors]
     entry = _KNOWN.get(first)
-    if entry is None or entry[0] != state:
-        entry = _KNOWN[first] = state, {}
-    facts = entry[1]
+    if entry is None or entry[0] != versions or not _are(entry[1], tensors):
+        entry = _KNOWN[first] = versions, [TensorWeakRef(x) for x in tensors], {}
+    facts = entry[2]
     if key not in facts:
         if isinstance(first, FakeTensor):
             _waits(first, "what a mask or data holds, once a batch")
@@ -43,6 +44,10 @@ def fact(key: Hashable, tensors: Sequence[Tensor], read: Callable[[], Fact], unk
             facts[key] = read()
     answer: Any = facts[key]
     return answer
+
+
+def _are(refs: Sequence[TensorWeakRef], tensors: Sequence[Tensor]) -> bool:
+    return len(refs) == len(tensors) and all(r() is x for r, x in zip(refs, tensors))
 
 
 def noted() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -189,7 +189,7 @@ def embed_backward(
         g = g if handle is None else handle.wait()
     if scaled:
         owned, index = _owned(ids, axis.rank, units)
-        taken = total.new_zeros((units, 1)).index_add_(0, index, owned.to(wide))
+        taken = index.new_zeros((units, 1)).index_add_(0, index, owned.to(index.dtype))
         total /= taken.clamp(min=1)
     if 0 <= padding - axis.rank * units < units:
         total[padding - axis.rank * units] = 0

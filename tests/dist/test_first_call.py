@@ -10,8 +10,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+import tspc
 from tests.support.models import whole
 from tspc.backend import tsp as backend
 from tspc.backend.tsp import GRAPHS
@@ -162,3 +164,27 @@ def test_a_model_is_traced_once_and_serves_every_length(world: Any, way: Any) ->
 def test_what_people_do_with_parameters(world: Any, cls: type[Blocks]) -> None:
     for r in world(2).run(calls, cls=cls, way=of_model, lengths=[12, 20, 12]):
         assert r["worst"] < 1e-12
+
+
+def on_two_meshes() -> list[float]:
+    """Of two models of one class, stored on meshes whose ranks stand in another order."""
+    worst = []
+    for order in ([0, 1], [1, 0]):
+        torch.manual_seed(0)
+        plain, model = Blocks().double(), Blocks().double()
+        model.load_state_dict(plain.state_dict())
+        x = torch.randn(2, 12, 8, dtype=torch.float64)
+        mesh = DeviceMesh("cpu", order, mesh_dim_names=("tsp",))
+        tspc.plan(model, (x,), mesh=mesh).apply(model)
+        out = torch.compile(model, backend="tsp", options={"compiler": "eager"})(x)
+        out.sum().backward()
+        plain(x).sum().backward()
+        pairs = [(out.detach(), plain(x).detach())]
+        pairs += [(q.grad, p.grad) for p, q in zip(plain.parameters(), model.parameters())]
+        worst.append(max((whole(a) - b).abs().max().item() for a, b in pairs))
+    return worst
+
+
+def test_a_graph_of_one_mesh_is_not_taken_for_another(world: Any) -> None:
+    for worst in world(2).run(on_two_meshes):
+        assert max(worst) < 1e-12

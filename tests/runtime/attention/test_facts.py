@@ -25,6 +25,15 @@ def test_a_fact_is_read_again_when_one_of_its_tensors_changes() -> None:
     assert fact("sum", [a, b], read, 0) == 4
     assert fact("sum", [a, b.clone()], read, 0) == 5  # of another batch
     assert fact("sum", [a], read, 0) == 6
+    with torch.inference_mode():  # it tells of no change
+        c = torch.ones(2)
+        assert [fact("sum", [a, c], read, 0) for _ in range(2)] == [7, 8]
+    place = id(b)
+    del b
+    other = [torch.ones(3) for _ in range(99)]  # one may stand where the other stood
+    for x in sorted(other, key=lambda x: id(x) != place)[:2]:
+        before = count[0]
+        assert fact("sum", [a, x], read, 0) == before + 1
     assert a in facts._KNOWN
     count_before = len(facts._KNOWN)
     del a
